@@ -1,0 +1,206 @@
+"""The command line behind the entry points of `MLproject`.
+
+    python -m signdigits --help
+    python -m signdigits train --help
+
+Options, defaults and limits come from `hyperparameters.py`. Modules that need MLflow or TensorFlow are imported
+by the command that needs them, after its parameters were checked.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
+from typing import Any, NoReturn
+
+from signdigits import hyperparameters as hp
+from signdigits.errors import SignDigitsError
+
+log = logging.getLogger("signdigits")
+
+# Which groups of parameters each entry point takes. `Space` stands for the hyperparameters as a search takes them:
+# a number, or LOW:HIGH.
+ENTRY_POINTS: dict[str, tuple[type, ...]] = {
+    "main": (hp.DataParameters, hp.Space, hp.StudyParameters, hp.RegistryParameters),
+    "prepare": (hp.DataParameters,),
+    "train": (hp.DataParameters, hp.Hyperparameters),
+    "search": (hp.DataParameters, hp.Space, hp.StudyParameters),
+    "evaluate": (hp.SourceParameters, hp.ModelParameters),
+    "register": (hp.ModelParameters, hp.VersionParameters),
+}
+
+SUMMARIES = {
+    "main": "prepare, search, refit, evaluate and register: the whole job",
+    "prepare": "report on a folder of photographs",
+    "train": "train the network once",
+    "search": "search the hyperparameters, every trial a nested run",
+    "evaluate": "score a model on the test images",
+    "register": "register a model, or move its alias to another version",
+    "links": "print the addresses in the MLflow UI that matter",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 for a failure, 2 for a misuse, 130 when interrupted."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, interrupt)
+    parsed = vars(make_parser().parse_args(arguments))
+    command = parsed.pop("command")
+    try:
+        run(command, parsed)
+    except SignDigitsError as error:
+        print(f"signdigits {command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"signdigits {command}: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def interrupt(signum: int, frame: object) -> NoReturn:
+    """A polite kill ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="signdigits", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in SUMMARIES.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        for group in ENTRY_POINTS.get(name, ()):
+            for declared in fields(hp.Hyperparameters if group is hp.Space else group):
+                add_option(command, declared, searched=group is hp.Space)
+    return parser
+
+
+def add_option(command: argparse.ArgumentParser, declared: Field[Any], *, searched: bool) -> None:
+    """The option that a declared parameter becomes."""
+    default = hp.search_default(declared) if searched else declared.default
+    number = READERS[hp.type_name(declared)]
+    command.add_argument(
+        f"--{declared.name}",
+        type=range_reader(number, getattr(default, "log", False)) if searched else number,
+        default=default,
+        metavar="LOW:HIGH" if searched else hp.type_name(declared).upper(),
+        help=f"{declared.metadata['help']} (default: {default})".replace("%", "%%"),
+    )
+
+
+def range_reader(number: Callable[[str], Any], log: bool) -> Callable[[str], Any]:
+    """A reader of `LOW:HIGH`, or of a single number, which the search then keeps."""
+
+    def read(text: str) -> Any:
+        low, colon, high = text.partition(":")
+        return hp.Range(number(low), number(high), log) if colon else number(low)
+
+    read.__name__ = f"{number.__name__} or LOW:HIGH"  # what argparse calls it in its message
+    return read
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
+    return text.lower() == "true"
+
+
+READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": boolean}
+
+
+def run(command: str, values: dict[str, Any]) -> None:
+    """Check the parameters, group by group, and hand them to the command."""
+    groups = [make_group(group, values) for group in ENTRY_POINTS.get(command, ())]
+    quiet_mlflow()
+    COMMANDS[command](*groups)
+
+
+def make_group(group: type, values: dict[str, Any]) -> Any:
+    """One group of checked parameters out of all that were given."""
+    names = [declared.name for declared in fields(hp.Hyperparameters if group is hp.Space else group)]
+    chosen = {name: values[name] for name in names}
+    return hp.Space.of(**chosen) if group is hp.Space else group(**chosen)
+
+
+def quiet_mlflow() -> None:
+    """Leave MLflow's warnings and drop what it tells of making its tables."""
+    import mlflow  # noqa: F401, it sets its own levels when imported
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def run_main(source: hp.DataParameters, space: hp.Space, study: hp.StudyParameters, registry: hp.RegistryParameters) -> None:
+    data = load(source)
+    from signdigits import main
+
+    main.main(data, space, study, registry)
+
+
+def run_prepare(source: hp.DataParameters) -> None:
+    data = load(source, tensors=False)
+    from signdigits import prepare
+
+    prepare.prepare(data)
+
+
+def run_train(source: hp.DataParameters, hyperparameters: hp.Hyperparameters) -> None:
+    data = load(source)
+    from signdigits import train
+
+    train.train(data, hyperparameters)
+
+
+def run_search(source: hp.DataParameters, space: hp.Space, study: hp.StudyParameters) -> None:
+    data = load(source)
+    from signdigits import search
+
+    search.search(data, space, study)
+
+
+def load(source: hp.DataParameters, *, tensors: bool = True) -> Any:
+    """Read the photographs first, so that bad ones are told of at once, and only then wait for TensorFlow."""
+    from signdigits import data, startup, tracking
+
+    loaded = data.load(source)
+    tracking.open_experiment()
+    if tensors:
+        startup.import_tensorflow()
+    return loaded
+
+
+def run_evaluate(source: hp.SourceParameters, which: hp.ModelParameters) -> None:
+    from signdigits import startup, tracking
+
+    tracking.open_experiment()
+    model = tracking.find_model(which.run_id, which.model_uri)
+    startup.import_tensorflow()
+    from signdigits import evaluate
+
+    evaluate.evaluate(model, source)
+
+
+def run_register(which: hp.ModelParameters, version: hp.VersionParameters) -> None:
+    from signdigits import register, tracking
+
+    tracking.open_experiment()
+    register.register(which, version)
+
+
+def run_links() -> None:
+    from signdigits import links
+
+    for line in links.latest():
+        log.info("%s", line)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "main": run_main,
+    "prepare": run_prepare,
+    "train": run_train,
+    "search": run_search,
+    "evaluate": run_evaluate,
+    "register": run_register,
+    "links": run_links,
+}

@@ -1,0 +1,48 @@
+"""What can go wrong in a way that the user can mend.
+
+The command line prints such an error as one message, without a traceback, and exits with its code.
+"""
+
+
+class SignDigitsError(Exception):
+    """An error whose message names the value at fault and the remedy."""
+
+    exit_code = 1
+
+
+class ParameterError(SignDigitsError):
+    """A parameter has a wrong type, lies outside its range, or contradicts another."""
+
+    exit_code = 2
+
+
+class DataError(SignDigitsError):
+    """A folder of photographs cannot be used as it is."""
+
+    exit_code = 2
+
+
+class StudyError(SignDigitsError):
+    """A study cannot be started or continued under the given settings."""
+
+    exit_code = 2
+
+
+class ModelError(SignDigitsError):
+    """A run, model or version does not exist or does not fit the request."""
+
+    exit_code = 2
+
+
+class TrackingError(SignDigitsError):
+    """The tracking store does not hold what it should."""
+
+    exit_code = 2
+
+
+class DownloadError(SignDigitsError):
+    """The photographs could not be fetched; nothing was left behind."""
+
+
+class TrainingDiverged(SignDigitsError):
+    """The training loss is no longer a number."""

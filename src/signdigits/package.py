@@ -1,0 +1,89 @@
+"""A trained network becomes a model that `mlflow models serve` can answer with."""
+
+import base64
+import importlib.metadata
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+import mlflow.pyfunc
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.types.schema import ColSpec, DataType, Map, Schema
+from PIL import Image
+
+from signdigits import images, tracking
+from signdigits.data import Data
+
+if TYPE_CHECKING:
+    import keras
+
+# What the served model imports; the installed versions are pinned in the model.
+REQUIREMENTS = ("mlflow", "tensorflow", "keras", "numpy", "pandas", "pillow")
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "image")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.string, "label"),
+            ColSpec(DataType.double, "probability"),
+            ColSpec(Map(DataType.double), "probabilities"),
+        ]
+    ),
+)
+
+
+def log_model(network: "keras.Sequential", data: Data, facts: Mapping[str, Any]) -> ModelInfo:
+    """Log the network with the active run as a model that takes photographs as they are.
+
+    The model is code (served_model.py) with the network, the decoder that training used (images.py) and the
+    settings as its files: nothing is pickled. `facts` become tags that follow the model into the registry.
+    """
+    active = mlflow.active_run()
+    assert active is not None
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as workshop:
+        network_file, settings_file = Path(workshop, "network.keras"), Path(workshop, "settings.json")
+        network.save(network_file, include_optimizer=False)
+        settings_file.write_text(json.dumps(settings(data)))
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(here / "served_model.py"),
+            artifacts={
+                "network": str(network_file),
+                "settings": str(settings_file),
+                "images": str(here / "images.py"),
+            },
+            signature=SIGNATURE,
+            input_example=input_example(data),
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
+        )
+    commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
+    tags = tracking.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
+    mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in (tags | facts).items()})
+    return info
+
+
+def settings(data: Data) -> dict[str, Any]:
+    """What the served model must know of how its network was trained."""
+    parameters = data.parameters
+    return {
+        "class_names": data.dataset.class_names,
+        "image_size": parameters.image_size,
+        "color_mode": parameters.color_mode,
+    }
+
+
+def input_example(data: Data) -> pd.DataFrame:
+    """One training photograph as the endpoint takes it: a column `image` of base64 text."""
+    first = data.dataset.photographs[data.split.training[0]]
+    photograph = images.open_image((data.dataset.folder / first.path).read_bytes())
+    array = images.to_array(photograph, data.parameters.image_size, "rgb")
+    jpeg = io.BytesIO()
+    Image.fromarray(array).save(jpeg, "JPEG")
+    return pd.DataFrame({"image": [base64.b64encode(jpeg.getvalue()).decode()]})

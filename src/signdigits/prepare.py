@@ -1,0 +1,117 @@
+"""Report what a folder of photographs holds, before anything is trained on it.
+
+    python -m signdigits prepare --data FOLDER
+    mlflow run . -e prepare -P data=FOLDER
+"""
+
+import logging
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+
+from signdigits import plots, tracking
+from signdigits.data import Data, Dataset
+from signdigits.hyperparameters import DataParameters
+
+log = logging.getLogger(__name__)
+
+
+def prepare(data: Data) -> str:
+    """Report on `data` in a run of its own, and return the run's id."""
+    with tracking.run("prepare", f"prepare {data.dataset.name}") as run:
+        tracking.log_params(asdict(data.parameters))
+        mlflow.log_input(tracking.dataset_input(data.dataset), context="all")
+        log_report(data)
+        tracking.describe(describe(data))
+        return run.info.run_id
+
+
+def log_report(data: Data) -> None:
+    """Log the report, the table of files, the table of classes and a sample to the active run, and print the gist."""
+    found = report(data)
+    mlflow.set_tags(tracking.data_tags(data.dataset, data.split))
+    mlflow.log_metrics(
+        {
+            "photographs": len(data.dataset.photographs),
+            "unreadable": len(data.dataset.unreadable),
+            "classes": len(data.dataset.class_names),
+        }
+    )
+    mlflow.log_dict(found, "data/report.json")
+    mlflow.log_text(files_table(data).to_csv(index=False), "data/files.csv")
+    mlflow.log_figure(sample(data), "data/sample.png")
+    for line in summary(data.dataset, found):
+        log.info("%s", line)
+
+
+def report(data: Data) -> dict[str, Any]:
+    """Counts, sizes and modes, what was unreadable, and the digests of the whole and of each part of the split."""
+    dataset, split = data.dataset, data.split
+    sizes = Counter(f"{width}x{height}" for width, height in (photograph.size for photograph in dataset.photographs))
+    turned = [photograph.path for photograph in dataset.photographs if photograph.orientation != 1]
+    parts = {"training": split.training, "validation": split.validation, "testing": split.testing}
+    return {
+        "dataset": dataset.name,
+        "digest": dataset.digest,
+        "classes": dataset.counts(),
+        "sizes": dict(sizes.most_common()),
+        "modes": dict(Counter(photograph.mode for photograph in dataset.photographs).most_common()),
+        "turned upright": turned,
+        "unreadable": dataset.unreadable,
+        "split": {
+            name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in parts.items()
+        },
+    }
+
+
+def summary(dataset: Dataset, found: dict[str, Any]) -> list[str]:
+    """The report in a few lines for the terminal."""
+    sizes = list(found["sizes"].items())
+    shown = ", ".join(f"{count} of {size}" for size, count in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
+    parts = ", ".join(f"{part['images']} {name}" for name, part in found["split"].items())
+    lines = [
+        f"{dataset.folder}: {len(dataset.photographs)} photographs in {len(dataset.class_names)} classes, {shown}",
+        f"classes: {', '.join(f'{name} {count}' for name, count in found['classes'].items())}",
+        f"split: {parts}; digest {dataset.digest}",
+    ]
+    if found["turned upright"]:
+        lines.append(f"turned upright by their EXIF orientation: {len(found['turned upright'])}")
+    lines += [f"left out: {path}: {reason}" for path, reason in dataset.unreadable.items()]
+    return lines
+
+
+def describe(data: Data) -> str:
+    """The report for the run's page."""
+    rows = "\n".join(f"| {name} | {count} |" for name, count in data.dataset.counts().items())
+    return f"What `{data.parameters.data}` holds. Digest `{data.dataset.digest}`.\n\n| class | photographs |\n|---|---|\n{rows}"
+
+
+def files_table(data: Data) -> pd.DataFrame:
+    """One row a photograph: path, class, checksum, size, mode, orientation, and the part of the split it is in."""
+    parts = np.full(len(data.dataset.photographs), "training", dtype=object)
+    parts[data.split.validation], parts[data.split.testing] = "validation", "testing"
+    rows = [
+        {
+            "path": photograph.path,
+            "class": data.dataset.class_names[photograph.label],
+            "part": part,
+            "width": photograph.size[0],
+            "height": photograph.size[1],
+            "mode": photograph.mode,
+            "orientation": photograph.orientation,
+            "sha256": photograph.checksum,
+        }
+        for photograph, part in zip(data.dataset.photographs, parts, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def sample(data: Data) -> plots.Figure:
+    """The first nine training images, as the network sees them, with their classes."""
+    images, labels = data.training.x[:9], data.training.y[:9]
+    titles = [data.dataset.class_names[label] for label in labels]
+    return plots.photographs(list(images), titles, f"{data.dataset.name}: training images")

@@ -1,0 +1,359 @@
+"""Search the hyperparameters with Optuna, every trial a nested MLflow run, then fit the best again.
+
+    python -m signdigits search --data FOLDER --n_trials 12
+    mlflow run . -e search -P data=FOLDER -P n_trials=12 -P epochs=5:20
+
+The same command continues the same study, whatever ended it: its name follows from the data and the settings.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import keras
+import mlflow
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from signdigits import package, plots, tracking, train
+from signdigits.data import Data
+from signdigits.errors import StudyError
+from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
+
+log = logging.getLogger(__name__)
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+STARTUP_TRIALS = 5  # drawn at random before the sampler and the pruner have something to go by
+MAX_FAILURES = 3  # in a row: then the fault lies with the data or the settings
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study that is being searched, and the run that holds its trials."""
+
+    study: optuna.Study
+    run_id: str
+    data: Data
+    space: Space
+    parameters: StudyParameters
+
+    @property
+    def best(self) -> FrozenTrial:
+        """The best finished trial. Raises StudyError if none is complete."""
+        try:
+            return self.study.best_trial
+        except ValueError as error:
+            raise StudyError(
+                f"study {self.study.study_name}: no trial is complete; raise --timeout or --n_trials"
+            ) from error
+
+    @property
+    def best_hyperparameters(self) -> Hyperparameters:
+        return self.space.complete(self.best.params)
+
+
+def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
+    """Bring the study to `n_trials` finished trials, and return it."""
+    with open_study(data, space, parameters) as opened:
+        optimize(opened)
+        return opened
+
+
+@contextmanager
+def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterator[Search]:
+    """The study of these data and settings, new or continued, inside its MLflow run.
+
+    Raises StudyError if the storage cannot be used, if another process is searching the same study, or if a study
+    of that name was made with other data or settings.
+    """
+    settings = identity(data, space, parameters)
+    name = parameters.study_name if parameters.study_name != "auto" else automatic_name(data, settings)
+    with exclusive(parameters.storage, name):
+        study = load_study(name, settings, space, parameters)
+        with tracking.run("study", name, run_id=study.user_attrs.get("mlflow_run_id")) as run:
+            study.set_user_attr("mlflow_run_id", run.info.run_id)
+            opened = Search(study, run.info.run_id, data, space, parameters)
+            describe(opened)
+            reconcile(opened)
+            yield opened
+
+
+def identity(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
+    """What must be equal for two searches to be one study: data, split, space and what the trials are judged by."""
+    return {
+        **tracking.data_tags(data.dataset, data.split),
+        "image_size": data.parameters.image_size,
+        "color_mode": data.parameters.color_mode,
+        **{name: str(r) for name, r in space.ranges.items()},
+        **space.fixed,
+        "objective": parameters.objective,
+        "pruner": parameters.pruner,
+    }
+
+
+def automatic_name(data: Data, settings: dict[str, Any]) -> str:
+    """The data set's name with eight hexadecimal digits that stand for everything in `settings`."""
+    return f"{data.dataset.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+
+
+@contextmanager
+def exclusive(storage: str, name: str) -> Iterator[None]:
+    """Hold the study alone on this machine. The lock goes with the process, also when it is killed."""
+    address = str(Path(storage.removeprefix("sqlite:///")).resolve()) if storage.startswith("sqlite:") else storage
+    key = hashlib.sha256(f"{address}\0{name}".encode()).hexdigest()[:16]
+    lock = filelock.FileLock(Path(tempfile.gettempdir(), f"signdigits-{key}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise StudyError(
+            f"study {name}: another process is searching it; wait for it, stop it, or give another --study_name"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def load_study(name: str, settings: dict[str, Any], space: Space, parameters: StudyParameters) -> optuna.Study:
+    """The study called `name`, made if it does not exist. Raises StudyError where `settings` are not those it has."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    direction = "maximize" if parameters.objective == "val_accuracy" else "minimize"
+    try:
+        shown = make_url(parameters.storage).render_as_string(hide_password=True)
+    except ArgumentError as error:
+        raise StudyError("storage: not an SQLAlchemy URL, such as sqlite:///optuna.db") from error
+    try:
+        study = optuna.create_study(
+            study_name=name,
+            storage=parameters.storage,
+            direction=direction,
+            pruner=make_pruner(parameters.pruner, space),
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, ImportError) as error:
+        raise StudyError(f"storage={shown}: {str(error).splitlines()[0]}") from error
+    known = study.user_attrs.get("settings")
+    if known is None:
+        study.set_user_attr("settings", settings)
+        study.enqueue_trial(space.baseline(), user_attrs={"drawn": "baseline"})
+    elif known != settings:
+        differing = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
+        changes = ", ".join(f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing)
+        raise StudyError(f"study_name={name}: made with other settings ({changes}); give another --study_name")
+    return study
+
+
+def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
+    """The pruner called `name`; steps are epochs."""
+    epochs = space.ranges["epochs"].high if "epochs" in space.ranges else space.fixed["epochs"]
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=3)
+    if name == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, int(epochs)))
+    return optuna.pruners.NopPruner()
+
+
+def reconcile(opened: Search) -> None:
+    """Close what a killed process left open, in both stores, and queue the trials that it did not finish."""
+    study = opened.study
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)
+        log.info("trial %d was interrupted: it is tried again", trial.number)
+    retried = {trial.user_attrs.get("retry_of") for trial in study.get_trials(deepcopy=False)}
+    interrupted = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.FAIL])
+        if "failure_reason" not in trial.user_attrs
+    ]
+    for trial in interrupted:
+        if trial.number not in retried:
+            drawn = trial.system_attrs.get("fixed_params", {}) | trial.params
+            study.enqueue_trial(drawn, user_attrs={"retry_of": trial.number})
+    close_runs(opened.run_id, {trial.number for trial in interrupted})
+
+
+def close_runs(study_run_id: str, interrupted: set[int]) -> None:
+    """Mark as KILLED the nested runs that are still RUNNING, and those of the interrupted trials."""
+    client = mlflow.MlflowClient()
+    for run in children(study_run_id):
+        number = run.data.tags.get("trial")
+        left_open = run.info.status == "RUNNING"
+        # A process killed between the two stores leaves a FINISHED run of a trial that Optuna does not know as such.
+        unknown = run.info.status == "FINISHED" and number is not None and int(number) in interrupted
+        if left_open or unknown:
+            client.set_tag(run.info.run_id, "failure_reason", "interrupted")
+            client.set_tag(run.info.run_id, "trial_state", "INTERRUPTED")
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def children(run_id: str) -> list[mlflow.entities.Run]:
+    """The runs nested under a run, oldest first."""
+    experiment = mlflow.get_run(run_id).info.experiment_id
+    found = mlflow.search_runs(
+        [experiment],
+        f"tags.`mlflow.parentRunId` = '{run_id}'",
+        order_by=["attributes.start_time ASC"],
+        output_format="list",
+    )
+    return list(found)
+
+
+def optimize(opened: Search) -> None:
+    """Run trials until the study has `n_trials` finished ones or the time is up, then report on it."""
+    study, parameters = opened.study, opened.parameters
+    started = time.monotonic()
+    done = len(study.get_trials(deepcopy=False, states=FINISHED))
+    log.info("study %s: %d of %d trials are finished", study.study_name, done, parameters.n_trials)
+    while done < parameters.n_trials:
+        left = parameters.timeout - (time.monotonic() - started)
+        if parameters.timeout and left <= 0:
+            log.info("time is up after %d of %d trials; the same command goes on", done, parameters.n_trials)
+            break
+        # The sampler's state is not in the storage: seeded by what is finished, a search that was interrupted draws
+        # what an uninterrupted one would have drawn.
+        study.sampler = optuna.samplers.TPESampler(
+            seed=int(opened.space.fixed.get("seed", 0)) + done, n_startup_trials=STARTUP_TRIALS
+        )
+        study.optimize(lambda trial: run_trial(opened, trial), n_trials=1, catch=(Exception,))
+        done = len(study.get_trials(deepcopy=False, states=FINISHED))
+        log_progress(opened, started)
+        refuse_failures(study)
+    log_study(opened)
+
+
+def run_trial(opened: Search, trial: optuna.Trial) -> float:
+    """The objective: fit the hyperparameters that `trial` draws, in a nested run, and return what it reached."""
+    hyperparameters = opened.space.suggest(trial)
+    data, objective = opened.data, opened.parameters.objective
+    with tracking.run("trial", f"trial-{trial.number:03d}") as run:
+        trial.set_user_attr("mlflow_run_id", run.info.run_id)
+        mlflow.set_tags({"trial": trial.number, "study": opened.study.study_name, "trial_state": "RUNNING"})
+        mlflow.set_tags({name: str(value) for name, value in trial.user_attrs.items()})
+        mlflow.log_params(asdict(hyperparameters))
+        mlflow.set_tags(tracking.data_tags(data.dataset, data.split))
+        pruning = Pruning(trial, objective)
+        try:
+            fitted = train.fit(
+                data.training,
+                data.validation,
+                len(data.dataset.class_names),
+                hyperparameters,
+                callbacks=[pruning],
+                title=f"trial {trial.number}",
+            )
+        except Exception as error:
+            trial.set_user_attr("failure_reason", f"{type(error).__name__}: {error}"[:2000])
+            mlflow.set_tag("trial_state", "FAIL")
+            raise
+        trial.set_user_attr("val_accuracy", fitted.last("val_accuracy"))
+        mlflow.log_metric("val_loss_fluctuation", train.fluctuation(fitted.history["val_loss"]))
+        mlflow.set_tag("trial_state", "PRUNED" if pruning.pruned else "COMPLETE")
+    if pruning.pruned:
+        raise optuna.TrialPruned
+    return fitted.last(objective)
+
+
+class Pruning(keras.callbacks.Callback):
+    """Reports each epoch to the trial, and stops the training where the pruner says so.
+
+    It does not raise: what autologging has not written yet would be lost.
+    """
+
+    def __init__(self, trial: optuna.Trial, objective: str) -> None:
+        super().__init__()
+        self.trial, self.objective, self.pruned = trial, objective, False
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self.trial.report((logs or {})[self.objective], step=epoch + 1)
+        last = epoch + 1 == self.params["epochs"]
+        if not last and self.trial.should_prune():
+            self.pruned = True
+            self.model.stop_training = True
+
+
+def refuse_failures(study: optuna.Study) -> None:
+    """Raise StudyError when the last trials have all failed: more of them would not help."""
+    last = study.get_trials(deepcopy=False)[-MAX_FAILURES:]
+    if len(last) == MAX_FAILURES and all(trial.state == TrialState.FAIL for trial in last):
+        raise StudyError(
+            f"study {study.study_name}: the last {MAX_FAILURES} trials failed, at last with "
+            f"{last[-1].user_attrs.get('failure_reason')}"
+        )
+
+
+def log_progress(opened: Search, started: float) -> None:
+    """One line for the trial that has just ended: what it tried and reached, the best so far, the time left."""
+    study, parameters = opened.study, opened.parameters
+    trials = study.get_trials(deepcopy=False)
+    trial = max((trial for trial in trials if trial.state.is_finished()), key=lambda trial: trial.datetime_complete)
+    ended = [t for t in trials if t.state in FINISHED]
+    seconds = trial.duration.total_seconds() if trial.duration else 0.0
+    drawn = "  ".join(f"{name} {shown(value)}" for name, value in trial.params.items())
+    value = f"{trial.value:.4f}" if trial.value is not None else "-"
+    durations = [t.duration.total_seconds() for t in ended if t.duration]
+    left = sum(durations) / max(len(durations), 1) * (parameters.n_trials - len(ended))
+    if parameters.timeout:
+        left = min(left, max(parameters.timeout - (time.monotonic() - started), 0))
+    complete = any(t.state == TrialState.COMPLETE for t in trials)
+    best = f"best {study.best_value:.4f} (trial {study.best_trial.number})" if complete else "no best yet"
+    log.info(
+        "%d/%d  trial %d %s: %s %s  %s  %.0f s;  %s, about %s left",
+        len(ended), parameters.n_trials, trial.number, trial.state.name.lower(), parameters.objective, value, drawn,
+        seconds, best, duration(left),
+    )  # fmt: skip
+    if reason := trial.user_attrs.get("failure_reason"):
+        log.warning("trial %d failed: %s", trial.number, reason)
+
+
+def shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def describe(opened: Search) -> None:
+    """Log what the study is made of to its run, with a description that a stranger understands."""
+    data, space, parameters = opened.data, opened.space, opened.parameters
+    ranges = {name: str(r) for name, r in space.ranges.items()}
+    tracking.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
+    tracking.log_data(data, parts=("training", "validation"))
+    tracking.log_versions()
+    mlflow.set_tag("study", opened.study.study_name)
+    rows = "\n".join(f"| `{name}` | {r.low} to {r.high}{', logarithmic' if r.log else ''} |" for name, r in space.ranges.items())
+    tracking.describe(
+        f"**A study on `{data.parameters.data}`.** Every nested run is a *trial*: the same network trained on "
+        f"{len(data.training)} images with other hyperparameters, judged by `{parameters.objective}` on "
+        f"{len(data.validation)} others. The run named *refit* is the best trial fitted again on both, scored on "
+        f"{len(data.split.testing)} test images that no trial has seen.\n\n| searched | from |\n|---|---|\n{rows}\n"
+    )
+
+
+def log_study(opened: Search) -> None:
+    """Log the best trial, the counts, the importances and Optuna's pictures to the study's run, and print the links."""
+    study, objective = opened.study, opened.parameters.objective
+    trials = study.get_trials(deepcopy=False)
+    for state in TrialState:
+        mlflow.log_metric(f"trials_{state.name.lower()}", sum(trial.state == state for trial in trials))
+    best = opened.best
+    mlflow.set_tags({"best_trial": best.number, "best_run_id": best.user_attrs.get("mlflow_run_id", "")})
+    values = {f"best_{name}": value for name, value in best.params.items()}
+    mlflow.log_metrics({"best_trial": best.number, f"best_{objective}": study.best_value, **values})
+    for name, figure in plots.study(study, objective):
+        mlflow.log_figure(figure, f"study/{name}.png")
+    mlflow.log_text(study.trials_dataframe().to_csv(index=False), "study/trials.csv")
+    log.info(
+        "best trial %d: %s %.4f with %s", best.number, objective, study.best_value,
+        ", ".join(f"{name}={shown(value)}" for name, value in best.params.items()),
+    )  # fmt: skip

@@ -1,0 +1,181 @@
+"""What every command does with an MLflow run: open it, name it, describe it, and leave it with a true status."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlflow
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.sources import LocalArtifactDatasetSource
+from mlflow.entities import LoggedModel, Run
+from mlflow.exceptions import MlflowException
+
+from signdigits.data import Data, Dataset, Split
+from signdigits.errors import ModelError, TrackingError
+
+log = logging.getLogger(__name__)
+
+EXPERIMENT = "sign-digits"
+
+EXPERIMENT_DESCRIPTION = """\
+**Reading the digit that a photographed hand signs.** Each *study* is one run that holds its trials as nested runs:
+every trial trains the same small network with another `initial_learning_rate`, `decay_rate` and number of `epochs`.
+The best is fitted again (*refit*), scored once on test images that nothing before has seen, and registered as
+`sign-digits`. Select a study's trials and press **Compare** to plot these three against `val_accuracy`.
+"""
+
+# What the result of a run depends on; their versions are recorded with it.
+PACKAGES = ("mlflow", "tensorflow", "keras", "optuna", "numpy", "pillow", "pandas", "scikit-learn")
+
+# MLflow's own invention for a run that nobody named: adjective-animal-number.
+RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
+
+
+@contextmanager
+def run(role: str, name: str, run_id: str | None = None) -> Iterator[mlflow.ActiveRun]:
+    """A run that says truly how it ended: FINISHED, FAILED with its reason, or KILLED when interrupted.
+
+    Continues `run_id` if given; otherwise the run that `mlflow run` made for this process, if it did; otherwise a
+    new one, nested under the active run if there is one. `role` becomes a tag: prepare, train, study, trial,
+    refit, evaluate or register.
+    """
+    active = start(name, run_id)
+    try:
+        if RANDOM_NAME.fullmatch(active.info.run_name or ""):
+            mlflow.set_tag("mlflow.runName", name)
+        mlflow.set_tag("role", role)
+        yield active
+    except KeyboardInterrupt:
+        mlflow.set_tag("failure_reason", "interrupted")
+        mlflow.end_run("KILLED")
+        raise
+    except BaseException as error:
+        mlflow.set_tag("failure_reason", f"{type(error).__name__}: {error}"[:5000])
+        mlflow.end_run("FAILED")
+        raise
+    mlflow.end_run()
+
+
+def start(name: str, run_id: str | None) -> mlflow.ActiveRun:
+    """Start or continue the run; raises TrackingError if the store does not hold a run that it should."""
+    try:
+        if run_id is None:
+            return mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None)
+        known = mlflow.get_run(run_id)
+        if known.info.lifecycle_stage == "deleted":
+            raise TrackingError(f"run {run_id} was deleted; bring it back with `mlflow runs restore --run-id {run_id}`")
+        mlflow.set_experiment(experiment_id=known.info.experiment_id)  # MLflow refuses a run of another experiment
+        retire_launching_run(run_id)
+        return mlflow.start_run(run_id=run_id)
+    except MlflowException as error:
+        raise TrackingError(
+            f"{mlflow.get_tracking_uri()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
+            "to the address of the store that holds the run"
+        ) from error
+
+
+def retire_launching_run(run_id: str) -> None:
+    """Remove the run that `mlflow run` made for this process, if its work goes on in another one.
+
+    It would stand empty in the UI beside the study that it continues. MLflow's deletion is soft:
+    `mlflow runs restore` brings it back.
+    """
+    launched = os.environ.pop("MLFLOW_RUN_ID", run_id)
+    if launched != run_id:
+        client = mlflow.MlflowClient()
+        client.set_tag(launched, "continues", run_id)
+        client.set_terminated(launched)
+        client.delete_run(launched)
+
+
+def open_experiment() -> None:
+    """Make the experiment of the surroundings, or the project's own, the active one, and describe it if nobody has."""
+    chosen = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+    if not any(os.environ.get(name) for name in chosen):
+        mlflow.set_experiment(EXPERIMENT)
+    client = mlflow.MlflowClient()
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        try:
+            experiment_id = client.get_run(run_id).info.experiment_id
+        except MlflowException:
+            return  # `run` says what is wrong
+    else:
+        experiment_id = mlflow.tracking.fluent._get_experiment_id()
+    if "mlflow.note.content" not in client.get_experiment(experiment_id).tags:
+        client.set_experiment_tag(experiment_id, "mlflow.note.content", EXPERIMENT_DESCRIPTION)
+
+
+def describe(text: str) -> None:
+    """Set the description that the UI shows on top of the active run (Markdown)."""
+    mlflow.set_tag("mlflow.note.content", text)
+
+
+def log_params(params: Mapping[str, Any]) -> None:
+    """Record `params` on the active run, leaving alone what `mlflow run` has recorded, as text, already."""
+    active = mlflow.active_run()
+    assert active is not None
+    present = mlflow.get_run(active.info.run_id).data.params
+    mlflow.log_params({name: value for name, value in params.items() if name not in present})
+
+
+def log_data(data: Data, *, parts: tuple[str, ...]) -> None:
+    """Record which images the active run works on: digests as tags, and `parts` as MLflow dataset inputs."""
+    mlflow.set_tags(data_tags(data.dataset, data.split))
+    for part in parts:
+        mlflow.log_input(dataset_input(data.dataset, getattr(data.split, part)), context=part)
+
+
+def data_tags(dataset: Dataset, split: Split) -> dict[str, str]:
+    """What identifies the images and their split."""
+    return {
+        "dataset": dataset.name,
+        "dataset_digest": dataset.digest,
+        "split": "random",
+        "test_digest": dataset.part_digest(split.testing),
+        "test_images": str(len(split.testing)),
+    }
+
+
+def dataset_input(dataset: Dataset, indices: Any = None) -> MetaDataset:
+    """The data set, or some of its photographs, as an MLflow input."""
+    source = LocalArtifactDatasetSource(str(dataset.folder.resolve()))
+    found = dataset.digest if indices is None else dataset.part_digest(indices)
+    return MetaDataset(source, name=dataset.name, digest=found)
+
+
+def log_versions() -> None:
+    """Record Python's version and those of the packages that decide the result."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    mlflow.log_dict({"python": platform.python_version(), **versions}, "versions.json")
+
+
+def find_run(run_id: str) -> Run:
+    try:
+        return mlflow.get_run(run_id)
+    except MlflowException as error:
+        raise ModelError(
+            f"run_id={run_id}: no such run in {mlflow.get_tracking_uri()}; copy the id from the MLflow UI"
+        ) from error
+
+
+def find_model(run_id: str, model_uri: str) -> LoggedModel:
+    """The logged model that `run_id` trained, or that lies at `model_uri`. Raises ModelError if there is none."""
+    if bool(run_id) == bool(model_uri):
+        raise ModelError(f"run_id={run_id!r}, model_uri={model_uri!r}: give one of the two")
+    if run_id:
+        outputs = find_run(run_id).outputs
+        if not outputs or not outputs.model_outputs:
+            raise ModelError(f"run_id={run_id}: the run has no model; give a run of the role train or refit")
+        return mlflow.get_logged_model(outputs.model_outputs[-1].model_id)
+    try:
+        info = mlflow.models.get_model_info(model_uri)
+    except (MlflowException, OSError) as error:
+        raise ModelError(f"model_uri={model_uri}: no such model ({error})") from error
+    if info.model_id is None:
+        raise ModelError(f"model_uri={model_uri}: not a model of this tracking store")
+    return mlflow.get_logged_model(info.model_id)
