@@ -104,7 +104,7 @@ def log_mlflow_evaluation(table: pd.DataFrame) -> None:
         predictions="prediction",
         model_type="classifier",
         evaluators="default",
-        evaluator_config={"metric_prefix": "test_", "log_explainer": False},
+        evaluator_config={"metric_prefix": "test_", "log_model_explainability": False},
     )
     per_class = classification_report(table["label"], table["prediction"], output_dict=True, zero_division=0)
     mlflow.log_text(pd.DataFrame(per_class).T.rename_axis("class").to_csv(), "test/per_class.csv")
