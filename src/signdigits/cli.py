@@ -9,6 +9,7 @@ by the command that needs them, after its parameters were checked.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ ENTRY_POINTS: dict[str, tuple[type, ...]] = {
     "register": (hp.ModelParameters, hp.VersionParameters),
 }
 
+# Commands that only look, and so are no entry points.
+PARAMETERS = ENTRY_POINTS | {"show": (), "links": (hp.LinkParameters,)}
+
 SUMMARIES = {
     "main": "prepare, search, refit, evaluate and register: the whole job",
     "prepare": "report on a folder of photographs",
@@ -38,6 +42,7 @@ SUMMARIES = {
     "search": "search the hyperparameters, every trial a nested run",
     "evaluate": "score a model on the test images",
     "register": "register a model, or move its alias to another version",
+    "show": "say which version is the champion",
     "links": "print the addresses in the MLflow UI that matter",
 }
 
@@ -70,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in SUMMARIES.items():
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        for group in ENTRY_POINTS.get(name, ()):
+        for group in PARAMETERS[name]:
             for declared in fields(hp.Hyperparameters if group is hp.Space else group):
                 add_option(command, declared, searched=group is hp.Space)
     return parser
@@ -111,7 +116,7 @@ READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": s
 
 def run(command: str, values: dict[str, Any]) -> None:
     """Check the parameters, group by group, and hand them to the command."""
-    groups = [make_group(group, values) for group in ENTRY_POINTS.get(command, ())]
+    groups = [make_group(group, values) for group in PARAMETERS[command]]
     quiet_mlflow()
     COMMANDS[command](*groups)
 
@@ -124,14 +129,17 @@ def make_group(group: type, values: dict[str, Any]) -> Any:
 
 
 def quiet_mlflow() -> None:
-    """Leave MLflow's warnings and drop what it tells of making its tables."""
+    """Leave MLflow's warnings, and drop its progress bars of a millisecond and what it tells of making its tables."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow  # noqa: F401, it sets its own levels when imported
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def run_main(source: hp.DataParameters, space: hp.Space, study: hp.StudyParameters, registry: hp.RegistryParameters) -> None:
+def run_main(
+    source: hp.DataParameters, space: hp.Space, study: hp.StudyParameters, registry: hp.RegistryParameters
+) -> None:
     data = load(source)
     from signdigits import main
 
@@ -188,10 +196,16 @@ def run_register(which: hp.ModelParameters, version: hp.VersionParameters) -> No
     register.register(which, version)
 
 
-def run_links() -> None:
+def run_show() -> None:
+    from signdigits import register
+
+    log.info("%s", register.show())
+
+
+def run_links(parameters: hp.LinkParameters) -> None:
     from signdigits import links
 
-    for line in links.latest():
+    for line in links.latest(parameters):
         log.info("%s", line)
 
 
@@ -202,5 +216,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": run_search,
     "evaluate": run_evaluate,
     "register": run_register,
+    "show": run_show,
     "links": run_links,
 }

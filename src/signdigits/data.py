@@ -195,7 +195,7 @@ def split_photographs(dataset: Dataset) -> Split:
     from the classes, is for validation. Raises DataError if a class is missing from one of the three parts.
     """
     order = list(range(len(dataset.photographs)))
-    np.random.RandomState(SPLIT_SEED).shuffle(order)  # noqa: NPY002, the generator that Keras uses
+    np.random.RandomState(SPLIT_SEED).shuffle(order)
     n_test = int(TEST_FRACTION * len(order))
     rest, testing = np.array(order[: len(order) - n_test], int), np.array(order[len(order) - n_test :], int)
     labels = dataset.labels
@@ -225,8 +225,9 @@ def require_each_class(dataset: Dataset, labels: np.ndarray, least: int, part: s
 def read_images(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Images:
     """Decode the photographs at `indices`, in that order."""
     arrays = [
-        decode((dataset.folder / dataset.photographs[i].path).read_bytes(), parameters.image_size, parameters.color_mode)
+        decode(
+            (dataset.folder / dataset.photographs[i].path).read_bytes(), parameters.image_size, parameters.color_mode
+        )
         for i in indices
     ]
     return Images(np.stack(arrays), dataset.labels[indices])
-

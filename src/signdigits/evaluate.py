@@ -1,7 +1,7 @@
 """Score a model on the test images, through the very artifact that will be served.
 
-    python -m signdigits evaluate --data FOLDER --run_id RUN
-    mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champion
+python -m signdigits evaluate --data FOLDER --run_id RUN
+mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champion
 """
 
 import base64
@@ -68,7 +68,7 @@ def score(model: LoggedModel, dataset: Dataset) -> Scores:
     log_mistakes(table, dataset)
     found = {"test_accuracy": str(accuracy), "test_images": str(len(table)), "test_digest": tags["test_digest"]}
     mlflow.set_logged_model_tags(model.model_id, found)
-    log.info("test accuracy %.4f on %d images that nothing before has seen", accuracy, len(table))
+    log.info("test accuracy %.4f on %d test images", accuracy, len(table))
     return Scores(accuracy, len(table), tags["test_digest"])
 
 
@@ -117,7 +117,5 @@ def log_mistakes(table: pd.DataFrame, dataset: Dataset) -> None:
     if wrong.empty:
         return
     pictures = [images.decode((dataset.folder / path).read_bytes(), 200, "rgb") for path in wrong["path"]]
-    titles = [
-        f"{row.label} read as {row.prediction}\n{row.probability:.0%}, {row.path}" for row in wrong.itertuples()
-    ]
+    titles = [f"{row.label} read as {row.prediction}\n{row.probability:.0%}, {row.path}" for row in wrong.itertuples()]
     mlflow.log_figure(plots.photographs(pictures, titles, "Worst mistakes", columns=4), "test/worst_mistakes.png")

@@ -94,7 +94,9 @@ class SourceParameters(Checked):
 class DataParameters(SourceParameters):
     """Which photographs, and how the network sees them."""
 
-    image_size: int = parameter(100, "height and width that every photograph is resized to, in pixels", low=8, high=1024)
+    image_size: int = parameter(
+        100, "height and width that every photograph is resized to, in pixels", low=8, high=1024
+    )
     color_mode: str = parameter(
         "rgb", "rgb: 3 channels, 0 to 255; grayscale: 1 channel, inverted, 1 - x/255", choices=("rgb", "grayscale")
     )
@@ -138,9 +140,7 @@ class StudyParameters(Checked):
         "what the search improves, at the last epoch: val_accuracy (up) or val_loss (down)",
         choices=("val_accuracy", "val_loss"),
     )
-    pruner: str = parameter(
-        "median", "what ends hopeless trials early", choices=("median", "hyperband", "none")
-    )
+    pruner: str = parameter("median", "what ends hopeless trials early", choices=("median", "hyperband", "none"))
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,13 @@ class VersionParameters(RegistryParameters):
     """Which registered version, where one is registered already."""
 
     version: int = parameter(0, "registered version to move the alias to, forwards or back; 0: register run_id", low=0)
+
+
+@dataclass(frozen=True)
+class LinkParameters(Checked):
+    """Where the UI of a local store is served."""
+
+    port: int = parameter(5000, "port that the MLflow UI listens on", low=1, high=65_535)
 
 
 @dataclass(frozen=True)
@@ -211,10 +218,10 @@ class Space:
 
 def search_default(declared: Field[Any]) -> Range | Number:
     """The value or range that a search uses for a parameter unless told otherwise."""
-    search = declared.metadata["search"]
-    return declared.default if search is None else search
+    search: Range | Number | None = declared.metadata["search"]
+    default: Any = declared.default
+    return default if search is None else search
 
 
 def is_integer(name: str) -> bool:
     return {f.name: f.type for f in fields(Hyperparameters)}[name] is int
-

@@ -1,7 +1,7 @@
 """The whole job: report on the data, search, fit the best again, score it on the test images, register it.
 
-    python -m signdigits main --data FOLDER --n_trials 12
-    mlflow run . -e main -P data=FOLDER -P n_trials=12
+python -m signdigits main --data FOLDER --n_trials 12
+mlflow run . -e main -P data=FOLDER -P n_trials=12
 """
 
 import logging
@@ -80,7 +80,7 @@ def summary(opened: search.Search, model: LoggedModel, decision: register.Decisi
         "",
         *(f"  {name:{width}}  {value}" for name, value in rows.items()),
         "",
-        f"  see it       scripts/ui, then {links.compare_study(tracking.find_run(opened.run_id))}",
+        f"  see it       scripts/ui, then {links.compare(links.ui(), tracking.find_run(opened.run_id))}",
         f"  serve it     scripts/serve, or: mlflow models serve -m models:/{register.REGISTERED_MODEL}@champion",
         "  ask it       scripts/predict PHOTOGRAPH...",
     ]

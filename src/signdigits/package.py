@@ -65,7 +65,7 @@ def log_model(network: "keras.Sequential", data: Data, facts: Mapping[str, Any])
         )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
     tags = tracking.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
-    mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in (tags | facts).items()})
+    mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info
 
 

@@ -1,6 +1,7 @@
 """The pictures that a run keeps. Every function returns a matplotlib figure, or one with its name."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -38,23 +39,28 @@ def photographs(images: Sequence[np.ndarray], titles: Sequence[str], title: str,
     return figure
 
 
-def study(study: "optuna.Study", objective: str) -> Iterator[tuple[str, Figure]]:
-    """What Optuna can draw of a study so far, each with its name; some pictures need two complete trials."""
+def study(study: "optuna.Study", objective: str) -> dict[str, Figure]:
+    """What Optuna can draw of a study so far, by name; some pictures need two complete trials."""
     import optuna.visualization.matplotlib as draw
+    from optuna.exceptions import ExperimentalWarning
     from optuna.trial import TrialState
 
     matplotlib.use("agg")  # Optuna draws through pyplot, which would look for a screen
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     searched = {name for trial in complete for name, values in trial.distributions.items() if not values.single()}
-    single = [("optimization_history", draw.plot_optimization_history)]
-    several = [
-        ("param_importances", draw.plot_param_importances),
-        ("parallel_coordinate", draw.plot_parallel_coordinate),
-        ("slice", draw.plot_slice),
-    ]
-    for name, function in single + (several if len(complete) > 1 and searched else []):
-        yield name, as_figure(function(study, target_name=objective))
-    yield "intermediate_values", as_figure(draw.plot_intermediate_values(study))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # so is every matplotlib picture of Optuna's
+        pictures: dict[str, object] = {
+            "optimization_history": draw.plot_optimization_history(study, target_name=objective),
+            "intermediate_values": draw.plot_intermediate_values(study),
+        }
+        if len(complete) > 1 and searched:
+            pictures |= {
+                "param_importances": draw.plot_param_importances(study, target_name=objective),
+                "parallel_coordinate": draw.plot_parallel_coordinate(study, target_name=objective),
+                "slice": draw.plot_slice(study, target_name=objective),
+            }
+    return {name: as_figure(drawn) for name, drawn in pictures.items()}
 
 
 def as_figure(drawn: object) -> Figure:

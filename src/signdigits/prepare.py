@@ -1,7 +1,7 @@
 """Report what a folder of photographs holds, before anything is trained on it.
 
-    python -m signdigits prepare --data FOLDER
-    mlflow run . -e prepare -P data=FOLDER
+python -m signdigits prepare --data FOLDER
+mlflow run . -e prepare -P data=FOLDER
 """
 
 import logging
@@ -15,7 +15,6 @@ import pandas as pd
 
 from signdigits import plots, tracking
 from signdigits.data import Data, Dataset
-from signdigits.hyperparameters import DataParameters
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +61,7 @@ def report(data: Data) -> dict[str, Any]:
         "modes": dict(Counter(photograph.mode for photograph in dataset.photographs).most_common()),
         "turned upright": turned,
         "unreadable": dataset.unreadable,
-        "split": {
-            name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in parts.items()
-        },
+        "split": {name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in parts.items()},
     }
 
 

@@ -1,8 +1,8 @@
 """Put a model into the registry, and decide which version is the champion.
 
-    python -m signdigits register --run_id RUN
-    python -m signdigits register --version 1                  # move the alias back
-    mlflow run . -e register -P run_id=RUN
+python -m signdigits register --run_id RUN
+python -m signdigits register --version 1                  # move the alias back
+mlflow run . -e register -P run_id=RUN
 """
 
 import logging
@@ -127,6 +127,18 @@ def give(decision: Decision) -> None:
     if decision.alias == CHAMPION and challenger and challenger.version == decision.version:
         client.delete_registered_model_alias(REGISTERED_MODEL, CHALLENGER)
     log.info("%s version %s is now %s: %s", REGISTERED_MODEL, decision.version, decision.alias, decision.reason)
+
+
+def show() -> str:
+    """What is served: the champion's version and what it was measured at. Raises ModelError if there is none."""
+    champion = find_alias(CHAMPION)
+    if champion is None:
+        raise ModelError(f"{REGISTERED_MODEL} has no {CHAMPION} in {mlflow.get_tracking_uri()}; run scripts/quickstart")
+    tags = champion.tags
+    return (
+        f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "
+        f"{tags['test_images']} images of {tags['dataset']}"
+    )
 
 
 def create_version(model: LoggedModel) -> ModelVersion:

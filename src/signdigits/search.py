@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from signdigits import package, plots, tracking, train
+from signdigits import plots, tracking, train
 from signdigits.data import Data
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
@@ -127,7 +127,6 @@ def exclusive(storage: str, name: str) -> Iterator[None]:
 def load_study(name: str, settings: dict[str, Any], space: Space, parameters: StudyParameters) -> optuna.Study:
     """The study called `name`, made if it does not exist. Raises StudyError where `settings` are not those it has."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    direction = "maximize" if parameters.objective == "val_accuracy" else "minimize"
     try:
         shown = make_url(parameters.storage).render_as_string(hide_password=True)
     except ArgumentError as error:
@@ -136,7 +135,7 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
         study = optuna.create_study(
             study_name=name,
             storage=parameters.storage,
-            direction=direction,
+            direction="maximize" if parameters.objective == "val_accuracy" else "minimize",
             pruner=make_pruner(parameters.pruner, space),
             load_if_exists=True,
         )
@@ -224,10 +223,14 @@ def optimize(opened: Search) -> None:
         study.sampler = optuna.samplers.TPESampler(
             seed=int(opened.space.fixed.get("seed", 0)) + done, n_startup_trials=STARTUP_TRIALS
         )
-        study.optimize(lambda trial: run_trial(opened, trial), n_trials=1, catch=(Exception,))
-        done = len(study.get_trials(deepcopy=False, states=FINISHED))
-        log_progress(opened, started)
+        study.optimize(
+            lambda trial: run_trial(opened, trial),
+            n_trials=1,
+            catch=(Exception,),
+            callbacks=[lambda _, trial: log_progress(opened, trial, started)],
+        )
         refuse_failures(study)
+        done = len(study.get_trials(deepcopy=False, states=FINISHED))
     log_study(opened)
 
 
@@ -283,19 +286,16 @@ class Pruning(keras.callbacks.Callback):
 
 def refuse_failures(study: optuna.Study) -> None:
     """Raise StudyError when the last trials have all failed: more of them would not help."""
-    last = study.get_trials(deepcopy=False)[-MAX_FAILURES:]
-    if len(last) == MAX_FAILURES and all(trial.state == TrialState.FAIL for trial in last):
-        raise StudyError(
-            f"study {study.study_name}: the last {MAX_FAILURES} trials failed, at last with "
-            f"{last[-1].user_attrs.get('failure_reason')}"
-        )
+    ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    reasons = [trial.user_attrs.get("failure_reason") for trial in ended[-MAX_FAILURES:]]
+    if len(reasons) == MAX_FAILURES and all(reasons):
+        raise StudyError(f"study {study.study_name}: the last {MAX_FAILURES} trials failed, at last with {reasons[-1]}")
 
 
-def log_progress(opened: Search, started: float) -> None:
+def log_progress(opened: Search, trial: FrozenTrial, started: float) -> None:
     """One line for the trial that has just ended: what it tried and reached, the best so far, the time left."""
     study, parameters = opened.study, opened.parameters
     trials = study.get_trials(deepcopy=False)
-    trial = max((trial for trial in trials if trial.state.is_finished()), key=lambda trial: trial.datetime_complete)
     ended = [t for t in trials if t.state in FINISHED]
     seconds = trial.duration.total_seconds() if trial.duration else 0.0
     drawn = "  ".join(f"{name} {shown(value)}" for name, value in trial.params.items())
@@ -331,7 +331,9 @@ def describe(opened: Search) -> None:
     tracking.log_data(data, parts=("training", "validation"))
     tracking.log_versions()
     mlflow.set_tag("study", opened.study.study_name)
-    rows = "\n".join(f"| `{name}` | {r.low} to {r.high}{', logarithmic' if r.log else ''} |" for name, r in space.ranges.items())
+    rows = "\n".join(
+        f"| `{name}` | {r.low} to {r.high}{', logarithmic' if r.log else ''} |" for name, r in space.ranges.items()
+    )
     tracking.describe(
         f"**A study on `{data.parameters.data}`.** Every nested run is a *trial*: the same network trained on "
         f"{len(data.training)} images with other hyperparameters, judged by `{parameters.objective}` on "
@@ -350,7 +352,7 @@ def log_study(opened: Search) -> None:
     mlflow.set_tags({"best_trial": best.number, "best_run_id": best.user_attrs.get("mlflow_run_id", "")})
     values = {f"best_{name}": value for name, value in best.params.items()}
     mlflow.log_metrics({"best_trial": best.number, f"best_{objective}": study.best_value, **values})
-    for name, figure in plots.study(study, objective):
+    for name, figure in plots.study(study, objective).items():
         mlflow.log_figure(figure, f"study/{name}.png")
     mlflow.log_text(study.trials_dataframe().to_csv(index=False), "study/trials.csv")
     log.info(

@@ -10,6 +10,7 @@ import binascii
 import importlib.util
 import json
 import uuid
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,11 +31,10 @@ class SignDigits(PythonModel):
     """Reads a column `image`: base64 text of a JPEG or PNG of any size (or, from Python, its bytes)."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        import keras  # noqa: PLC0415, an MLflow process that only looks at the model does not need it
-        import tensorflow as tf  # noqa: PLC0415
+        import keras  # an MLflow process that only looks at the model does not need it
+        import tensorflow as tf
 
-        with open(context.artifacts["settings"]) as file:
-            settings = json.load(file)
+        settings = json.loads(Path(context.artifacts["settings"]).read_text())
         self.class_names: list[str] = settings["class_names"]
         self.image_size: int = settings["image_size"]
         self.color_mode: str = settings["color_mode"]
@@ -107,7 +107,8 @@ def refusal(message: str) -> MlflowException:
 def load_module(path: str) -> ModuleType:
     """The Python file at `path` as a module that no other import can meet."""
     spec = importlib.util.spec_from_file_location(f"images_{uuid.uuid4().hex}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

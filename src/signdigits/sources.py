@@ -5,7 +5,6 @@ Both are all or nothing: they are made in a folder beside their place and moved 
 
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -46,7 +45,7 @@ def write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
     """
     if target.exists():
         return target
-    from sklearn.datasets import load_digits  # noqa: PLC0415, one second that only the first start needs
+    from sklearn.datasets import load_digits  # one second that only the first start needs
 
     digits = load_digits()
     log.info("Writing scikit-learn's %d handwritten digits to %s", len(digits.images), target)
@@ -70,7 +69,7 @@ def download_sign_language_digits(
     """
     if target.exists():
         return target
-    from keras.utils import get_file  # noqa: PLC0415, ten seconds that only the first start needs
+    from keras.utils import get_file  # ten seconds that only the first start needs
 
     log.info("Downloading the sign language digits, about 25 MB, from %s", url)
     with all_or_nothing(target) as folder:
@@ -100,7 +99,9 @@ def promote(inner: Path, folder: Path) -> None:
 def folder_digest(folder: Path) -> str:
     """`digest` of every file below `folder`."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return digest((path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files)
+    return digest(
+        (path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
+    )
 
 
 def digest(entries: Iterable[tuple[str, str]]) -> str:
@@ -120,7 +121,7 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         try:
-            os.rename(folder, target)
+            folder.rename(target)
         except OSError:
             if not target.is_dir():  # another process may have made the same folder meanwhile
                 raise

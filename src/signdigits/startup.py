@@ -28,7 +28,7 @@ def import_tensorflow() -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # leaves out information, keeps warnings and errors
     with filtered_stderr():
-        import tensorflow as tf  # noqa: PLC0415, ten seconds that most commands do not need
+        import tensorflow as tf  # ten seconds that most commands do not need
 
         tf.config.list_logical_devices()
 

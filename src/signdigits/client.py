@@ -1,0 +1,87 @@
+"""Ask a served model about photographs and print a table.
+
+python -m signdigits.client photograph.jpg another.png
+scripts/predict photograph.jpg another.png
+"""
+
+import argparse
+import base64
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from signdigits.errors import SignDigitsError
+
+URL = "http://127.0.0.1:5001"  # where scripts/serve listens
+ROWS = 32  # photographs in one request
+
+
+class ClientError(SignDigitsError):
+    """The photographs cannot be read, or the server does not answer them."""
+
+    exit_code = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="predict", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a JPEG or PNG photograph")
+    parser.add_argument("--url", default=URL, help="where the model is served (default: %(default)s)")
+    parsed = parser.parse_args(arguments)
+    width = max(len(str(file)) for file in parsed.files)
+    try:
+        print(f"{'file':{width}}  label  probability  next")
+        for file, answer in predict(parsed.files, parsed.url):
+            others = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[1:2]
+            then = "".join(f"{label} {probability:.4f}" for label, probability in others)
+            print(f"{file!s:{width}}  {answer['label']:5}  {answer['probability']:11.4f}  {then}", flush=True)
+    except SignDigitsError as error:
+        print(f"predict: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def predict(files: Sequence[Path], url: str = URL) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each file with the server's answer: `label`, `probability` and `probabilities`.
+
+    Raises ClientError for a file that cannot be read, a server that does not answer, and a photograph it refuses.
+    """
+    contents = [read(file) for file in files]
+    for start in range(0, len(files), ROWS):
+        rows = [{"image": base64.b64encode(content).decode()} for content in contents[start : start + ROWS]]
+        answers = post(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows})["predictions"]
+        yield from zip(files[start : start + ROWS], answers, strict=True)
+
+
+def read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ClientError(f"{file}: {error.strerror}") from error
+
+
+def post(url: str, body: Any) -> Any:
+    """Send `body` as JSON and return the reply."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        raise ClientError(f"{url} refused: {reason(error.read())}") from error
+    except (urllib.error.URLError, ValueError, OSError) as error:
+        raise ClientError(f"{url} does not answer ({error}); start scripts/serve, or give --url") from error
+
+
+def reason(reply: bytes) -> str:
+    """What MLflow's error reply says, without the repetition of what was sent."""
+    try:
+        return str(json.loads(reply)["message"]).rpartition("Error: ")[2]
+    except (ValueError, KeyError):
+        return reply.decode(errors="replace")[:500]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
