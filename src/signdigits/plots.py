@@ -50,6 +50,7 @@ def study(study: "optuna.Study", objective: str) -> dict[str, Figure]:
     searched = {name for trial in complete for name, values in trial.distributions.items() if not values.single()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # so is every matplotlib picture of Optuna's
+        warnings.simplefilter("ignore", UserWarning)  # few trials make all importances equal: the picture shows it
         pictures: dict[str, object] = {
             "optimization_history": draw.plot_optimization_history(study, target_name=objective),
             "intermediate_values": draw.plot_intermediate_values(study),

@@ -1,0 +1,166 @@
+"""Tiny data, real parts: generated photographs, a real SQLite store for each test, a real server on a free port."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from PIL import Image
+
+from signdigits import data, package, startup, tracking
+from signdigits.hyperparameters import DataParameters, Hyperparameters
+
+PROJECT = Path(__file__).parents[1]
+SIZE = 16  # pixels: the smallest network that still has its three poolings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tensorflow() -> None:
+    """Import TensorFlow once, as the command line does."""
+    startup.import_tensorflow()
+
+
+def write_photographs(folder: Path, classes: int = 3, each: int = 20) -> Path:
+    """Class folders `0`, `1`, ... of JPEG files: a bright bar in another place for each class, with noise."""
+    random = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(each):
+            pixels = random.integers(0, 80, (24, 24, 3), dtype=np.uint8)
+            pixels[label * 8 : label * 8 + 6] += 150
+            Image.fromarray(pixels).save(folder / str(label) / f"IMG_{number:04d}.JPG", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 photographs in 3 classes. Not to be changed: make another with `write_photographs`."""
+    return write_photographs(tmp_path_factory.mktemp("photographs") / "bars")
+
+
+@pytest.fixture(scope="session")
+def source(photographs: Path) -> DataParameters:
+    return DataParameters(data=str(photographs), image_size=SIZE)
+
+
+@pytest.fixture(scope="session")
+def loaded(source: DataParameters) -> data.Data:
+    return data.load(source)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables made, to copy: making them takes two seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    with use_store(folder):
+        mlflow.search_experiments()
+    return folder / "mlflow.db"
+
+
+@contextmanager
+def use_store(folder: Path) -> Iterator[str]:
+    """Work in `folder` with its own tracking store, as if the project had been cloned there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    uri = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield uri
+    finally:
+        while mlflow.active_run():
+            mlflow.end_run()
+        mlflow.tracking.fluent._active_experiment_id = None
+        os.chdir(before)
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A tracking store and a working directory of the test's own; yields the store's address."""
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    with use_store(tmp_path) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_experiment("tests")
+        yield uri
+
+
+@pytest.fixture
+def log_model(store: str, loaded: data.Data) -> Callable[..., Any]:
+    """A function that logs a network, untrained, and returns the logged model; its arguments become tags."""
+    from signdigits import model
+
+    def log(**tags: str) -> Any:
+        with tracking.run("train", "train"):
+            network = model.build(loaded.training.x.shape[1:], 3)
+            model.compile_network(network, Hyperparameters())
+            info = package.log_model(network, loaded, {"val_accuracy": 0.5, **tags})
+        return mlflow.get_logged_model(info.model_id)
+
+    return log
+
+
+def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python -m signdigits` in a process of its own."""
+    line = [sys.executable, "-m", "signdigits", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(model_uri: str, log: Path) -> Iterator[str]:
+    """`mlflow models serve` as a user would start it, with unpickling forbidden; yields its address."""
+    url = f"http://127.0.0.1:{free_port()}"
+    line = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model_uri, "--env-manager", "local"]
+    environment = os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [*line, "--port", url.rpartition(":")[2]], stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+    try:
+        wait_until(lambda: answers(f"{url}/ping") or server.poll() is not None, seconds=120)
+        assert server.poll() is None, log.read_text()
+        yield url
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(30)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> None:
+    """Poll until `condition` holds; fail the test if it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def sign_digits() -> Path:
+    """The folder of the real photographs; tests that want it are skipped where SIGN_DIGITS_DATA does not name it."""
+    folder = os.environ.get("SIGN_DIGITS_DATA")
+    if not folder:
+        pytest.skip("SIGN_DIGITS_DATA does not point at the real photographs")
+    return Path(folder).resolve()

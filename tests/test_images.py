@@ -1,0 +1,102 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from signdigits.images import ImageError, decode, open_image, to_array
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def half_black(mode: str = "RGB", size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """White, with the upper half black."""
+    image = Image.new("RGB", size, "white")
+    image.paste("black", (0, 0, size[0], size[1] // 2))
+    return image.convert(mode)
+
+
+def test_rgb_is_unsigned_bytes_from_0_to_255() -> None:
+    array = decode(encode(half_black()), 20, "rgb")
+    assert array.shape == (20, 20, 3)
+    assert array.dtype == np.uint8
+    assert array[0, 0].tolist() == [0, 0, 0]
+    assert array[-1, 0].tolist() == [255, 255, 255]
+
+
+def test_grayscale_is_inverted_like_the_notebooks_reader() -> None:
+    image = Image.fromarray(np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5))
+    array = decode(encode(image), 5, "grayscale")
+    assert array.shape == (5, 5, 1)
+    assert array.dtype == np.float32
+    np.testing.assert_allclose(array[..., 0], 1 - np.asarray(image) / 255, atol=1e-6)
+
+
+def test_grayscale_resamples_the_whole_picture_where_the_notebook_cut_it() -> None:
+    array = decode(encode(half_black(size=(400, 400))), 20, "grayscale")
+    notebook = 1 - np.resize(np.asarray(half_black("L", (400, 400))), (20, 20)) / 255
+    assert array[0].min() == 1
+    assert array[-1].max() == 0
+    assert notebook.min() == 1, "np.resize keeps the first 400 pixels: the first row, all black"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
+    stored = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    image = half_black()
+    image.paste("red", (0, 0, 20, 20))
+    turned = image.transpose(stored[orientation]) if orientation in stored else image
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode(encode(turned, exif=exif), 40, "rgb"), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "LA", "I;16", "YCbCr"])
+@pytest.mark.parametrize(("color_mode", "channels"), [("rgb", 3), ("grayscale", 1)])
+def test_every_pixel_mode_shows_the_same_picture(mode: str, color_mode: str, channels: int) -> None:
+    image = half_black("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    array = to_array(image, 20, color_mode)
+    assert array.shape == (20, 20, channels)
+    dark, light = (0, 255) if color_mode == "rgb" else (1, 0)
+    np.testing.assert_allclose(array[:9], dark, atol=2)
+    np.testing.assert_allclose(array[11:], light, atol=2)
+
+
+def test_what_is_transparent_becomes_white() -> None:
+    assert decode(encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0))), 8, "rgb").min() == 255
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not an image"),
+        (b"hello, this is text", "not an image"),
+        (encode(half_black(), "JPEG")[:-100], "truncated or damaged"),
+        (encode(half_black(), "PNG")[:60], "truncated or damaged"),
+        (encode(half_black(), "PPM"), "format PPM is not one of"),
+    ],
+)
+def test_unusable_bytes_are_refused_with_a_reason(content: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        decode(content, 20, "rgb")
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
+    with pytest.raises(ImageError, match=r"40x40 pixels are more than the 1,000 allowed"):
+        open_image(encode(half_black()), max_pixels=1000)
+    with pytest.raises(ImageError, match="not a readable image"):
+        open_image(encode(Image.new("1", (20_000, 20_000))))

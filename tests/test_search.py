@@ -1,0 +1,209 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import optuna
+import pytest
+from mlflow.entities import Run
+from optuna.testing.pruners import DeterministicPruner
+from optuna.trial import TrialState
+
+from signdigits import data, search
+from signdigits.errors import StudyError
+from signdigits.hyperparameters import Range, Space, StudyParameters
+
+from .conftest import wait_until
+
+SPACE = Space.of(epochs=Range(1, 3), batch_size=16)
+# The same search as options of the command line.
+OPTIONS = ["--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
+THREE = StudyParameters(n_trials=3, pruner="none")
+
+
+def trials(opened: search.Search) -> list[Run]:
+    return [run for run in search.children(opened.run_id) if run.data.tags["role"] == "trial"]
+
+
+def artifacts(run_id: str, folder: str) -> set[str]:
+    return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id, folder)}
+
+
+def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded: data.Data) -> None:
+    opened = search.search(loaded, SPACE, THREE)
+    runs = trials(opened)
+    assert [run.info.run_name for run in runs] == ["trial-000", "trial-001", "trial-002"]
+    for trial, run in zip(opened.study.trials, runs, strict=True):
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == opened.run_id
+        assert run.data.tags["trial_state"] == "COMPLETE"
+        assert {name: float(run.data.params[name]) for name in SPACE.ranges} == pytest.approx(trial.params)
+        assert run.data.metrics["val_accuracy"] == pytest.approx(trial.value)
+        history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")
+        assert len(history) == trial.params["epochs"]
+
+
+def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, loaded: data.Data) -> None:
+    opened = search.search(loaded, SPACE, THREE)
+    run = mlflow.get_run(opened.run_id)
+    best = opened.study.best_trial
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["best_trial"] == best.number
+    assert run.data.metrics["best_val_accuracy"] == pytest.approx(best.value)
+    assert run.data.metrics["best_initial_learning_rate"] == pytest.approx(best.params["initial_learning_rate"])
+    assert run.data.metrics["trials_complete"] == 3
+    assert run.data.tags["best_run_id"] == trials(opened)[best.number].info.run_id
+    assert "A study on" in run.data.tags["mlflow.note.content"]
+    pictures = ("optimization_history", "param_importances", "parallel_coordinate", "slice", "intermediate_values")
+    assert artifacts(opened.run_id, "study") == {f"study/{name}.png" for name in pictures} | {"study/trials.csv"}
+
+
+def test_the_same_command_continues_the_same_study_under_the_same_run(store: str, loaded: data.Data) -> None:
+    first = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
+    second = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
+    third = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
+    assert first.run_id == second.run_id == third.run_id
+    assert len(trials(third)) == 2
+    assert len(mlflow.search_runs(filter_string="tags.role = 'study'")) == 1
+
+
+def test_a_continued_search_draws_what_an_uninterrupted_one_draws(store: str, loaded: data.Data) -> None:
+    search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
+    continued = search.search(loaded, SPACE, THREE)
+    whole = search.search(loaded, SPACE, dataclasses.replace(THREE, study_name="whole"))
+    assert [trial.params for trial in continued.study.trials] == [trial.params for trial in whole.study.trials]
+    assert continued.study.best_value == whole.study.best_value
+
+
+def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: data.Data) -> None:
+    space = Space.of(epochs=3, batch_size=16)
+    with search.open_study(loaded, space, dataclasses.replace(THREE, n_trials=2)) as opened:
+        opened.study.pruner = DeterministicPruner(False)
+        search.optimize(dataclasses.replace(opened, parameters=dataclasses.replace(THREE, n_trials=1)))
+        opened.study.pruner = DeterministicPruner(True)
+        search.optimize(opened)
+    pruned = trials(opened)[1]
+    assert opened.study.trials[1].state == TrialState.PRUNED
+    assert pruned.info.status == "FINISHED"
+    assert pruned.data.tags["trial_state"] == "PRUNED"
+    assert len(mlflow.MlflowClient().get_metric_history(pruned.info.run_id, "val_accuracy")) == 1
+    assert mlflow.get_run(opened.run_id).data.metrics["trials_pruned"] == 1
+
+
+def test_a_failing_trial_leaves_its_reason_and_the_study_goes_on(store: str, loaded: data.Data) -> None:
+    pixels = np.full(loaded.training.x.shape, 1e38, np.float32)
+    broken = dataclasses.replace(loaded, training=data.Images(pixels, loaded.training.y))
+    with pytest.raises(StudyError, match="the last 3 trials failed, at last with TrainingDiverged"):
+        search.search(broken, SPACE, THREE)
+    opened = search.search(loaded, SPACE, THREE)
+    assert Counter(run.info.status for run in trials(opened)) == {"FAILED": 3, "FINISHED": 3}
+    failed = trials(opened)[0]
+    assert failed.data.tags["failure_reason"].startswith("TrainingDiverged: the loss became nan in epoch 1")
+    assert opened.study.trials[0].state == TrialState.FAIL
+
+
+def test_val_loss_can_be_the_objective(store: str, loaded: data.Data) -> None:
+    opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2, objective="val_loss"))
+    assert opened.study.best_value == min(trial.value for trial in opened.study.trials if trial.value)
+    assert opened.study.direction == optuna.study.StudyDirection.MINIMIZE
+
+
+def test_the_time_limit_starts_no_further_trial(store: str, loaded: data.Data) -> None:
+    opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1000, timeout=0.001))
+    assert len(opened.study.trials) <= 2, "the one that ran, and perhaps one that waits"
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband", "none"])
+def test_every_pruner_can_be_chosen(store: str, loaded: data.Data, pruner: str) -> None:
+    opened = search.search(loaded, SPACE, StudyParameters(n_trials=1, pruner=pruner))
+    assert type(opened.study.pruner).__name__.lower().startswith(pruner.replace("none", "nop"))
+
+
+def test_a_study_of_other_settings_is_refused_by_what_differs(store: str, loaded: data.Data) -> None:
+    named = dataclasses.replace(THREE, n_trials=1, study_name="mine")
+    search.search(loaded, SPACE, named)
+    with pytest.raises(StudyError, match=r"other settings \(batch_size was 16, is 8\); give another --study_name"):
+        search.search(loaded, Space.of(epochs=Range(1, 3), batch_size=8), named)
+
+
+def test_a_study_that_another_process_searches_is_refused(store: str, loaded: data.Data) -> None:
+    named = dataclasses.replace(THREE, study_name="mine")
+    with (
+        search.exclusive(named.storage, "mine"),
+        pytest.raises(StudyError, match="another process is searching it"),
+        search.open_study(loaded, SPACE, named),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("not a url", "storage: not an SQLAlchemy URL"),
+        ("sqlite:///missing/folder/optuna.db", "unable to open database file"),
+        ("postgresql+nodriver://me:secret@nowhere/db", r"storage=postgresql\+nodriver://me:\*\*\*@nowhere/db"),
+    ],
+)
+def test_an_unusable_storage_is_refused_without_its_password(
+    store: str, loaded: data.Data, storage: str, message: str
+) -> None:
+    with pytest.raises(StudyError, match=message) as raised:
+        search.search(loaded, SPACE, dataclasses.replace(THREE, storage=storage))
+    assert "secret" not in str(raised.value)
+
+
+def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
+    store: str, loaded: data.Data, photographs: Path
+) -> None:
+    line = [sys.executable, "-m", "signdigits", "search", "--data", str(photographs), *OPTIONS, "--pruner", "none"]
+    line += ["--n_trials", "4"]
+    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": dict(os.environ)}
+
+    process = subprocess.Popen(line, **options)
+    wait_until(lambda: running_after_a_finished_one(), seconds=120)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert running_after_a_finished_one(), "killed in the middle of a trial"
+
+    subprocess.run(line, check=True, timeout=300, **options)
+    (name,) = optuna.get_all_study_names("sqlite:///optuna.db")
+    study = optuna.load_study(study_name=name, storage="sqlite:///optuna.db")
+    states = Counter(trial.state for trial in study.trials)
+    assert states == {TrialState.COMPLETE: 4, TrialState.FAIL: 1}
+
+    everything = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert {run.info.status for run in everything} == {"FINISHED", "KILLED"}
+    (parent,) = [run for run in everything if run.data.tags["role"] == "study"]
+    children = [run for run in everything if run.data.tags["role"] == "trial"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert Counter(run.info.status for run in children) == {"FINISHED": 4, "KILLED": 1}
+
+    (killed,) = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    (retry,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == killed.number]
+    assert retry.params == killed.params | retry.params
+    whole = search.search(loaded, SPACE, StudyParameters(n_trials=4, pruner="none", study_name="whole"))
+    finished = [trial.params for trial in study.trials if trial.state == TrialState.COMPLETE]
+    assert finished == [trial.params for trial in whole.study.trials], "the kill changed nothing"
+
+
+def running_after_a_finished_one() -> bool:
+    """Whether the search in this folder has a finished trial and a running one, in both stores."""
+    if not Path("optuna.db").exists():
+        return False
+    try:
+        states = [
+            trial.state
+            for name in optuna.get_all_study_names("sqlite:///optuna.db")
+            for trial in optuna.load_study(study_name=name, storage="sqlite:///optuna.db").trials
+        ]
+    except Exception:  # the tables are being made
+        return False
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    running = [run for run in runs if run.info.status == "RUNNING" and run.data.tags.get("role") == "trial"]
+    return TrialState.COMPLETE in states and TrialState.RUNNING in states and bool(running)

@@ -1,0 +1,100 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+
+from signdigits import data, train
+from signdigits.errors import TrainingDiverged
+from signdigits.hyperparameters import DataParameters, Hyperparameters
+
+from .conftest import wait_until
+
+SHORT = Hyperparameters(epochs=3, batch_size=16, initial_learning_rate=0.003)
+
+
+def artifacts(run_id: str) -> set[str]:
+    return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)}
+
+
+def test_a_training_run_keeps_what_is_needed_to_do_it_again(store: str, loaded: data.Data) -> None:
+    run = mlflow.get_run(train.train(loaded, SHORT))
+    assert run.info.status == "FINISHED"
+    expected = dataclasses.asdict(loaded.parameters) | dataclasses.asdict(SHORT)
+    assert {name: run.data.params[name] for name in expected} == {name: str(value) for name, value in expected.items()}
+    assert run.data.params["opt_learning_rate"], "autologged"
+    assert run.data.tags["dataset_digest"] == loaded.dataset.digest
+    assert {"learning_curves.png", "model_summary.txt", "versions.json"} <= artifacts(run.info.run_id)
+    inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
+    assert inputs == {
+        "training": loaded.dataset.part_digest(loaded.split.training),
+        "validation": loaded.dataset.part_digest(loaded.split.validation),
+    }
+
+
+def test_every_epoch_is_logged_and_the_last_one_is_the_score(store: str, loaded: data.Data) -> None:
+    run = mlflow.get_run(train.train(loaded, SHORT))
+    client = mlflow.MlflowClient()
+    for metric in ("loss", "accuracy", "val_loss", "val_accuracy"):
+        history = client.get_metric_history(run.info.run_id, metric)
+        assert [point.step for point in history] == [0, 1, 2]
+        assert run.data.metrics[metric] == history[-1].value
+    assert run.data.metrics["validation_accuracy"] == pytest.approx(run.data.metrics["val_accuracy"])
+    assert run.data.metrics["validation_loss"] == pytest.approx(run.data.metrics["val_loss"])
+
+
+def test_the_same_seed_gives_the_same_result(store: str, loaded: data.Data) -> None:
+    first = train.fit(loaded.training, loaded.validation, 3, SHORT)
+    again = train.fit(loaded.training, loaded.validation, 3, SHORT)
+    other = train.fit(loaded.training, loaded.validation, 3, dataclasses.replace(SHORT, seed=1))
+    assert first.history == again.history
+    assert first.history != other.history
+    for one, two in zip(first.network.get_weights(), again.network.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_loss_that_is_no_number_fails_the_run_with_its_reason(store: str, loaded: data.Data) -> None:
+    broken = data.Images(np.full(loaded.training.x.shape, 1e38, np.float32), loaded.training.y)
+    with pytest.raises(TrainingDiverged, match=r"the loss became nan in epoch 1 .* lower it"):
+        train.train(dataclasses.replace(loaded, training=broken), SHORT)
+    run = mlflow.last_active_run()
+    assert run.info.status == "FAILED"
+    assert run.data.tags["failure_reason"].startswith("TrainingDiverged: the loss became nan in epoch 1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_leaves_a_killed_run(store: str, photographs: Path, number: int) -> None:
+    line = [sys.executable, "-m", "signdigits", "train", "--data", str(photographs), "--image_size", "16"]
+    process = subprocess.Popen(
+        [*line, "--epochs", "10000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    wait_until(lambda: mlflow.search_runs(filter_string="metrics.val_loss > 0", search_all_experiments=True).size, 120)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+    run = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
+    assert run.info.status == "KILLED"
+
+
+def test_fluctuation_settles_as_the_notebook_says_of_its_curves() -> None:
+    """Validation losses of the notebook's three runs, from its own output."""
+    constant = [
+        2.2129, 1.4555, 0.7665, 0.6319, 0.5539, 0.4943, 0.4560, 0.5024, 0.3775, 0.4094,
+        0.3838, 0.4281, 0.4085, 0.3687, 0.4104, 0.3912, 0.3219, 0.3256, 0.3040, 0.3312,
+    ]  # fmt: skip
+    decayed = [2.2455, 1.0810, 0.7610, 0.7087, 0.6989, 0.4881, 0.5718, 0.4507]
+    slower = [2.2941, 2.2078, 1.8326, 1.1043, 0.7173, 0.6401, 0.5873, 0.5730]
+    assert [round(train.fluctuation(losses), 3) for losses in (constant, decayed, slower)] == [0.195, 0.084, 0.0]
+
+
+def test_two_epochs_on_the_real_photographs_learn_something(store: str, sign_digits: Path) -> None:
+    loaded = data.load(DataParameters(data=str(sign_digits), image_size=32))
+    run_id = train.train(loaded, Hyperparameters(epochs=2, batch_size=32, initial_learning_rate=0.002))
+    assert mlflow.get_run(run_id).data.metrics["val_accuracy"] > 0.2, "chance is 0.1"
