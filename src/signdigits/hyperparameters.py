@@ -5,6 +5,7 @@ and defaults from here.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
@@ -37,14 +38,16 @@ def parameter(
     above: Number | None = None,
     high: Number | None = None,
     choices: tuple[str, ...] = (),
+    pattern: tuple[str, str] = (".*", ""),
     search: Range | Number | None = None,
 ) -> Any:
     """Declare one parameter.
 
-    `low` and `high` are included in what is allowed, `above` is not. `search` is the value, or the range of
+    `low` and `high` are included in what is allowed, `above` is not. `pattern` is a regular expression that the whole
+    text must match, and the same in words. `search` is the value, or the range of
     values, that a search uses where it differs from `default`.
     """
-    limits = {"low": low, "above": above, "high": high, "choices": choices}
+    limits = {"low": low, "above": above, "high": high, "choices": choices, "pattern": pattern}
     return field(default=default, metadata={"help": help, "search": search, **limits})
 
 
@@ -57,6 +60,8 @@ def check(declared: Field[Any], value: Any) -> None:
         raise ParameterError(f"{name}={value}: must be a finite number")
     if rule["choices"] and value not in rule["choices"]:
         raise ParameterError(f"{name}={value!r}: must be one of {', '.join(rule['choices'])}")
+    if isinstance(value, str) and not re.fullmatch(rule["pattern"][0], value):
+        raise ParameterError(f"{name}={value!r}: must be {rule['pattern'][1]}")
     if rule["low"] is not None and value < rule["low"]:
         raise ParameterError(f"{name}={value}: must be {rule['low']} or more")
     if rule["above"] is not None and value <= rule["above"]:
@@ -132,7 +137,9 @@ class StudyParameters(Checked):
     n_trials: int = parameter(12, "finished trials that the study should have in the end", low=1)
     timeout: float = parameter(0.0, "seconds after which no further trial is started; 0: no limit", low=0)
     study_name: str = parameter(
-        "auto", "name of the study; the same name continues it. auto: derived from the data and the search's settings"
+        "auto",
+        "name of the study; the same name continues it. auto: derived from the data and the search's settings",
+        pattern=(r".{1,200}", "1 to 200 characters"),
     )
     storage: str = parameter("sqlite:///optuna.db", "where Optuna keeps the study: any SQLAlchemy URL")
     objective: str = parameter(
@@ -155,7 +162,12 @@ class ModelParameters(Checked):
 class RegistryParameters(Checked):
     """Which name of the registered model to move."""
 
-    alias: str = parameter("champion", "alias to give: champion is what is served")
+    alias: str = parameter(
+        "champion",
+        "alias to give: champion is what is served",
+        # MLflow's own rule, which it would only apply at the end of the work.
+        pattern=(r"(?![vV][0-9]+$|latest$)[A-Za-z0-9_-]{1,255}", "letters, digits, - and _, but not latest or v1, v2"),
+    )
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def promote(model: LoggedModel, alias: str = CHAMPION) -> Decision:
         deserves, reason = True, "it is the champion already"
     else:
         deserves, reason = compare(version.tags, champion)
-    decision = Decision(version.version, alias if deserves else CHALLENGER, reason)
+    decision = Decision(str(version.version), alias if deserves else CHALLENGER, reason)
     give(decision)
     return decision
 
@@ -124,7 +124,7 @@ def give(decision: Decision) -> None:
     client.set_model_version_tag(REGISTERED_MODEL, decision.version, "decision", f"{decision.alias}: {decision.reason}")
     client.set_registered_model_alias(REGISTERED_MODEL, decision.alias, decision.version)
     challenger = find_alias(CHALLENGER)
-    if decision.alias == CHAMPION and challenger and challenger.version == decision.version:
+    if decision.alias == CHAMPION and challenger and str(challenger.version) == decision.version:
         client.delete_registered_model_alias(REGISTERED_MODEL, CHALLENGER)
     log.info("%s version %s is now %s: %s", REGISTERED_MODEL, decision.version, decision.alias, decision.reason)
 
@@ -153,12 +153,13 @@ def create_version(model: LoggedModel) -> ModelVersion:
 def find_version(model: LoggedModel) -> ModelVersion | None:
     """The version that `model` is registered as, if it is."""
     found = mlflow.MlflowClient().search_model_versions(f"name = '{REGISTERED_MODEL}'")
-    return next((version for version in found if version.model_id == model.model_id), None)
+    return next((version for version in found if version.source == f"models:/{model.model_id}"), None)
 
 
 def find_alias(alias: str) -> ModelVersion | None:
     """The version that has `alias`, if one has."""
-    try:
-        return mlflow.MlflowClient().get_model_version_by_alias(REGISTERED_MODEL, alias)
-    except MlflowException:
+    client = mlflow.MlflowClient()
+    found = client.search_registered_models(f"name = '{REGISTERED_MODEL}'")
+    if not found or alias not in found[0].aliases:
         return None
+    return client.get_model_version(REGISTERED_MODEL, found[0].aliases[alias])

@@ -65,7 +65,8 @@ def start(name: str, run_id: str | None) -> mlflow.ActiveRun:
     """Start or continue the run; raises TrackingError if the store does not hold a run that it should."""
     try:
         if run_id is None:
-            return mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None)
+            launched = "MLFLOW_RUN_ID" in os.environ  # its name may be somebody's choice: see `run`
+            return mlflow.start_run(run_name=None if launched else name, nested=mlflow.active_run() is not None)
         known = mlflow.get_run(run_id)
         if known.info.lifecycle_stage == "deleted":
             raise TrackingError(f"run {run_id} was deleted; bring it back with `mlflow runs restore --run-id {run_id}`")

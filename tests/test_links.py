@@ -1,0 +1,48 @@
+import json
+import subprocess
+import sys
+from urllib.parse import parse_qs, unquote
+
+import mlflow
+import pytest
+
+from signdigits import links
+from signdigits.hyperparameters import LinkParameters
+
+
+def test_without_a_study_the_next_step_is_told(store: str) -> None:
+    assert links.latest(LinkParameters()) == [
+        "no study yet: run `mlflow run . -e main`; the UI is at http://127.0.0.1:5000"
+    ]
+
+
+def test_the_links_lead_to_the_latest_study_and_its_finished_trials(store: str) -> None:
+    with mlflow.start_run(tags={"role": "study"}) as study:
+        for accuracy in (0.5, 0.9):
+            with mlflow.start_run(nested=True, tags={"role": "trial"}):
+                mlflow.log_metric("val_accuracy", accuracy)
+        with mlflow.start_run(nested=True, tags={"role": "refit"}):
+            pass
+    everything, latest, trials, registry = links.latest(LinkParameters(port=5050))
+    experiment = study.info.experiment_id
+    assert everything.endswith(f"http://127.0.0.1:5050/#/experiments/{experiment}/runs?workflowType=machine_learning")
+    assert latest.endswith(f"/runs/{study.info.run_id}")
+    assert registry.endswith("/#/models/sign-digits")
+    query = parse_qs(trials.partition("?")[2])
+    best, worst = (mlflow.get_run(run_id) for run_id in json.loads(unquote(query["runs"][0])))
+    assert [run.data.metrics["val_accuracy"] for run in (best, worst)] == [0.9, 0.5]
+    assert json.loads(query["experiments"][0]) == [experiment]
+
+
+def test_a_server_is_its_own_ui(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    mlflow.set_tracking_uri("http://tracking.example:8080/")
+    assert links.ui() == "http://tracking.example:8080"
+    mlflow.set_tracking_uri(store)
+
+
+def test_looking_needs_no_tensorflow() -> None:
+    code = (
+        "import sys, signdigits.cli as cli, signdigits.links, signdigits.register, signdigits.prepare\n"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from signdigits import tracking
+from signdigits.errors import ModelError, TrackingError
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (None, "FINISHED", None),
+        (ValueError("three fingers"), "FAILED", "ValueError: three fingers"),
+        (KeyboardInterrupt(), "KILLED", "interrupted"),
+    ],
+)
+def test_a_run_says_truly_how_it_ended(
+    store: str, error: BaseException | None, status: str, reason: str | None
+) -> None:
+    def work() -> None:
+        with tracking.run("train", "train"):
+            if error:
+                raise error
+
+    if error:
+        with pytest.raises(type(error)):
+            work()
+    else:
+        work()
+    run = mlflow.last_active_run()
+    assert run.info.status == status
+    assert run.data.tags["role"] == "train"
+    assert run.data.tags.get("failure_reason") == reason
+
+
+def test_the_run_of_mlflow_run_is_adopted_and_named(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = mlflow.MlflowClient().create_run(mlflow.get_experiment_by_name("tests").experiment_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
+    with tracking.run("train", "train") as run:
+        tracking.log_params({"epochs": 3})
+    assert run.info.run_id == launched.info.run_id
+    assert mlflow.get_run(run.info.run_id).info.run_name == "train"
+
+
+def test_a_name_that_somebody_chose_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = mlflow.get_experiment_by_name("tests").experiment_id
+    launched = mlflow.MlflowClient().create_run(experiment, run_name="friday's idea")
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
+    with tracking.run("train", "train"):
+        pass
+    assert mlflow.get_run(launched.info.run_id).info.run_name == "friday's idea"
+
+
+def test_a_parameter_that_mlflow_run_wrote_as_text_is_left_as_it_is(store: str) -> None:
+    with mlflow.start_run() as run:
+        mlflow.log_param("initial_learning_rate", "1e-4")
+        tracking.log_params({"initial_learning_rate": 0.0001, "epochs": 3})
+    assert mlflow.get_run(run.info.run_id).data.params == {"initial_learning_rate": "1e-4", "epochs": "3"}
+
+
+def test_the_run_that_launched_a_continued_study_is_removed(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tracking.run("study", "study") as study:
+        pass
+    launched = mlflow.MlflowClient().create_run(study.info.experiment_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
+    with tracking.run("study", "study", run_id=study.info.run_id) as continued:
+        pass
+    assert continued.info.run_id == study.info.run_id
+    retired = mlflow.get_run(launched.info.run_id)
+    assert retired.info.lifecycle_stage == "deleted"
+    assert retired.data.tags["continues"] == study.info.run_id
+
+
+def test_a_run_of_another_store_is_told_with_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI"), tracking.run("train", "train"):
+        pass
+
+
+def test_a_deleted_study_is_told_with_the_remedy(store: str) -> None:
+    with tracking.run("study", "study") as study:
+        pass
+    mlflow.delete_run(study.info.run_id)
+    with (
+        pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {study.info.run_id}"),
+        tracking.run("study", "study", run_id=study.info.run_id),
+    ):
+        pass
+
+
+def test_the_experiment_is_described_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)  # MLflow sets it with the active experiment
+    tracking.open_experiment()
+    experiment = mlflow.get_experiment_by_name(tracking.EXPERIMENT)
+    assert "study" in experiment.tags["mlflow.note.content"]
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    mlflow.set_experiment("tests")
+    mlflow.set_experiment_tag("mlflow.note.content", "ours")
+    tracking.open_experiment()
+    assert mlflow.get_experiment_by_name("tests").tags["mlflow.note.content"] == "ours"
+
+
+@pytest.mark.parametrize(
+    ("run_id", "model_uri", "message"),
+    [
+        ("", "", "give one of the two"),
+        ("a", "models:/b", "give one of the two"),
+        ("0" * 32, "", "no such run in sqlite"),
+        ("", "models:/sign-digits@champion", "no such model"),
+        ("", "models:/m-0123", "no such model"),
+        ("", "nonsense", "no such model"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told(store: str, run_id: str, model_uri: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        tracking.find_model(run_id, model_uri)
+
+
+def test_a_run_without_a_model_is_told(store: str, tmp_path: Path) -> None:
+    with tracking.run("prepare", "prepare") as run:
+        pass
+    with pytest.raises(ModelError, match="the run has no model; give a run of the role train or refit"):
+        tracking.find_model(run.info.run_id, "")
