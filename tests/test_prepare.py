@@ -43,9 +43,7 @@ def test_the_data_set_is_an_input_of_the_run_with_its_digest(store: str, loaded:
     assert run.info.status == "FINISHED"
 
 
-def test_what_was_unreadable_or_turned_is_told(
-    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_unreadable_or_turned_is_told(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_photographs(tmp_path / "bad")
     (folder / "1" / "notes.txt").write_text("five fingers")
     exif = Image.Exif()

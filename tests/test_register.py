@@ -82,9 +82,7 @@ def test_a_challenger_that_becomes_champion_is_no_longer_challenger(store: str, 
 
 def test_any_other_alias_is_given_without_a_question(store: str, log_model: Log) -> None:
     model = scored(log_model, 0.1)
-    decision = register.register(
-        ModelParameters(run_id=str(model.source_run_id)), VersionParameters(alias="candidate")
-    )
+    decision = register.register(ModelParameters(run_id=str(model.source_run_id)), VersionParameters(alias="candidate"))
     assert decision.alias == "candidate"
     assert aliases() == {"candidate": "1"}
 
@@ -116,7 +114,7 @@ def test_an_alias_that_mlflow_would_refuse_is_refused_at_once(alias: str) -> Non
 
 
 def test_show_says_what_is_served(store: str, log_model: Log) -> None:
-    with pytest.raises(ModelError, match="has no champion in .*; run scripts/quickstart"):
+    with pytest.raises(ModelError, match=r"has no champion in .*; run scripts/quickstart"):
         register.show()
     register.promote(scored(log_model, 0.8))
     assert register.show() == "sign-digits version 1, champion: test accuracy 0.8000 on 12 images of bars"

@@ -1,0 +1,88 @@
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from signdigits import cli
+
+from .conftest import PROJECT, command, write_photographs
+
+
+@pytest.mark.parametrize("name", cli.SUMMARIES)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.make_parser().parse_args([name, "--help"])
+    assert raised.value.code == 0
+    assert cli.SUMMARIES[name].split(":")[0] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["train", "--epochs", "0"], "epochs=0: must be 1 or more"),
+        (["train", "--epochs", "2:5"], "invalid int value: '2:5'"),
+        (["train", "--initial_learning_rate", "-1"], "initial_learning_rate=-1.0: must be greater than 0"),
+        (["train", "--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
+        (["train", "--epoch", "1"], "unrecognized arguments: --epoch"),
+        (["train", "--color_mode", "sepia"], "color_mode='sepia': must be one of rgb, grayscale"),
+        (["train", "--skip_unreadable", "maybe"], "'maybe': write true or false"),
+        (["search", "--epochs", "9:3"], "epochs=9:3: the range is empty"),
+        (["search", "--epochs", "3:"], "argument --epochs: invalid int or LOW:HIGH value: '3:'"),
+        (["search", "--n_trials", "0"], "n_trials=0: must be 1 or more"),
+        (["search", "--objective", "accuracy"], "objective='accuracy': must be one of val_accuracy, val_loss"),
+        (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of median, hyperband, none"),
+        (["search", "--timeout", "inf"], "timeout=inf: must be a finite number"),
+        (["main", "--alias", "v1"], "alias='v1': must be letters, digits"),
+        (["prepare", "--data", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["evaluate"], "give one of the two"),
+        (["register"], "give one of the three"),
+        (["register", "--version", "-1"], "version=-1: must be 0 or more"),
+        (["show"], "has no champion"),
+    ],
+)
+def test_a_misuse_is_told_in_a_line_and_exits_with_2(
+    store: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = cli.main(arguments)
+    except SystemExit as exited:  # argparse's way
+        code = int(exited.code or 0)
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_bad_photographs_are_told_before_anything_is_written(store: str, tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bad")
+    (folder / "1" / "notes.txt").write_text("five fingers")
+    before = sorted(tmp_path.iterdir())
+    failed = command("main", "--data", str(folder), cwd=tmp_path, env=dict(os.environ))
+    assert failed.returncode == 2
+    assert failed.stderr.strip().endswith("not an image; remove it, or pass --skip_unreadable true")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_mlproject_declares_the_parameters_of_the_command_line_and_passes_each_on() -> None:
+    project = yaml.safe_load((PROJECT / "MLproject").read_text())
+    assert set(project["entry_points"]) == set(cli.ENTRY_POINTS)
+    parser = cli.make_parser()
+    for name, entry in project["entry_points"].items():
+        assert entry["command"].split()[:5] == ["PYTHONPATH=src", "python", "-m", "signdigits", name]
+        passed = entry["command"].split()[5:]
+        options = [f"--{parameter}" for parameter in entry["parameters"]]
+        assert passed == [word for option in options for word in (option, f"{{{option[2:]}}}")]
+        defaults = [word for key, value in entry["parameters"].items() for word in (f"--{key}", str(value["default"]))]
+        read, own = vars(parser.parse_args([name, *defaults])), vars(parser.parse_args([name]))
+        assert {key: str(value) for key, value in read.items()} == {key: str(value) for key, value in own.items()}
+
+
+def test_every_pin_of_the_project_is_exact_and_stands_in_one_place() -> None:
+    pins = [line.split("#")[0].strip() for line in (PROJECT / "requirements.txt").read_text().splitlines()]
+    assert all("==" in pin for pin in pins if pin)
+    environment = yaml.safe_load((PROJECT / "conda.yaml").read_text())
+    assert environment["dependencies"][-1] == {"pip": ["-r requirements.txt"]}

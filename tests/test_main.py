@@ -1,0 +1,115 @@
+"""The whole job as a user starts it, and then the served champion asked."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+
+from signdigits import data, main, register
+from signdigits.hyperparameters import Range, RegistryParameters, Space, StudyParameters
+
+from .conftest import PROJECT, serving
+
+SPACE = Space.of(epochs=Range(1, 2), batch_size=16)
+STUDY = StudyParameters(n_trials=2, pruner="none")
+
+
+def runs() -> list[Run]:
+    return list(mlflow.search_runs(search_all_experiments=True, output_format="list"))
+
+
+def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: data.Data, tmp_path: Path) -> None:
+    values = {
+        "data": loaded.parameters.data, "image_size": 16, "batch_size": 8, "epochs": "6:8", "n_trials": 3,
+        "initial_learning_rate": "1e-3:5e-3", "storage": f"sqlite:///{tmp_path}/optuna.db",
+    }  # fmt: skip
+    line = [sys.executable, "-m", "mlflow", "run", str(PROJECT), "-e", "main", "--env-manager", "local"]
+    line += [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
+    environment = dict(os.environ) | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for _ in range(2):  # the second start finds all done
+        done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "test accuracy" in done.stdout
+        assert "oneDNN" not in done.stderr
+        roles = Counter((run.data.tags["role"], run.info.status) for run in runs())
+        assert roles == {("study", "FINISHED"): 1, ("trial", "FINISHED"): 3, ("refit", "FINISHED"): 1}
+
+    (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
+    for run in runs():
+        if run is not study and run.info.run_id != study.info.run_id:
+            assert run.data.tags["mlflow.parentRunId"] == study.info.run_id
+            assert {"initial_learning_rate", "decay_rate", "epochs"} <= set(run.data.params)
+            assert float(run.data.params["initial_learning_rate"]) > 0
+    champion = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, "champion")
+    expected = {
+        "study",
+        "trial",
+        "dataset_digest",
+        "split",
+        "git_commit",
+        "val_accuracy",
+        "test_accuracy",
+        "test_images",
+    }
+    assert expected <= set(champion.tags)
+    assert str(champion.version) == "1"
+
+    photograph = loaded.dataset.folder / "1" / "IMG_0007.JPG"
+    row = {"image": base64.b64encode(photograph.read_bytes()).decode()}
+    with serving("models:/sign-digits@champion", tmp_path / "server.log") as url:
+        request = urllib.request.Request(
+            f"{url}/invocations",
+            json.dumps({"dataframe_records": [row]}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            (answer,) = json.load(reply)["predictions"]
+    assert answer["label"] == "1"
+
+
+def test_an_interrupted_job_is_finished_by_the_same_command(
+    store: str, loaded: data.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interruption comes between the refit's training and its evaluation."""
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main.evaluate, "score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main.main(loaded, SPACE, STUDY, RegistryParameters())
+    assert Counter(run.info.status for run in runs()) == {"FINISHED": 2, "KILLED": 2}
+
+    decision = main.main(loaded, SPACE, STUDY, RegistryParameters())
+    assert (decision.version, decision.alias) == ("1", "champion")
+    roles = Counter((run.data.tags["role"], run.info.status) for run in runs())
+    assert roles == {
+        ("study", "FINISHED"): 1,
+        ("trial", "FINISHED"): 2,
+        ("refit", "KILLED"): 1,
+        ("refit", "FINISHED"): 1,
+    }
+
+
+def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, loaded: data.Data) -> None:
+    main.main(loaded, SPACE, STUDY, RegistryParameters())
+    (refit,) = [run for run in runs() if run.data.tags["role"] == "refit"]
+    inputs = {tag.value: used.dataset.digest for used in refit.inputs.dataset_inputs for tag in used.tags}
+    assert inputs == {
+        "fitting": loaded.dataset.part_digest(loaded.split.fitting),
+        "testing": loaded.dataset.part_digest(loaded.split.testing),
+    }
+    (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
+    assert refit.data.tags["trial"] == study.data.tags["best_trial"]
+    best = mlflow.get_run(study.data.tags["best_run_id"])
+    for name in ("initial_learning_rate", "decay_rate", "epochs"):
+        assert refit.data.params[name] == best.data.params[name]

@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+from signdigits import data, model, package, tracking
+from signdigits.hyperparameters import DataParameters
+
+from .conftest import SIZE
+
+
+@pytest.mark.parametrize("color_mode", ["rgb", "grayscale"])
+def test_a_logged_model_reads_photographs_as_its_network_was_trained(
+    store: str, photographs: Path, color_mode: str
+) -> None:
+    loaded = data.load(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
+    network = model.build(loaded.training.x.shape[1:], 3)
+    with tracking.run("train", "train"):
+        info = package.log_model(network, loaded, {})
+    served = mlflow.pyfunc.load_model(info.model_uri)
+    paths = [loaded.dataset.folder / loaded.dataset.photographs[i].path for i in loaded.split.training[:5]]
+    reply = served.predict(pd.DataFrame({"image": [path.read_bytes() for path in paths]}))
+    logits = network(loaded.training.x[:5].astype(np.float32)).numpy()
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    answered = [list(row.values()) for row in reply["probabilities"]]
+    np.testing.assert_allclose(answered, expected, rtol=1e-4)
+
+
+def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: str, loaded: data.Data) -> None:
+    network = model.build(loaded.training.x.shape[1:], 3)
+    with tracking.run("train", "train"):
+        uris = [package.log_model(network, loaded, {}).model_uri for _ in range(2)]
+    first, second = (mlflow.pyfunc.load_model(uri).unwrap_python_model() for uri in uris)
+    assert first.images is not second.images
+
+
+def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: data.Data) -> None:
+    network = model.build(loaded.training.x.shape[1:], 3)
+    with tracking.run("refit", "refit") as run:
+        info = package.log_model(network, loaded, {"study": "bars-1234", "trial": 3})
+    logged = mlflow.get_logged_model(info.model_id)
+    assert logged.source_run_id == run.info.run_id
+    expected = {"study": "bars-1234", "trial": "3", "dataset_digest": loaded.dataset.digest, "split": "random"}
+    assert expected.items() <= logged.tags.items()
+    assert logged.tags["git_commit"]
+
+
+def test_the_input_example_is_a_training_photograph(loaded: data.Data) -> None:
+    example = package.input_example(loaded)
+    assert json.loads(example.to_json(orient="records"))[0]["image"].startswith("/9j/"), "JPEG in base64"

@@ -1,0 +1,234 @@
+"""One server for the whole file: a network trained for a few epochs on the generated bars."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from signdigits import data, train
+from signdigits.hyperparameters import Hyperparameters
+
+from .conftest import serving, use_store
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model in a store, and the address that answers for it."""
+
+    model_uri: str
+    store: str
+    url: str
+    loaded: data.Data
+
+    def photographs(self, *paths: str) -> list[str]:
+        """Files of the data set as base64 text."""
+        return [base64.b64encode((self.loaded.dataset.folder / path).read_bytes()).decode() for path in paths]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store:
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            patch.delenv(name)
+        patch.setenv("MLFLOW_TRACKING_URI", store)
+        run_id = train.train(loaded, Hyperparameters(epochs=8, batch_size=8, initial_learning_rate=0.003))
+        model_uri = f"models:/{mlflow.get_run(run_id).outputs.model_outputs[0].model_id}"
+        with serving(model_uri, folder / "server.log") as url:
+            yield Served(model_uri, store, url, loaded)
+
+
+def post(url: str, body: Any) -> tuple[int, Any]:
+    """Status and JSON reply of a request to the endpoint."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/invocations", content, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def records(*images: Any) -> dict[str, Any]:
+    return {"dataframe_records": [{"image": image} for image in images]}
+
+
+def text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def test_the_reply_gives_label_probability_and_probabilities_by_class(served: Served) -> None:
+    status, reply = post(served.url, records(*served.photographs("0/IMG_0000.JPG", "2/IMG_0001.JPG")))
+    assert status == 200
+    first, second = reply["predictions"]
+    assert (first["label"], second["label"]) == ("0", "2")
+    for row in (first, second):
+        assert set(row) == {"label", "probability", "probabilities"}
+        assert list(row["probabilities"]) == ["0", "1", "2"]
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["label"]]
+
+
+def test_both_forms_of_a_table_give_the_same(served: Served) -> None:
+    images = served.photographs("0/IMG_0000.JPG", "1/IMG_0001.JPG")
+    split = {"dataframe_split": {"columns": ["image"], "data": [[image] for image in images]}}
+    assert post(served.url, split) == post(served.url, records(*images))
+
+
+def test_load_model_mlflow_models_predict_and_the_endpoint_agree(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", served.store)
+    mlflow.set_tracking_uri(served.store)
+    images = served.photographs("0/IMG_0002.JPG", "1/IMG_0002.JPG", "2/IMG_0002.JPG")
+    loaded = mlflow.pyfunc.load_model(served.model_uri).predict(pd.DataFrame({"image": images})).to_dict("records")
+
+    (tmp_path / "in.json").write_text(json.dumps(records(*images)))
+    line = [sys.executable, "-m", "mlflow", "models", "predict", "-m", served.model_uri, "--env-manager", "local"]
+    line += ["-i", str(tmp_path / "in.json"), "-o", str(tmp_path / "out.json")]
+    subprocess.run(line, check=True, timeout=300, capture_output=True)
+    predicted = json.loads((tmp_path / "out.json").read_text())["predictions"]
+
+    _, answered = post(served.url, records(*images))
+    assert predicted == answered["predictions"] == loaded
+
+
+def test_the_served_model_sees_what_the_network_was_trained_on(served: Served) -> None:
+    """The probabilities of the endpoint are those of the network itself on the arrays of the training reader."""
+    mlflow.set_tracking_uri(served.store)
+    model = mlflow.pyfunc.load_model(served.model_uri).unwrap_python_model()
+    dataset, indices = served.loaded.dataset, served.loaded.split.training[:20]
+    direct = model.forward(served.loaded.training.x[:20].astype(np.float32)).numpy()
+    images = served.photographs(*[dataset.photographs[i].path for i in indices])
+    _, reply = post(served.url, records(*images))
+    answered = [list(row["probabilities"].values()) for row in reply["predictions"]]
+    np.testing.assert_allclose(answered, direct, rtol=1e-4, atol=1e-6)
+
+
+def test_any_size_orientation_and_mode_is_answered_alike(served: Served) -> None:
+    with Image.open(served.loaded.dataset.folder / "2" / "IMG_0003.JPG") as photograph:
+        photograph.load()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    forms = [
+        encode(photograph, "PNG"),
+        encode(photograph.resize((480, 480)), "JPEG"),
+        encode(photograph.convert("RGBA"), "PNG"),
+        encode(photograph.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif),
+    ]
+    status, reply = post(served.url, records(*map(text, forms)))
+    assert status == 200
+    assert [row["label"] for row in reply["predictions"]] == ["2"] * 4
+    assert reply["predictions"][0] == reply["predictions"][2] == reply["predictions"][3]
+
+
+def test_a_request_of_a_thousand_photographs_is_answered_in_order(served: Served) -> None:
+    images = served.photographs("0/IMG_0000.JPG", "1/IMG_0000.JPG", "2/IMG_0000.JPG", "1/IMG_0001.JPG") * 250
+    status, reply = post(served.url, records(*images))
+    assert status == 200
+    assert [row["label"] for row in reply["predictions"]] == ["0", "1", "2", "1"] * 250
+
+
+GOOD = text(encode(Image.new("RGB", (20, 20)), "PNG"))
+LARGE = Image.effect_noise((3000, 2500), 100).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (records("not base64!"), "row 0: not base64"),
+        (records(GOOD, "not base64!"), "row 1: not base64"),
+        (records(GOOD, text(b"five fingers"), "?"), "row 1: not an image; row 2: not base64"),
+        (records(""), "row 0: empty"),
+        (records(None), "row 0: not base64 text of a photograph but NoneType"),
+        (records(5), "row 0: not base64 text of a photograph but int"),
+        (records({"a": 1}), "row 0: not base64 text of a photograph but dict"),
+        (records(text(encode(Image.new("RGB", (99, 99), "red"), "JPEG")[:-100])), "row 0: truncated or damaged"),
+        (records(text(encode(Image.new("RGB", (9, 9)), "GIF"))), "row 0: format GIF is not one of JPEG, PNG"),
+        (records(text(encode(Image.new("1", (9000, 9000)), "PNG"))), "row 0: 9000x9000 pixels are more than"),
+        (records(text(encode(Image.new("1", (20000, 20000)), "PNG"))), "row 0: not a readable image"),
+        (records(text(encode(LARGE, "PNG"))), "bytes are more than the 20,000,000 allowed"),
+        ({"dataframe_records": []}, "Model is missing inputs ['image']"),
+        ({"dataframe_split": {"columns": ["image"], "data": []}}, "no rows: send one photograph or more"),
+        ({"dataframe_records": [{"photo": GOOD}]}, "Model is missing inputs ['image']"),
+        ({"pictures": []}, "dataframe_records"),
+        (b'{"dataframe_records": [{"image"', "Ensure that input is a valid JSON"),
+    ],
+)
+def test_a_bad_request_gets_400_with_its_row_and_reason_and_no_stack_trace(
+    served: Served, body: Any, reason: str
+) -> None:
+    status, reply = post(served.url, body)
+    assert status == 400
+    assert reason in reply["message"]
+    assert "Traceback" not in json.dumps(reply)
+    assert "stack_trace" not in reply
+
+
+def test_the_model_pins_what_it_needs_and_describes_what_it_takes(served: Served) -> None:
+    mlflow.set_tracking_uri(served.store)
+    model = mlflow.models.get_model_info(served.model_uri)
+    folder = Path(mlflow.artifacts.download_artifacts(served.model_uri))
+    pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().split())
+    assert set(pins) == {"mlflow", "tensorflow", "keras", "numpy", "pandas", "pillow"}
+    assert model.signature.inputs.input_names() == ["image"]
+    assert model.signature.outputs.input_names() == ["label", "probability", "probabilities"]
+    assert not list(folder.rglob("*.pkl")), "nothing is pickled"
+    example = json.loads((folder / "serving_input_example.json").read_text())
+    assert post(served.url, example)[0] == 200
+
+
+def test_python_callers_may_pass_bytes(served: Served) -> None:
+    mlflow.set_tracking_uri(served.store)
+    model = mlflow.pyfunc.load_model(served.model_uri)
+    content = (served.loaded.dataset.folder / "1" / "IMG_0000.JPG").read_bytes()
+    as_bytes = model.predict(pd.DataFrame({"image": [content]}))
+    as_text = model.predict(pd.DataFrame({"image": [text(content)]}))
+    pd.testing.assert_frame_equal(as_bytes, as_text)
+    with pytest.raises(MlflowException, match="row 0: not an image"):
+        model.predict(pd.DataFrame({"image": [b"five fingers"]}))
+
+
+def test_the_client_prints_a_table_and_names_what_it_cannot_ask(served: Served, tmp_path: Path) -> None:
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "signdigits.client", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+    folder = served.loaded.dataset.folder
+    good = ask(str(folder / "0" / "IMG_0000.JPG"), str(folder / "1" / "IMG_0000.JPG"), "--url", served.url)
+    assert good.returncode == 0
+    assert [line.split()[1] for line in good.stdout.splitlines()] == ["label", "0", "1"]
+
+    bad = tmp_path / "notes.txt"
+    bad.write_text("five fingers")
+    refused = ask(str(bad), "--url", served.url)
+    assert (refused.returncode, refused.stderr.strip()[-25:]) == (2, "refused: row 0: not an image"[-25:])
+    missing = ask(str(tmp_path / "missing.jpg"), "--url", served.url)
+    assert missing.returncode == 2
+    assert "missing.jpg: No such file or directory" in missing.stderr
+    nobody = ask(str(bad), "--url", "http://127.0.0.1:9")
+    assert nobody.returncode == 2
+    assert "does not answer" in nobody.stderr
+    assert "start scripts/serve" in nobody.stderr
