@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,9 +26,12 @@ SIZE = 16  # pixels: the smallest network that still has its three poolings
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tensorflow() -> None:
-    """Import TensorFlow once, as the command line does."""
-    startup.import_tensorflow()
+def environment() -> Iterator[None]:
+    """The environment that an activated .venv gives, and TensorFlow imported as the command line does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        startup.import_tensorflow()
+        yield
 
 
 def write_photographs(folder: Path, classes: int = 3, each: int = 20) -> Path:
@@ -137,8 +141,9 @@ def serving(model_uri: str, log: Path) -> Iterator[str]:
         assert server.poll() is None, log.read_text()
         yield url
     finally:
-        os.killpg(server.pid, 15)
-        server.wait(30)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
 
 
 def answers(url: str) -> bool:

@@ -36,7 +36,7 @@ def test_the_test_images_are_scored_through_the_served_artifact(
     assert "test_confusion_matrix.png" in files
     per_class = pd.read_csv(download(run.info.run_id, "test/per_class.csv"), index_col="class")
     assert {"0", "1", "2"} <= set(per_class.index)
-    (used,) = run.inputs.dataset_inputs
+    (used,) = [item for item in run.inputs.dataset_inputs if item.dataset.name == "bars"]
     assert used.dataset.digest == loaded.dataset.part_digest(loaded.split.testing) == scores.test_digest
 
 

@@ -98,10 +98,9 @@ def predict(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.nda
 
 def log_mlflow_evaluation(table: pd.DataFrame) -> None:
     """MLflow's own evaluation of the predictions (accuracy, precision, recall, F1, confusion matrix), and per class."""
+    answers = table[["label", "prediction"]]
     mlflow.models.evaluate(
-        data=table[["label", "prediction"]],
-        targets="label",
-        predictions="prediction",
+        data=mlflow.data.from_pandas(answers, name="predictions", targets="label", predictions="prediction"),
         model_type="classifier",
         evaluators="default",
         evaluator_config={"metric_prefix": "test_", "log_model_explainability": False},

@@ -81,17 +81,26 @@ def start(name: str, run_id: str | None) -> mlflow.ActiveRun:
 
 
 def retire_launching_run(run_id: str) -> None:
-    """Remove the run that `mlflow run` made for this process, if its work goes on in another one.
+    """Set aside the run that `mlflow run` made for this process, if its work goes on in another one.
 
-    It would stand empty in the UI beside the study that it continues. MLflow's deletion is soft:
-    `mlflow runs restore` brings it back.
+    It would stand empty in the UI beside the study that it continues, but `mlflow run` still wants to close it, and
+    fails if it is gone by then: the next command removes it.
     """
     launched = os.environ.pop("MLFLOW_RUN_ID", run_id)
+    remove_launching_runs(f"tags.continues = '{run_id}'")
     if launched != run_id:
         client = mlflow.MlflowClient()
-        client.set_tag(launched, "continues", run_id)
-        client.set_terminated(launched)
-        client.delete_run(launched)
+        client.update_run(launched, name=f"continues {run_id}")
+        for name, value in (("role", "continuation"), ("continues", run_id)):
+            client.set_tag(launched, name, value)
+
+
+def remove_launching_runs(which: str = "tags.role = 'continuation' and attributes.status != 'RUNNING'") -> None:
+    """Delete the runs that were set aside. MLflow's deletion is soft: `mlflow runs restore` brings them back."""
+    client = mlflow.MlflowClient()
+    for run in mlflow.search_runs(search_all_experiments=True, filter_string=which, output_format="list"):
+        client.set_terminated(run.info.run_id)
+        client.delete_run(run.info.run_id)
 
 
 def open_experiment() -> None:
