@@ -59,25 +59,15 @@ def test_a_parameter_that_mlflow_run_wrote_as_text_is_left_as_it_is(store: str) 
     assert mlflow.get_run(run.info.run_id).data.params == {"initial_learning_rate": "1e-4", "epochs": "3"}
 
 
-def test_the_run_that_launched_a_continued_study_is_set_aside_and_removed_by_the_next_command(
+def test_the_run_that_an_earlier_continuation_left_behind_is_removed(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tracking.run("study", "study") as study:
         pass
-    client, launched = mlflow.MlflowClient(), []
-    for _ in range(2):
-        launched.append(client.create_run(study.info.experiment_id).info.run_id)
-        monkeypatch.setenv("MLFLOW_RUN_ID", launched[-1])
-        with tracking.run("study", "study", run_id=study.info.run_id) as continued:
-            assert continued.info.run_id == study.info.run_id
-    first, second = (mlflow.get_run(run_id) for run_id in launched)
-    assert first.info.lifecycle_stage == "deleted", "it was left RUNNING, as by a kill"
-    assert (second.info.lifecycle_stage, second.data.tags["continues"]) == ("active", study.info.run_id)
-    tracking.remove_launching_runs()
-    assert mlflow.get_run(launched[1]).info.lifecycle_stage == "active", "its process is still at work"
-    client.set_terminated(launched[1])  # as `mlflow run` does at its end
-    tracking.remove_launching_runs()
-    assert mlflow.get_run(launched[1]).info.lifecycle_stage == "deleted"
+    left = mlflow.MlflowClient().create_run(study.info.experiment_id, tags={"continues": study.info.run_id})
+    with tracking.run("study", "study", run_id=study.info.run_id) as continued:
+        assert continued.info.run_id == study.info.run_id
+    assert mlflow.get_run(left.info.run_id).info.lifecycle_stage == "deleted", "it was left RUNNING, as by a kill"
 
 
 def test_a_run_of_another_store_is_told_with_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

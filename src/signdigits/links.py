@@ -9,7 +9,7 @@ from urllib.parse import quote
 import mlflow
 from mlflow.entities import Run
 
-from signdigits import register, tracking
+from signdigits import register
 from signdigits.hyperparameters import LinkParameters
 
 COMPARED = 100  # trials in one link: a browser does not take an address of any length
@@ -53,7 +53,6 @@ def model(ui: str) -> str:
 
 def latest(parameters: LinkParameters) -> list[str]:
     """A line for each address that matters after the latest study, or what to do if there is none."""
-    tracking.remove_launching_runs()
     studies = mlflow.search_runs(
         search_all_experiments=True,
         filter_string="tags.role = 'study'",

@@ -1,5 +1,6 @@
 """What every command does with an MLflow run: open it, name it, describe it, and leave it with a true status."""
 
+import atexit
 import importlib.metadata
 import logging
 import os
@@ -15,6 +16,7 @@ from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
 
+from signdigits import settle
 from signdigits.data import Data, Dataset, Split
 from signdigits.errors import ModelError, TrackingError
 
@@ -44,6 +46,7 @@ def run(role: str, name: str, run_id: str | None = None) -> Iterator[mlflow.Acti
     new one, nested under the active run if there is one. `role` becomes a tag: prepare, train, study, trial,
     refit, evaluate or register.
     """
+    launched = os.environ.get("MLFLOW_RUN_ID")
     active = start(name, run_id)
     try:
         if RANDOM_NAME.fullmatch(active.info.run_name or ""):
@@ -53,6 +56,8 @@ def run(role: str, name: str, run_id: str | None = None) -> Iterator[mlflow.Acti
     except KeyboardInterrupt:
         mlflow.set_tag("failure_reason", "interrupted")
         mlflow.end_run("KILLED")
+        if launched is not None and launched == active.info.run_id:
+            settle.after_mlflow_run(launched, "KILLED")
         raise
     except BaseException as error:
         mlflow.set_tag("failure_reason", f"{type(error).__name__}: {error}"[:5000])
@@ -81,26 +86,19 @@ def start(name: str, run_id: str | None) -> mlflow.ActiveRun:
 
 
 def retire_launching_run(run_id: str) -> None:
-    """Set aside the run that `mlflow run` made for this process, if its work goes on in another one.
+    """Remove the run that `mlflow run` made for this process, if its work goes on in another one.
 
-    It would stand empty in the UI beside the study that it continues, but `mlflow run` still wants to close it, and
-    fails if it is gone by then: the next command removes it.
+    It would stand empty in the UI beside the study that it continues. So would those of earlier starts that were
+    killed before they could remove theirs.
     """
-    launched = os.environ.pop("MLFLOW_RUN_ID", run_id)
-    remove_launching_runs(f"tags.continues = '{run_id}'")
+    client, launched = mlflow.MlflowClient(), os.environ.pop("MLFLOW_RUN_ID", run_id)
+    continued = f"tags.continues = '{run_id}'"
+    for left in mlflow.search_runs(search_all_experiments=True, filter_string=continued, output_format="list"):
+        client.set_terminated(left.info.run_id, "KILLED")
+        client.delete_run(left.info.run_id)
     if launched != run_id:
-        client = mlflow.MlflowClient()
-        client.update_run(launched, name=f"continues {run_id}")
-        for name, value in (("role", "continuation"), ("continues", run_id)):
-            client.set_tag(launched, name, value)
-
-
-def remove_launching_runs(which: str = "tags.role = 'continuation' and attributes.status != 'RUNNING'") -> None:
-    """Delete the runs that were set aside. MLflow's deletion is soft: `mlflow runs restore` brings them back."""
-    client = mlflow.MlflowClient()
-    for run in mlflow.search_runs(search_all_experiments=True, filter_string=which, output_format="list"):
-        client.set_terminated(run.info.run_id)
-        client.delete_run(run.info.run_id)
+        client.set_tag(launched, "continues", run_id)
+        atexit.register(settle.after_mlflow_run, launched, "deleted")
 
 
 def open_experiment() -> None:
