@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for a failure, 2 for a misuse, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     parsed = vars(make_parser().parse_args(arguments))
     command = parsed.pop("command")
     try:
@@ -66,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """A polite kill ends a run as Ctrl-C does."""
+    """A polite kill ends a run as Ctrl-C does; further ones, such as `mlflow run` sends, leave it time to do so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
