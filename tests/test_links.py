@@ -26,7 +26,7 @@ def test_the_links_lead_to_the_latest_study_and_its_finished_trials(store: str) 
     everything, latest, trials, registry = links.latest(LinkParameters(port=5050))
     experiment = study.info.experiment_id
     assert everything.endswith(f"http://127.0.0.1:5050/#/experiments/{experiment}/runs?workflowType=machine_learning")
-    assert latest.endswith(f"/runs/{study.info.run_id}")
+    assert latest.endswith(f"/runs/{study.info.run_id}?workflowType=machine_learning")
     assert registry.endswith("/#/models/sign-digits")
     query = parse_qs(trials.partition("?")[2])
     best, worst = (mlflow.get_run(run_id) for run_id in json.loads(unquote(query["runs"][0])))

@@ -12,6 +12,7 @@ from mlflow.entities import Run
 from signdigits import register
 from signdigits.hyperparameters import LinkParameters
 
+MODE = "workflowType=machine_learning"  # a bare link opens the pages for language models
 COMPARED = 100  # trials in one link: a browser does not take an address of any length
 
 
@@ -23,12 +24,11 @@ def ui(parameters: LinkParameters | None = None) -> str:
 
 
 def runs(ui: str, experiment_id: str) -> str:
-    """The experiment's runs; a bare link would open MLflow's pages for language models."""
-    return f"{ui}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    return f"{ui}/#/experiments/{experiment_id}/runs?{MODE}"
 
 
 def run(ui: str, run: Run) -> str:
-    return f"{ui}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{ui}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{MODE}"
 
 
 def compare(ui: str, study: Run) -> str:
@@ -44,7 +44,7 @@ def compare(ui: str, study: Run) -> str:
         output_format="list",
     )
     chosen = quote(json.dumps([trial.info.run_id for trial in trials], separators=(",", ":")))
-    return f"{ui}/#/compare-runs?runs={chosen}&experiments={quote(json.dumps([study.info.experiment_id]))}"
+    return f"{ui}/#/compare-runs?runs={chosen}&experiments={quote(json.dumps([study.info.experiment_id]))}&{MODE}"
 
 
 def model(ui: str) -> str:

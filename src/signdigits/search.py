@@ -368,7 +368,7 @@ def log_study(opened: Search) -> None:
     mlflow.log_metrics({"best_trial": best.number, f"best_{objective}": study.best_value, **values})
     mlflow.log_metrics(importances(study))
     for name, figure in plots.study(study, objective).items():
-        mlflow.log_figure(figure, f"study/{name}.png")
+        mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
     mlflow.log_text(study.trials_dataframe().to_csv(index=False), "study/trials.csv")
     log.info(
         "best trial %d: %s %.4f with %s", best.number, objective, study.best_value,
