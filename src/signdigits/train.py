@@ -51,6 +51,8 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
         package.log_model(fitted.network, data, {"val_accuracy": fitted.last("val_accuracy")})
         score = [fitted.last("val_loss"), fitted.last("val_accuracy")]
         log.info("Validation score [loss, accuracy]: %s", [round(value, 4) for value in score])
+        log.info("run %s; score it on the test images with: python -m signdigits evaluate %s", run.info.run_id,
+            f"--data {data.parameters.data} --run_id {run.info.run_id}")  # fmt: skip
         return run.info.run_id
 
 
