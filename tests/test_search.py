@@ -171,7 +171,8 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     process.wait()
     assert running_after_a_finished_one(), "killed in the middle of a trial"
 
-    subprocess.run(line, check=True, timeout=300, **options)
+    done = subprocess.run(line, check=True, timeout=300, text=True, **options | {"stdout": subprocess.PIPE})
+    assert "compare-runs?runs=" in done.stdout.splitlines()[-1]
     (name,) = optuna.get_all_study_names("sqlite:///optuna.db")
     study = optuna.load_study(study_name=name, storage="sqlite:///optuna.db")
     states = Counter(trial.state for trial in study.trials)

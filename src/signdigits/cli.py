@@ -165,9 +165,10 @@ def run_train(source: hp.DataParameters, hyperparameters: hp.Hyperparameters) ->
 
 def run_search(source: hp.DataParameters, space: hp.Space, study: hp.StudyParameters) -> None:
     data = load(source)
-    from signdigits import search
+    from signdigits import links, search, tracking
 
-    search.search(data, space, study)
+    opened = search.search(data, space, study)
+    log.info("compare its trials: scripts/ui, then %s", links.compare(links.ui(), tracking.find_run(opened.run_id)))
 
 
 def load(source: hp.DataParameters, *, tensors: bool = True) -> Any:
