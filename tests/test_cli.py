@@ -67,6 +67,25 @@ def test_bad_photographs_are_told_before_anything_is_written(store: str, tmp_pat
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("sqlite:////proc/missing/mlflow.db", "No such file or directory"),
+        ("./mlruns", "maintenance mode"),
+        ("postgresql://me:secret@127.0.0.1:9/runs", "postgresql://me:***@127.0.0.1:9/runs: "),
+    ],
+)
+def test_a_tracking_store_that_cannot_be_used_is_told_without_its_password(
+    tmp_path: Path, uri: str, message: str
+) -> None:
+    failed = command("show", cwd=tmp_path, env=dict(os.environ) | {"MLFLOW_TRACKING_URI": uri})
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert "set MLFLOW_TRACKING_URI to a store that can be used" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "secret" not in failed.stderr
+
+
 def test_mlproject_declares_the_parameters_of_the_command_line_and_passes_each_on() -> None:
     project = yaml.safe_load((PROJECT / "MLproject").read_text())
     assert set(project["entry_points"]) == set(cli.ENTRY_POINTS)

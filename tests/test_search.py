@@ -171,6 +171,10 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     process.wait()
     assert running_after_a_finished_one(), "killed in the middle of a trial"
 
+    (before,) = mlflow.search_runs(
+        filter_string="tags.role = 'study'", search_all_experiments=True, output_format="list"
+    )
+    mlflow.MlflowClient().set_tag(before.info.run_id, "failure_reason", "as if it had been Ctrl-C")
     done = subprocess.run(line, check=True, timeout=300, text=True, **options | {"stdout": subprocess.PIPE})
     assert "compare-runs?runs=" in done.stdout.splitlines()[-1]
     (name,) = optuna.get_all_study_names("sqlite:///optuna.db")
@@ -181,6 +185,7 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     everything = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert {run.info.status for run in everything} == {"FINISHED", "KILLED"}
     (parent,) = [run for run in everything if run.data.tags["role"] == "study"]
+    assert "failure_reason" not in parent.data.tags
     children = [run for run in everything if run.data.tags["role"] == "trial"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert Counter(run.info.status for run in children) == {"FINISHED": 4, "KILLED": 1}

@@ -201,14 +201,16 @@ def run_register(which: hp.ModelParameters, version: hp.VersionParameters) -> No
 
 
 def run_show() -> None:
-    from signdigits import register
+    from signdigits import register, tracking
 
+    tracking.connect()
     log.info("%s", register.show())
 
 
 def run_links(parameters: hp.LinkParameters) -> None:
-    from signdigits import links
+    from signdigits import links, tracking
 
+    tracking.connect()
     for line in links.latest(parameters):
         log.info("%s", line)
 

@@ -133,7 +133,7 @@ def show() -> str:
     """What is served: the champion's version and what it was measured at. Raises ModelError if there is none."""
     champion = find_alias(CHAMPION)
     if champion is None:
-        raise ModelError(f"{REGISTERED_MODEL} has no {CHAMPION} in {mlflow.get_tracking_uri()}; run scripts/quickstart")
+        raise ModelError(f"{REGISTERED_MODEL} has no {CHAMPION} in {tracking.address()}; run scripts/quickstart")
     tags = champion.tags
     return (
         f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "

@@ -119,6 +119,8 @@ def exclusive(storage: str, name: str) -> Iterator[None]:
         raise StudyError(
             f"study {name}: another process is searching it; wait for it, stop it, or give another --study_name"
         ) from error
+    except OSError as error:  # somebody else's lock, or no room for one
+        raise StudyError(f"study {name}: cannot lock {lock.lock_file} ({error}); remove it, or set TMPDIR") from error
     try:
         yield
     finally:
@@ -128,10 +130,7 @@ def exclusive(storage: str, name: str) -> Iterator[None]:
 def load_study(name: str, settings: dict[str, Any], space: Space, parameters: StudyParameters) -> optuna.Study:
     """The study called `name`, made if it does not exist. Raises StudyError where `settings` are not those it has."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        shown = make_url(parameters.storage).render_as_string(hide_password=True)
-    except ArgumentError as error:
-        raise StudyError("storage: not an SQLAlchemy URL, such as sqlite:///optuna.db") from error
+    shown_storage = hide_password(parameters.storage)
     try:
         study = optuna.create_study(
             study_name=name,
@@ -141,7 +140,7 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
             load_if_exists=True,
         )
     except (SQLAlchemyError, ImportError) as error:
-        raise StudyError(f"storage={shown}: {str(error).splitlines()[0]}") from error
+        raise StudyError(f"storage={shown_storage}: {str(error).splitlines()[0]}") from error
     known = study.user_attrs.get("settings")
     if known is None:
         study.set_user_attr("settings", settings)
@@ -151,6 +150,14 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
         changes = ", ".join(f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing)
         raise StudyError(f"study_name={name}: made with other settings ({changes}); give another --study_name")
     return study
+
+
+def hide_password(storage: str) -> str:
+    """The address of the storage as it may be shown and logged. Raises StudyError if it is none."""
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except ArgumentError as error:
+        raise StudyError("storage: not an SQLAlchemy URL, such as sqlite:///optuna.db") from error
 
 
 def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
@@ -341,7 +348,8 @@ def describe(opened: Search) -> None:
     """Log what the study is made of to its run, with a description that a stranger understands."""
     data, space, parameters = opened.data, opened.space, opened.parameters
     ranges = {name: str(r) for name, r in space.ranges.items()}
-    tracking.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
+    chosen = asdict(parameters) | {"storage": hide_password(parameters.storage)}
+    tracking.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | chosen)
     tracking.log_data(data, parts=("training", "validation"))
     tracking.log_versions()
     mlflow.set_tag("study", opened.study.study_name)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-CLOSED = ("FINISHED", "FAILED")
 PATIENCE = 60.0  # seconds that `mlflow run` may take to close the run
 
 
@@ -26,18 +25,20 @@ def after_mlflow_run(run_id: str, outcome: str) -> None:
 
 
 def settle(run_id: str, outcome: str) -> None:
-    """Wait until the run is closed, then write its outcome. Does nothing if it is not closed within `PATIENCE`."""
+    """Wait until `mlflow run` has closed the run, then write its outcome.
+
+    Does nothing if it is not closed within `PATIENCE`, nor to a KILLED run that somebody goes on with meanwhile.
+    """
     from mlflow import MlflowClient
 
     client, deadline = MlflowClient(), time.monotonic() + PATIENCE
-    while client.get_run(run_id).info.status not in CLOSED:
-        if time.monotonic() > deadline:
-            return
+    waiting = "RUNNING" if outcome == "deleted" else "KILLED"
+    while (status := client.get_run(run_id).info.status) == waiting and time.monotonic() < deadline:
         time.sleep(0.2)
-    if outcome == "deleted":
+    if outcome == "deleted" and status != waiting:
         client.delete_run(run_id)  # softly: `mlflow runs restore` brings it back
-    else:
-        client.set_terminated(run_id, outcome)
+    elif outcome == "KILLED" and status == "FAILED":
+        client.set_terminated(run_id, "KILLED")
 
 
 if __name__ == "__main__":

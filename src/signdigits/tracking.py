@@ -77,10 +77,13 @@ def start(name: str, run_id: str | None) -> mlflow.ActiveRun:
             raise TrackingError(f"run {run_id} was deleted; bring it back with `mlflow runs restore --run-id {run_id}`")
         mlflow.set_experiment(experiment_id=known.info.experiment_id)  # MLflow refuses a run of another experiment
         retire_launching_run(run_id)
-        return mlflow.start_run(run_id=run_id)
+        continued = mlflow.start_run(run_id=run_id)
+        if "failure_reason" in known.data.tags:
+            mlflow.delete_tag("failure_reason")  # what ended it the last time is over
+        return continued
     except MlflowException as error:
         raise TrackingError(
-            f"{mlflow.get_tracking_uri()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
+            f"{address()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
             "to the address of the store that holds the run"
         ) from error
 
@@ -101,8 +104,24 @@ def retire_launching_run(run_id: str) -> None:
         atexit.register(settle.after_mlflow_run, launched, "deleted")
 
 
+def address() -> str:
+    """The address of the tracking store, without a password that stands in it."""
+    return re.sub(r"://([^:/@]*):[^/@]*@", r"://\1:***@", mlflow.get_tracking_uri())
+
+
+def connect() -> None:
+    """Raise TrackingError if the tracking store cannot be used."""
+    try:
+        mlflow.search_experiments(max_results=1)
+    except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
+        raise TrackingError(
+            f"{address()}: {str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a store that can be used"
+        ) from error
+
+
 def open_experiment() -> None:
     """Make the experiment of the surroundings, or the project's own, the active one, and describe it if nobody has."""
+    connect()
     chosen = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
     if not any(os.environ.get(name) for name in chosen):
         mlflow.set_experiment(EXPERIMENT)
@@ -166,9 +185,7 @@ def find_run(run_id: str) -> Run:
     try:
         return mlflow.get_run(run_id)
     except MlflowException as error:
-        raise ModelError(
-            f"run_id={run_id}: no such run in {mlflow.get_tracking_uri()}; copy the id from the MLflow UI"
-        ) from error
+        raise ModelError(f"run_id={run_id}: no such run in {address()}; copy the id from the MLflow UI") from error
 
 
 def find_model(run_id: str, model_uri: str) -> LoggedModel:
