@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"signdigits {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"signdigits {command}: interrupted; the same command goes on where it was", file=sys.stderr)
+        goes_on = "; the same command goes on where it was" if command in ("main", "search") else ""
+        print(f"signdigits {command}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 
