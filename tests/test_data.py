@@ -159,3 +159,12 @@ def test_unreadable_files_are_skipped_and_listed_if_asked(tmp_path: Path) -> Non
     dataset = data.scan(SourceParameters(data=str(tmp_path / "bad"), skip_unreadable=True))
     assert list(dataset.unreadable) == ["1/IMG_0003.JPG"]
     assert dataset.counts() == {"0": 20, "1": 19, "2": 20}
+
+
+def test_a_link_that_leads_nowhere_is_told_of(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    (folder / "0" / "lost.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(DataError, match=r"lost.jpg: cannot be read \(No such file or directory\)"):
+        data.scan(SourceParameters(data=str(folder)))
+    found = data.scan(SourceParameters(data=str(folder), skip_unreadable=True))
+    assert list(found.unreadable) == ["0/lost.jpg"]

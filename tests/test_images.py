@@ -1,4 +1,5 @@
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -100,3 +101,18 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
         open_image(encode(half_black()), max_pixels=1000)
     with pytest.raises(ImageError, match="not a readable image"):
         open_image(encode(Image.new("1", (20_000, 20_000))))
+
+
+def test_damaged_metadata_does_not_spoil_a_whole_picture() -> None:
+    whole = encode(half_black())
+    chunk = b"eXIf" + b"junk that is no EXIF"
+    exif = len(chunk[4:]).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
+    after_header = 33
+    spoilt = whole[:after_header] + exif + whole[after_header:]
+    np.testing.assert_array_equal(decode(spoilt, 40, "rgb"), decode(whole, 40, "rgb"))
+
+
+def test_a_telephones_jpeg_with_a_second_picture_is_read_as_its_first() -> None:
+    several = encode(half_black(), "MPO", save_all=True, append_images=[Image.new("RGB", (40, 40), "red")])
+    assert Image.open(io.BytesIO(several)).format == "MPO"
+    assert decode(several, 40, "rgb")[0].max() < 20

@@ -104,8 +104,21 @@ def test_a_failing_trial_leaves_its_reason_and_the_study_goes_on(store: str, loa
     opened = search.search(loaded, SPACE, THREE)
     assert Counter(run.info.status for run in trials(opened)) == {"FAILED": 3, "FINISHED": 3}
     failed = trials(opened)[0]
-    assert failed.data.tags["failure_reason"].startswith("TrainingDiverged: the loss became nan in epoch 1")
+    assert failed.data.tags["failure_reason"].startswith("TrainingDiverged: loss became nan in epoch 1")
     assert opened.study.trials[0].state == TrialState.FAIL
+    drawn = [tuple(trial.params.values()) for trial in opened.study.trials]
+    assert len(set(drawn)) == len(drawn), "a trial that failed is not drawn again"
+
+
+def test_a_failure_outside_the_training_is_a_failure_too(
+    store: str, loaded: data.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(losses: object) -> float:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(search.train, "fluctuation", full)
+    with pytest.raises(StudyError, match="the last 3 trials failed, at last with OSError: no space left"):
+        search.search(loaded, SPACE, THREE)
 
 
 def test_val_loss_can_be_the_objective(store: str, loaded: data.Data) -> None:

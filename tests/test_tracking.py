@@ -1,3 +1,6 @@
+import os
+import platform
+import subprocess
 from pathlib import Path
 
 import mlflow
@@ -5,6 +8,8 @@ import pytest
 
 from signdigits import tracking
 from signdigits.errors import ModelError, TrackingError
+
+from .conftest import command
 
 
 @pytest.mark.parametrize(
@@ -87,15 +92,44 @@ def test_a_deleted_study_is_told_with_the_remedy(store: str) -> None:
         pass
 
 
+def test_what_a_killed_process_left_running_is_closed_by_the_next_start(store: str) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with mlflow.start_run() as left:
+        mlflow.set_tag(tracking.PROCESS, f"{platform.node()}:{gone.pid}")
+        with tracking.run("train", "train") as alive:
+            tracking.open_experiment("prepare")
+            assert mlflow.get_run(alive.info.run_id).info.status == "RUNNING"
+    closed = mlflow.get_run(left.info.run_id)
+    assert closed.data.tags["failure_reason"] == "interrupted"
+
+
+def test_an_error_before_the_work_stands_on_the_run_of_mlflow_run(store: str, tmp_path: Path) -> None:
+    launched = mlflow.MlflowClient().create_run(mlflow.get_experiment_by_name("tests").experiment_id)
+    environment = os.environ | {"MLFLOW_RUN_ID": launched.info.run_id}
+    done = command("prepare", "--data", str(tmp_path / "nowhere"), env=environment)
+    assert done.returncode == 2
+    tags = mlflow.get_run(launched.info.run_id).data.tags
+    assert tags["role"] == "prepare"
+    assert "nowhere: no such folder" in tags["failure_reason"]
+
+
+def test_a_deleted_experiment_is_told_with_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow.delete_experiment(mlflow.create_experiment("sign-digits"))
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+    with pytest.raises(TrackingError, match="MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"):
+        tracking.open_experiment("train")
+
+
 def test_the_experiment_is_described_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)  # MLflow sets it with the active experiment
-    tracking.open_experiment()
+    tracking.open_experiment("train")
     experiment = mlflow.get_experiment_by_name(tracking.EXPERIMENT)
     assert "study" in experiment.tags["mlflow.note.content"]
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
     mlflow.set_experiment("tests")
     mlflow.set_experiment_tag("mlflow.note.content", "ours")
-    tracking.open_experiment()
+    tracking.open_experiment("train")
     assert mlflow.get_experiment_by_name("tests").tags["mlflow.note.content"] == "ours"
 
 

@@ -8,6 +8,7 @@ by the command that needs them, after its parameters were checked.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(command, parsed)
     except SignDigitsError as error:
+        if "MLFLOW_RUN_ID" in os.environ:
+            note_failure(error)
         print(f"signdigits {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -65,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"signdigits {command}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
+
+
+def note_failure(error: SignDigitsError) -> None:
+    """Write the reason on the run that `mlflow run` made, which is closed as FAILED by it alone."""
+    from signdigits import tracking
+
+    with contextlib.suppress(Exception):  # the store itself may be what failed; the message is printed either way
+        tracking.note_failure(error)
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
@@ -122,6 +133,12 @@ def run(command: str, values: dict[str, Any]) -> None:
     """Check the parameters, group by group, and hand them to the command."""
     groups = [make_group(group, values) for group in PARAMETERS[command]]
     quiet_mlflow()
+    from signdigits import tracking
+
+    if command in ENTRY_POINTS:
+        tracking.open_experiment(command)
+    else:
+        tracking.connect()
     COMMANDS[command](*groups)
 
 
@@ -135,6 +152,7 @@ def make_group(group: type, values: dict[str, Any]) -> Any:
 def quiet_mlflow() -> None:
     """Leave MLflow's warnings, and drop its progress bars of a millisecond and what it tells of making its tables."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a server's store prints two lines a run
     import mlflow  # noqa: F401, it sets its own levels when imported
 
     for name in ("mlflow", "alembic"):
@@ -174,10 +192,9 @@ def run_search(source: hp.DataParameters, space: hp.Space, study: hp.StudyParame
 
 def load(source: hp.DataParameters, *, tensors: bool = True) -> Any:
     """Read the photographs first, so that bad ones are told of at once, and only then wait for TensorFlow."""
-    from signdigits import data, startup, tracking
+    from signdigits import data, startup
 
     loaded = data.load(source)
-    tracking.open_experiment()
     if tensors:
         startup.import_tensorflow()
     return loaded
@@ -186,7 +203,6 @@ def load(source: hp.DataParameters, *, tensors: bool = True) -> Any:
 def run_evaluate(source: hp.SourceParameters, which: hp.ModelParameters) -> None:
     from signdigits import startup, tracking
 
-    tracking.open_experiment()
     model = tracking.find_model(which.run_id, which.model_uri)
     startup.import_tensorflow()
     from signdigits import evaluate
@@ -195,23 +211,20 @@ def run_evaluate(source: hp.SourceParameters, which: hp.ModelParameters) -> None
 
 
 def run_register(which: hp.ModelParameters, version: hp.VersionParameters) -> None:
-    from signdigits import register, tracking
+    from signdigits import register
 
-    tracking.open_experiment()
     register.register(which, version)
 
 
 def run_show() -> None:
-    from signdigits import register, tracking
+    from signdigits import register
 
-    tracking.connect()
     log.info("%s", register.show())
 
 
 def run_links(parameters: hp.LinkParameters) -> None:
-    from signdigits import links, tracking
+    from signdigits import links
 
-    tracking.connect()
     for line in links.latest(parameters):
         log.info("%s", line)
 

@@ -65,8 +65,8 @@ def read(file: Path) -> bytes:
 
 def post(url: str, body: Any) -> Any:
     """Send `body` as JSON and return the reply."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:

@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 from signdigits import sources
 from signdigits.errors import DataError
 from signdigits.hyperparameters import DataParameters, SourceParameters
-from signdigits.images import ImageError, decode, open_image
+from signdigits.images import ImageError, decode, open_image, orientation, to_array
 
 # The notebook's seed and fraction: with them the test images are its 412 validation images. They are no
 # parameters: runs can be compared only on the same images.
@@ -132,6 +132,16 @@ def scan(parameters: SourceParameters) -> Dataset:
     (unless `skip_unreadable`, which lists it in the result instead).
     """
     folder = sources.resolve(parameters.data)
+    try:
+        dataset = read_folder(folder, skip_unreadable=parameters.skip_unreadable)
+    except OSError as error:  # a folder that may not be entered
+        raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
+    if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
+        raise DataError(f"{folder}: changed since it was downloaded; remove the folder to download it again")
+    return dataset
+
+
+def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
     photographs: list[Photograph] = []
     unreadable: dict[str, str] = {}
     class_names = find_classes(folder)
@@ -142,15 +152,12 @@ def scan(parameters: SourceParameters) -> Dataset:
             try:
                 photographs.append(examine(path, relative, label))
             except ImageError as error:
-                if not parameters.skip_unreadable:
+                if not skip_unreadable:
                     raise DataError(f"{path}: {error}; remove it, or pass --skip_unreadable true") from error
                 unreadable[relative] = str(error)
         if len(photographs) == before:
             raise DataError(f"{folder / class_name}: no photograph in this class folder; add some, or remove it")
-    dataset = Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
-    if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
-        raise DataError(f"{folder}: changed since it was downloaded; remove the folder to download it again")
-    return dataset
+    return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
 
 
 def find_classes(folder: Path) -> tuple[str, ...]:
@@ -172,7 +179,12 @@ def find_files(folder: Path) -> Iterator[Path]:
     """The files of one class folder and the folders in it, in the order in which Keras lists them."""
     inside = sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}, key=str)
     for directory in inside:
-        yield from sorted(path for path in directory.iterdir() if path.is_file() and not hidden(path))
+        yield from sorted(path for path in directory.iterdir() if is_file(path) and not hidden(path))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file, or a link that leads nowhere: that one is not to be passed over in silence."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def hidden(path: Path) -> bool:
@@ -180,11 +192,15 @@ def hidden(path: Path) -> bool:
 
 
 def examine(path: Path, relative: str, label: int) -> Photograph:
-    """Read and decode one file; raises ImageError where that fails."""
-    content = path.read_bytes()
+    """Read one file to the array that the network would see; raises ImageError where that fails."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror})") from error
     image = open_image(content)
-    orientation = image.getexif().get(0x0112, 1)
-    return Photograph(relative, label, hashlib.sha256(content).hexdigest(), image.size, image.mode, orientation)
+    to_array(image, image_size=8, color_mode="rgb")  # what fails would otherwise fail in the last evaluation
+    checksum = hashlib.sha256(content).hexdigest()
+    return Photograph(relative, label, checksum, image.size, image.mode, orientation(image))
 
 
 def split_photographs(dataset: Dataset) -> Split:

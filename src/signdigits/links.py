@@ -4,6 +4,7 @@ python -m signdigits links
 """
 
 import json
+import re
 from urllib.parse import quote
 
 import mlflow
@@ -20,7 +21,7 @@ def ui(parameters: LinkParameters | None = None) -> str:
     """Where the UI of the tracking store is: the server itself, or the one that scripts/ui starts for a local store."""
     uri = mlflow.get_tracking_uri()
     port = (parameters or LinkParameters()).port
-    return uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
+    return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
 
 
 def runs(ui: str, experiment_id: str) -> str:
@@ -32,7 +33,7 @@ def run(ui: str, run: Run) -> str:
 
 
 def compare(ui: str, study: Run) -> str:
-    """The compare view of a study's finished trials, the best of them if there are many.
+    """The compare view of a study's finished trials, the most accurate of them if there are many.
 
     It plots their parameters against their metrics.
     """

@@ -38,7 +38,7 @@ def find_refit(opened: search.Search) -> LoggedModel | None:
     """The model of the best trial's refit, if that was finished, its evaluation included."""
     for run in search.children(opened.run_id):
         tags = run.data.tags
-        if tags["role"] == "refit" and tags.get("trial") == str(opened.best.number) and run.info.status == "FINISHED":
+        if tags.get("role") == "refit" and tags.get("trial") == str(opened.best.number) and run.info.status == "FINISHED":
             return tracking.find_model(run.info.run_id, "")
     return None
 

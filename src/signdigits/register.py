@@ -135,6 +135,8 @@ def show() -> str:
     if champion is None:
         raise ModelError(f"{REGISTERED_MODEL} has no {CHAMPION} in {tracking.address()}; run scripts/quickstart")
     tags = champion.tags
+    if "test_accuracy" not in tags:
+        return f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: registered by other means, never evaluated"
     return (
         f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "
         f"{tags['test_images']} images of {tags['dataset']}"

@@ -1,4 +1,4 @@
-"""Search the hyperparameters with Optuna, every trial a nested MLflow run, then fit the best again.
+"""Search the hyperparameters with Optuna, every trial a nested MLflow run.
 
     python -m signdigits search --data FOLDER --n_trials 12
     mlflow run . -e search -P data=FOLDER -P n_trials=12 -P epochs=5:20
@@ -24,7 +24,7 @@ import mlflow
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError
 
 from signdigits import plots, tracking, train
 from signdigits.data import Data
@@ -129,7 +129,7 @@ def exclusive(storage: str, name: str) -> Iterator[None]:
 
 def load_study(name: str, settings: dict[str, Any], space: Space, parameters: StudyParameters) -> optuna.Study:
     """The study called `name`, made if it does not exist. Raises StudyError where `settings` are not those it has."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # failed trials are told of by `log_progress`, in a line
     shown_storage = hide_password(parameters.storage)
     try:
         study = optuna.create_study(
@@ -139,8 +139,8 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
             pruner=make_pruner(parameters.pruner, space),
             load_if_exists=True,
         )
-    except (SQLAlchemyError, ImportError) as error:
-        raise StudyError(f"storage={shown_storage}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever Optuna, SQLAlchemy, a driver or the network have to say
+        raise StudyError(f"storage={shown_storage}: {str(error.__cause__ or error).splitlines()[0]}") from error
     known = study.user_attrs.get("settings")
     if known is None:
         study.set_user_attr("settings", settings)
@@ -225,13 +225,9 @@ def optimize(opened: Search) -> None:
         if parameters.timeout and done and time.monotonic() - started >= parameters.timeout:
             log.info("time is up after %d of %d trials; the same command goes on", done, parameters.n_trials)
             break
-        # The sampler's state is not in the storage: seeded by what is finished, a search that was interrupted draws
-        # what an uninterrupted one would have drawn.
-        study.sampler = optuna.samplers.TPESampler(
-            seed=int(opened.space.fixed.get("seed", 0)) + done, n_startup_trials=STARTUP_TRIALS
-        )
+        study.sampler = make_sampler(study, int(opened.space.fixed.get("seed", 0)))
         study.optimize(
-            lambda trial: run_trial(opened, trial),
+            lambda trial: attempt(opened, trial),
             n_trials=1,
             catch=(Exception,),
             callbacks=[lambda _, trial: log_progress(opened, trial, started)],
@@ -241,8 +237,29 @@ def optimize(opened: Search) -> None:
     log_study(opened)
 
 
+def make_sampler(study: optuna.Study, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler of the next trial.
+
+    Its state is not in the storage: seeded by the trials that have ended by themselves, a search that was interrupted
+    draws what an uninterrupted one would have drawn, and one whose trial failed does not draw the same again.
+    """
+    ended = sum(t.state in FINISHED or "failure_reason" in t.user_attrs for t in study.get_trials(deepcopy=False))
+    return optuna.samplers.TPESampler(seed=seed + ended, n_startup_trials=STARTUP_TRIALS)
+
+
+def attempt(opened: Search, trial: optuna.Trial) -> float:
+    """`run_trial`, its failure noted on the trial: without a reason, a failed trial counts as interrupted."""
+    try:
+        return run_trial(opened, trial)
+    except optuna.TrialPruned:
+        raise
+    except Exception as error:
+        trial.set_user_attr("failure_reason", f"{type(error).__name__}: {error}"[:2000])
+        raise
+
+
 def run_trial(opened: Search, trial: optuna.Trial) -> float:
-    """The objective: fit the hyperparameters that `trial` draws, in a nested run, and return what it reached."""
+    """Fit the hyperparameters that `trial` draws, in a nested run, and return what it reached."""
     hyperparameters = opened.space.suggest(trial)
     data, objective = opened.data, opened.parameters.objective
     with tracking.run("trial", f"trial-{trial.number:03d}") as run:
@@ -261,9 +278,8 @@ def run_trial(opened: Search, trial: optuna.Trial) -> float:
                 callbacks=[pruning],
                 title=f"trial {trial.number}",
             )
-        except Exception as error:
-            trial.set_user_attr("failure_reason", f"{type(error).__name__}: {error}"[:2000])
-            mlflow.set_tag("trial_state", "FAIL")
+        except BaseException as error:
+            mlflow.set_tag("trial_state", "FAIL" if isinstance(error, Exception) else "INTERRUPTED")
             raise
         trial.set_user_attr("val_accuracy", fitted.last("val_accuracy"))
         mlflow.log_metric("val_loss_fluctuation", train.fluctuation(fitted.history["val_loss"]))
@@ -352,7 +368,8 @@ def describe(opened: Search) -> None:
     tracking.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | chosen)
     tracking.log_data(data, parts=("training", "validation"))
     tracking.log_versions()
-    mlflow.set_tag("study", opened.study.study_name)
+    # Tags, because a study that is continued may be given more trials or another limit, and parameters cannot change.
+    mlflow.set_tags({"study": opened.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})
     rows = "\n".join(
         f"| `{name}` | {r.low} to {r.high}{', logarithmic' if r.log else ''} |" for name, r in space.ranges.items()
     )
@@ -365,7 +382,7 @@ def describe(opened: Search) -> None:
 
 
 def log_study(opened: Search) -> None:
-    """Log the best trial, the counts, the importances and Optuna's pictures to the study's run, and print the links."""
+    """Log the best trial, the counts, the importances and Optuna's pictures to the study's run."""
     study, objective = opened.study, opened.parameters.objective
     trials = study.get_trials(deepcopy=False)
     for state in TrialState:

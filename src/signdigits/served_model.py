@@ -21,7 +21,7 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-FORMATS = ("JPEG", "PNG")
+FORMATS = ("JPEG", "MPO", "PNG")  # MPO: how some telephones write JPEG
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000  # 150 MB when decoded
 BATCH = 256  # images in one forward pass: bounds the memory that a large request takes
@@ -75,8 +75,8 @@ class SignDigits(PythonModel):
         arrays, faults = [], []
         for row, value in enumerate(values):
             try:
-                image = self.images.open_image(to_bytes(value), FORMATS, MAX_PIXELS)
-                arrays.append(self.images.to_array(image, self.image_size, self.color_mode))
+                data = to_bytes(value)
+                arrays.append(self.images.decode(data, self.image_size, self.color_mode, FORMATS, MAX_PIXELS))
             except ValueError as error:  # ImageError among them
                 faults.append(f"row {row}: {error}")
         if faults:

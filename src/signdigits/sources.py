@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from signdigits import startup
 from signdigits.errors import DownloadError
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def download_sign_language_digits(
     """
     if target.exists():
         return target
-    from keras.utils import get_file  # ten seconds that only the first start needs
+    startup.import_tensorflow()  # ten seconds that only the first start needs
+    from keras.utils import get_file
 
     log.info("Downloading the sign language digits, about 25 MB, from %s", url)
     with all_or_nothing(target) as folder:

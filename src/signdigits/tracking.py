@@ -2,7 +2,6 @@
 
 import atexit
 import importlib.metadata
-import logging
 import os
 import platform
 import re
@@ -20,8 +19,6 @@ from signdigits import settle
 from signdigits.data import Data, Dataset, Split
 from signdigits.errors import ModelError, TrackingError
 
-log = logging.getLogger(__name__)
-
 EXPERIMENT = "sign-digits"
 
 EXPERIMENT_DESCRIPTION = """\
@@ -33,6 +30,9 @@ The best is fitted again (*refit*), scored once on test images that nothing befo
 
 # What the result of a run depends on; their versions are recorded with it.
 PACKAGES = ("mlflow", "tensorflow", "keras", "optuna", "numpy", "pillow", "pandas", "scikit-learn")
+
+# The tag that says which process works on a run, as host:number.
+PROCESS = "process"
 
 # MLflow's own invention for a run that nobody named: adjective-animal-number.
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
@@ -51,7 +51,7 @@ def run(role: str, name: str, run_id: str | None = None) -> Iterator[mlflow.Acti
     try:
         if RANDOM_NAME.fullmatch(active.info.run_name or ""):
             mlflow.set_tag("mlflow.runName", name)
-        mlflow.set_tag("role", role)
+        mlflow.set_tags({"role": role, PROCESS: this_process()})
         yield active
     except KeyboardInterrupt:
         mlflow.set_tag("failure_reason", "interrupted")
@@ -119,22 +119,63 @@ def connect() -> None:
         ) from error
 
 
-def open_experiment() -> None:
-    """Make the experiment of the surroundings, or the project's own, the active one, and describe it if nobody has."""
+def open_experiment(role: str) -> None:
+    """Make the experiment of the surroundings, or the project's own, the active one, and describe it if nobody has.
+
+    A run that `mlflow run` made for this process gets its `role` at once, and those of processes that were killed
+    before they could say so are closed.
+    """
     connect()
-    chosen = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
-    if not any(os.environ.get(name) for name in chosen):
-        mlflow.set_experiment(EXPERIMENT)
+    close_stale_runs()
     client = mlflow.MlflowClient()
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        try:
+    try:
+        if run_id := os.environ.get("MLFLOW_RUN_ID"):
             experiment_id = client.get_run(run_id).info.experiment_id
-        except MlflowException:
-            return  # `run` says what is wrong
-    else:
-        experiment_id = mlflow.tracking.fluent._get_experiment_id()
+            client.set_tag(run_id, "role", role)
+            client.set_tag(run_id, PROCESS, this_process())
+        else:
+            if not any(os.environ.get(name) for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")):
+                mlflow.set_experiment(EXPERIMENT)
+            experiment_id = mlflow.tracking.fluent._get_experiment_id()
+    except MlflowException as error:
+        raise TrackingError(
+            f"{address()}: {error.message}; start in the project's folder, set MLFLOW_TRACKING_URI to the address of "
+            "the store that holds the run, or MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"
+        ) from error
     if "mlflow.note.content" not in client.get_experiment(experiment_id).tags:
         client.set_experiment_tag(experiment_id, "mlflow.note.content", EXPERIMENT_DESCRIPTION)
+
+
+def this_process() -> str:
+    return f"{platform.node()}:{os.getpid()}"
+
+
+def close_stale_runs() -> None:
+    """Mark as KILLED what processes of this machine, killed with no chance to say so, left RUNNING."""
+    client = mlflow.MlflowClient()
+    ours = f"tags.{PROCESS} LIKE '{platform.node()}:%' and attributes.status = 'RUNNING'"
+    for left in mlflow.search_runs(search_all_experiments=True, filter_string=ours, output_format="list"):
+        number = int(left.data.tags[PROCESS].rpartition(":")[2])
+        if not alive(number):
+            client.set_tag(left.info.run_id, "failure_reason", "interrupted")
+            client.set_terminated(left.info.run_id, "KILLED")
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def note_failure(error: Exception) -> None:
+    """Write the reason on the run that `mlflow run` made for this process, unless one stands there."""
+    client, run_id = mlflow.MlflowClient(), os.environ["MLFLOW_RUN_ID"]
+    if "failure_reason" not in client.get_run(run_id).data.tags:
+        client.set_tag(run_id, "failure_reason", f"{type(error).__name__}: {error}"[:5000])
 
 
 def describe(text: str) -> None:
@@ -196,11 +237,18 @@ def find_model(run_id: str, model_uri: str) -> LoggedModel:
         outputs = find_run(run_id).outputs
         if not outputs or not outputs.model_outputs:
             raise ModelError(f"run_id={run_id}: the run has no model; give a run of the role train or refit")
-        return mlflow.get_logged_model(outputs.model_outputs[-1].model_id)
+        return get_model(outputs.model_outputs[-1].model_id, f"run_id={run_id}")
     try:
         info = mlflow.models.get_model_info(model_uri)
     except (MlflowException, OSError) as error:
         raise ModelError(f"model_uri={model_uri}: no such model ({error})") from error
     if info.model_id is None:
         raise ModelError(f"model_uri={model_uri}: not a model of this tracking store")
-    return mlflow.get_logged_model(info.model_id)
+    return get_model(info.model_id, f"model_uri={model_uri}")
+
+
+def get_model(model_id: str, given: str) -> LoggedModel:
+    try:
+        return mlflow.get_logged_model(model_id)
+    except MlflowException as error:  # deleted, or of another store
+        raise ModelError(f"{given}: its model {model_id} is not in {address()}; train it again") from error

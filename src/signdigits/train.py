@@ -86,12 +86,12 @@ def fit(
         callbacks=[keras.callbacks.TerminateOnNaN(), *callbacks, Progress(title)],
         verbose=0,
     ).history
-    if not np.isfinite(history["loss"]).all():
-        epoch = len(history["loss"])
-        raise TrainingDiverged(
-            f"the loss became {history['loss'][-1]} in epoch {epoch} with initial_learning_rate="
-            f"{hyperparameters.initial_learning_rate}; lower it"
-        )
+    for name in sorted(history.keys() & {"loss", "val_loss"}):  # the last step of an epoch may spoil val_loss alone
+        if not np.isfinite(history[name]).all():
+            raise TrainingDiverged(
+                f"{name} became {history[name][-1]} in epoch {len(history[name])} with initial_learning_rate="
+                f"{hyperparameters.initial_learning_rate}; lower it"
+            )
     return Fit(network, history)
 
 
