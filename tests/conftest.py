@@ -102,13 +102,16 @@ def store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def log_model(store: str, loaded: data.Data) -> Callable[..., Any]:
     """A function that logs a network, untrained, and returns the logged model; its arguments become tags."""
+    import keras
+
     from signdigits import model
 
-    def log(**tags: str) -> Any:
+    def log(temperature: float = 1.0, **tags: str) -> Any:
         with tracking.run("train", "train"):
+            keras.utils.set_random_seed(0)
             network = model.build(loaded.training.x.shape[1:], 3)
             model.compile_network(network, Hyperparameters())
-            info = package.log_model(network, loaded, {"val_accuracy": 0.5, **tags})
+            info = package.log_model(network, temperature, loaded, {"val_accuracy": 0.5, **tags})
         return mlflow.get_logged_model(info.model_id)
 
     return log

@@ -36,16 +36,23 @@ def test_the_test_images_are_scored_through_the_served_artifact(
     assert "test_confusion_matrix.png" in files
     per_class = pd.read_csv(download(run.info.run_id, "test/per_class.csv"), index_col="class")
     assert {"0", "1", "2"} <= set(per_class.index)
+    assert "reliability.png" in {
+        Path(item.path).name for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, "test")
+    }
+    assert scores.test_accuracy_low < accuracy < scores.test_accuracy_high
+    assert run.data.metrics["test_ece"] == scores.test_ece
     (used,) = [item for item in run.inputs.dataset_inputs if item.dataset.name == "bars"]
-    assert used.dataset.digest == loaded.dataset.part_digest(loaded.split.testing) == scores.test_digest
+    assert used.dataset.digest == loaded.dataset.part_digest(loaded.split.testing)
 
 
 def test_the_scores_follow_the_model(store: str, loaded: data.Data, log_model: Callable[..., LoggedModel]) -> None:
     scores = evaluate.evaluate(log_model(), loaded.parameters)
     (model,) = mlflow.search_logged_models(output_format="list")
-    assert float(model.tags["test_accuracy"]) == pytest.approx(scores.accuracy)
+    assert float(model.tags["test_accuracy"]) == pytest.approx(scores.test_accuracy)
     assert model.tags["test_images"] == "12"
-    assert {metric.key: metric.value for metric in model.metrics}["test_accuracy"] == pytest.approx(scores.accuracy)
+    assert {metric.key: metric.value for metric in model.metrics}["test_accuracy"] == pytest.approx(
+        scores.test_accuracy
+    )
 
 
 def test_the_worst_mistakes_are_shown(store: str, loaded: data.Data, log_model: Callable[..., LoggedModel]) -> None:
@@ -61,3 +68,24 @@ def test_a_model_of_other_photographs_is_refused(
     other = write_photographs(tmp_path / "other", each=21)
     with pytest.raises(ModelError, match="pass --data the photographs that the model was trained on"):
         evaluate.evaluate(log_model(), replace(source, data=str(other)))
+
+
+def test_the_calibration_error_before_the_temperature_is_told_too(
+    store: str, loaded: data.Data, log_model: Callable[..., LoggedModel]
+) -> None:
+    """Of the same network, once with its probabilities as they are, and once served at a temperature of 3."""
+    plain, cooled = (evaluate.evaluate(log_model(temperature=t), loaded.parameters) for t in (1.0, 3.0))
+    assert plain.test_ece == pytest.approx(plain.test_ece_uncalibrated, abs=1e-6)
+    assert cooled.test_ece_uncalibrated == pytest.approx(plain.test_ece, abs=1e-6)
+    assert cooled.test_ece != pytest.approx(plain.test_ece, abs=1e-3)
+
+
+def test_the_confidence_interval_is_wilsons() -> None:
+    """407 of 412: centre and half-width from the formula in Wilson's paper, worked out by hand."""
+    table = pd.DataFrame({"label": ["0"] * 412, "prediction": ["0"] * 407 + ["1"] * 5})
+    table["p(0)"], table["p(1)"] = 0.9, 0.1
+    scores = evaluate.measure(table, ("0", "1"), 1.0)
+    n, p, z = 412, 407 / 412, 1.959964
+    centre, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    assert scores.test_accuracy_low == pytest.approx((centre - half) / (1 + z * z / n))
+    assert scores.test_accuracy_high == pytest.approx((centre + half) / (1 + z * z / n))

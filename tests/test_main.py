@@ -1,6 +1,7 @@
 """The whole job as a user starts it, and then the served champion asked."""
 
 import base64
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,16 +10,26 @@ from collections import Counter
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 from mlflow.entities import Run
 
 from signdigits import data, main, register
-from signdigits.hyperparameters import Range, RegistryParameters, Space, StudyParameters
+from signdigits.hyperparameters import (
+    ModelParameters,
+    Range,
+    RefitParameters,
+    RegistryParameters,
+    Space,
+    StudyParameters,
+    VersionParameters,
+)
 
 from .conftest import PROJECT, serving, wait_until
 
-SPACE = Space.of(epochs=Range(1, 2), batch_size=16)
+SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
 STUDY = StudyParameters(n_trials=2, pruner="none")
+TWO = RefitParameters(repeats=2)
 
 
 def runs() -> list[Run]:
@@ -28,6 +39,7 @@ def runs() -> list[Run]:
 def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: data.Data, tmp_path: Path) -> None:
     values = {
         "data": loaded.parameters.data, "image_size": 16, "batch_size": 8, "epochs": "6:8", "n_trials": 3,
+        "space": "notebook", "repeats": 2,
         "initial_learning_rate": "1e-3:5e-3", "storage": f"sqlite:///{tmp_path}/optuna.db",
     }  # fmt: skip
     line = [sys.executable, "-m", "mlflow", "run", str(PROJECT), "-e", "main", "--env-manager", "local"]
@@ -37,9 +49,9 @@ def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: data.D
         assert done.returncode == 0, done.stderr
         assert "test accuracy" in done.stdout
         assert "oneDNN" not in done.stderr
-        wait_until(lambda: len(runs()) == 5, seconds=60)  # the run that launched the second start goes
+        wait_until(lambda: len(runs()) == 6, seconds=60)  # the run that launched the second start goes
         roles = Counter((run.data.tags["role"], run.info.status) for run in runs())
-        assert roles == {("study", "FINISHED"): 1, ("trial", "FINISHED"): 3, ("refit", "FINISHED"): 1}
+        assert roles == {("study", "FINISHED"): 1, ("trial", "FINISHED"): 3, ("refit", "FINISHED"): 2}
 
     (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
     for run in runs():
@@ -85,23 +97,23 @@ def test_an_interrupted_job_is_finished_by_the_same_command(
     with monkeypatch.context() as patch:
         patch.setattr(main.evaluate, "score", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            main.main(loaded, SPACE, STUDY, RegistryParameters())
+            main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
     assert Counter(run.info.status for run in runs()) == {"FINISHED": 2, "KILLED": 2}
 
-    decision = main.main(loaded, SPACE, STUDY, RegistryParameters())
+    decision = main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
     assert (decision.version, decision.alias) == ("1", "champion")
     roles = Counter((run.data.tags["role"], run.info.status) for run in runs())
     assert roles == {
         ("study", "FINISHED"): 1,
         ("trial", "FINISHED"): 2,
         ("refit", "KILLED"): 1,
-        ("refit", "FINISHED"): 1,
+        ("refit", "FINISHED"): 2,
     }
 
 
 def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, loaded: data.Data) -> None:
-    main.main(loaded, SPACE, STUDY, RegistryParameters())
-    (refit,) = [run for run in runs() if run.data.tags["role"] == "refit"]
+    main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+    (refit,) = [run for run in runs() if run.data.tags["role"] == "refit" and run.data.tags["seed"] == "1337"]
     used = [item for item in refit.inputs.dataset_inputs if item.dataset.name == "bars"]
     inputs = {tag.value: item.dataset.digest for item in used for tag in item.tags}
     assert inputs == {
@@ -113,3 +125,28 @@ def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, load
     best = mlflow.get_run(study.data.tags["best_run_id"])
     for name in ("initial_learning_rate", "decay_rate", "epochs"):
         assert refit.data.params[name] == best.data.params[name]
+
+
+def test_the_spread_over_seeds_is_told_and_the_first_is_registered(store: str, loaded: data.Data) -> None:
+    main.main(loaded, SPACE, STUDY, RefitParameters(repeats=3), RegistryParameters())
+    refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
+    assert set(refits) == {"1337", "1338", "1339"}
+    accuracies = [run.data.metrics["test_accuracy"] for run in refits.values()]
+    (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
+    assert study.data.metrics["test_accuracy_mean"] == pytest.approx(np.mean(accuracies))
+    assert study.data.metrics["test_accuracy_spread"] == pytest.approx(np.std(accuracies, ddof=1))
+    champion = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, "champion")
+    assert champion.tags["seed"] == "1337"
+    assert float(champion.tags["test_accuracy_mean"]) == pytest.approx(np.mean(accuracies))
+
+
+def test_a_second_start_leaves_a_rollback_alone(store: str, loaded: data.Data) -> None:
+    once = RefitParameters(repeats=1)
+    main.main(loaded, SPACE, STUDY, once, RegistryParameters())
+    other = dataclasses.replace(STUDY, study_name="other")
+    assert main.main(loaded, SPACE, other, once, RegistryParameters(force=True)).version == "2"
+    register.register(ModelParameters(), VersionParameters(version=1))
+    again = main.main(loaded, SPACE, other, once, RegistryParameters(force=True))
+    assert (again.version, again.alias) == ("2", "champion"), "what was decided then"
+    champion = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, "champion")
+    assert str(champion.version) == "1"

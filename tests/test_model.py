@@ -1,7 +1,9 @@
 import keras
 import numpy as np
+import pytest
 
 from signdigits import model
+from signdigits.errors import ParameterError
 from signdigits.hyperparameters import Hyperparameters
 
 
@@ -35,3 +37,33 @@ def test_a_decay_rate_of_one_keeps_the_rate() -> None:
     network = model.build((8, 8, 3), 2)
     model.compile_network(network, Hyperparameters(initial_learning_rate=0.001, decay_rate=1.0))
     assert np.allclose(network.optimizer._learning_rate(10_000), 0.001)
+
+
+def test_blocks_and_dropout_are_added_where_they_are_asked_for() -> None:
+    network = model.build((100, 100, 3), 10, conv_blocks=5, dropout=0.4)
+    convolutions = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert [layer.filters for layer in convolutions] == [16, 32, 64, 128, 256]
+    assert [type(layer).__name__ for layer in network.layers[-4:]] == ["Flatten", "Dropout", "Dense", "Dense"]
+    assert network.layers[-3].rate == 0.4
+
+
+def test_more_blocks_than_the_image_can_be_halved_are_refused() -> None:
+    with pytest.raises(ParameterError, match="conv_blocks=5: each halves the image, and 16 pixels cannot"):
+        model.build((16, 16, 3), 3, conv_blocks=5)
+
+
+def test_a_network_trained_in_bfloat16_computes_in_float32_with_the_same_weights() -> None:
+    trained = model.build((16, 16, 3), 3, dropout=0.5, precision="mixed_bfloat16")
+    plain = model.in_float32(trained)
+    assert {layer.compute_dtype for layer in plain.layers} == {"float32"}
+    for one, two in zip(trained.get_weights(), plain.get_weights(), strict=True):
+        assert one.dtype == np.float32
+        np.testing.assert_array_equal(one, two)
+    x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_allclose(plain(x), trained(x), atol=0.02)
+
+
+def test_auto_is_bfloat16_where_the_machine_has_it() -> None:
+    expected = "mixed_bfloat16" if model.has_bfloat16() else "float32"
+    assert model.resolve_precision("auto") == expected
+    assert model.resolve_precision("float32") == "float32"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from signdigits import data, model, package, tracking
+from signdigits import data, model, package, split, tracking
 from signdigits.hyperparameters import DataParameters
 
 from .conftest import SIZE
@@ -19,7 +19,7 @@ def test_a_logged_model_reads_photographs_as_its_network_was_trained(
     loaded = data.load(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
     network = model.build(loaded.training.x.shape[1:], 3)
     with tracking.run("train", "train"):
-        info = package.log_model(network, loaded, {})
+        info = package.log_model(network, 1.0, loaded, {})
     served = mlflow.pyfunc.load_model(info.model_uri)
     paths = [loaded.dataset.folder / loaded.dataset.photographs[i].path for i in loaded.split.training[:5]]
     reply = served.predict(pd.DataFrame({"image": [path.read_bytes() for path in paths]}))
@@ -32,7 +32,7 @@ def test_a_logged_model_reads_photographs_as_its_network_was_trained(
 def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: str, loaded: data.Data) -> None:
     network = model.build(loaded.training.x.shape[1:], 3)
     with tracking.run("train", "train"):
-        uris = [package.log_model(network, loaded, {}).model_uri for _ in range(2)]
+        uris = [package.log_model(network, 1.0, loaded, {}).model_uri for _ in range(2)]
     first, second = (mlflow.pyfunc.load_model(uri).unwrap_python_model() for uri in uris)
     assert first.images is not second.images
 
@@ -40,10 +40,15 @@ def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: 
 def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: data.Data) -> None:
     network = model.build(loaded.training.x.shape[1:], 3)
     with tracking.run("refit", "refit") as run:
-        info = package.log_model(network, loaded, {"study": "bars-1234", "trial": 3})
+        info = package.log_model(network, 1.0, loaded, {"study": "bars-1234", "trial": 3})
     logged = mlflow.get_logged_model(info.model_id)
     assert logged.source_run_id == run.info.run_id
-    expected = {"study": "bars-1234", "trial": "3", "dataset_digest": loaded.dataset.digest, "split": "random"}
+    expected = {
+        "study": "bars-1234",
+        "trial": "3",
+        "dataset_digest": split.digest(loaded.dataset, loaded.split),
+        "split": "random",
+    }
     assert expected.items() <= logged.tags.items()
     assert logged.tags["git_commit"]
 

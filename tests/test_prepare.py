@@ -1,13 +1,16 @@
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from signdigits import data, prepare
-from signdigits.hyperparameters import DataParameters
+from signdigits import data, findings, groups, prepare
+from signdigits.dataset import scan
+from signdigits.hyperparameters import DataParameters, SourceParameters
 
 from .conftest import SIZE, write_photographs
 
@@ -55,3 +58,46 @@ def test_what_was_unreadable_or_turned_is_told(store: str, tmp_path: Path, caplo
     assert report["unreadable"] == {"1/notes.txt": "not an image"}
     assert report["turned upright"] == ["0/turned.jpg"]
     assert "left out: 1/notes.txt: not an image" in caplog.text
+
+
+def test_what_deserves_a_look_is_a_table_and_a_picture(store: str, tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "odd", each=30)
+    for path in list((folder / "2").iterdir())[:12]:
+        path.unlink()
+    random = np.random.default_rng(1)
+    Image.fromarray(random.integers(0, 80, (96, 24, 3), dtype=np.uint8)).save(folder / "0" / "long.jpg")
+    Image.new("RGB", (24, 24), (250, 0, 0)).save(folder / "1" / "red.jpg")
+    loaded = data.load(DataParameters(data=str(folder), image_size=SIZE))
+    parts = dict(zip((p.path for p in loaded.dataset.photographs), findings.part_names(loaded), strict=True))
+    kept = next(path for path, part in parts.items() if part == "testing")
+    copied = next(path for path, part in parts.items() if part == "training" and path[0] == kept[0])
+    with Image.open(folder / kept) as picture:
+        picture.resize((48, 48)).save(folder / copied, quality=90)
+
+    run_id = prepare.prepare(data.load(loaded.parameters))
+    table = pd.read_csv(download(run_id, "data/findings.csv"), keep_default_na=False)
+    found = {(row.finding, row.path, row.other) for row in table.itertuples()}
+    assert ("imbalance", "2", "") in found
+    assert ("size", "0/long.jpg", "") in found
+    assert ("colour", "1/red.jpg", "") in found
+    assert ("near-duplicate", *sorted((kept, copied))) in found
+    assert len(list(folder.rglob("*.JPG"))) == 78, "nothing is deleted"
+    with Image.open(download(run_id, "data/findings.png")) as shown:
+        assert shown.width > 500
+    assert mlflow.get_run(run_id).data.metrics["findings"] == len(table)
+
+
+def test_the_real_groups_are_written_where_they_may_be(sign_digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    shutil.copytree(sign_digits, folder, ignore=shutil.ignore_patterns(groups.FILE))
+    found = scan(SourceParameters(data=str(folder)))
+    folder.chmod(0o555)
+    groups.write(found)
+    assert not (folder / groups.FILE).exists(), "read-only, also for root"
+    folder.chmod(0o755)
+    told = groups.of(found)
+    groups.write(found)
+    table = pd.read_csv(folder / groups.FILE)
+    assert table["group"].nunique() == 220
+    assert groups.of(found).tolist() == told.tolist() == table["group"].tolist()
+    assert scan(SourceParameters(data=str(folder))).digest == found.digest

@@ -1,20 +1,33 @@
+import json
 from collections.abc import Callable
 from typing import Any
 
 import mlflow
+import pandas as pd
 import pytest
 from mlflow.entities import LoggedModel
 
-from signdigits import register
+from signdigits import register, tracking
 from signdigits.errors import ModelError, ParameterError
-from signdigits.hyperparameters import ModelParameters, VersionParameters
+from signdigits.hyperparameters import ModelParameters, RegistryParameters, VersionParameters
 
 NAME = register.REGISTERED_MODEL
 Log = Callable[..., LoggedModel]
 
 
-def scored(log_model: Log, accuracy: float, **tags: str) -> LoggedModel:
-    return log_model(**{"test_accuracy": str(accuracy), "test_images": "12", "test_digest": "d", **tags})
+def scored(log_model: Log, right: int, **tags: str) -> LoggedModel:
+    """A model that reads the first `right` of twelve test images correctly, as if `evaluate` had scored it."""
+    table = pd.DataFrame({"path": [f"0/{n}.jpg" for n in range(12)], "label": "0"})
+    table["prediction"] = ["0"] * right + ["1"] * (12 - right)
+    with tracking.run("evaluate", "evaluate") as run:
+        mlflow.log_text(table.to_csv(index=False), tracking.PREDICTIONS)
+    found = {"test_accuracy": str(right / 12), "test_images": "12", "test_digest": "d", "test_run_id": run.info.run_id}
+    return log_model(**found | tags)
+
+
+def promote(model: LoggedModel, **rules: Any) -> register.Decision:
+    with tracking.run("register", "register"):
+        return register.promote(model, RegistryParameters(**rules))
 
 
 def aliases() -> dict[str, str]:
@@ -22,66 +35,105 @@ def aliases() -> dict[str, str]:
     return {alias: str(version) for alias, version in found.items()}
 
 
+def version_tags(version: str) -> dict[str, str]:
+    return dict(mlflow.MlflowClient().get_model_version(NAME, version).tags)
+
+
 def test_the_first_model_becomes_the_champion_with_tags_that_lead_back(store: str, log_model: Log) -> None:
-    decision = register.promote(scored(log_model, 0.8, study="s", trial="3"))
+    decision = promote(scored(log_model, 8, study="s", trial="3"))
     assert (decision.version, decision.alias) == ("1", "champion")
-    version = mlflow.MlflowClient().get_model_version_by_alias(NAME, "champion")
     wanted = {"study", "trial", "dataset_digest", "split", "git_commit", "val_accuracy"}
-    assert wanted | {"test_accuracy", "test_images", "test_digest"} <= set(version.tags)
-    assert version.tags["decision"] == "champion: there was no champion"
+    assert wanted | {"test_accuracy", "test_images", "test_digest"} <= set(version_tags("1"))
+    assert version_tags("1")["decision"] == "champion: there was no champion"
 
 
-@pytest.mark.parametrize(("accuracy", "alias"), [(0.81, "champion"), (0.8, "champion"), (0.79, "challenger")])
-def test_a_model_that_is_not_worse_takes_the_place(store: str, log_model: Log, accuracy: float, alias: str) -> None:
-    register.promote(scored(log_model, 0.8))
-    decision = register.promote(scored(log_model, accuracy))
+@pytest.mark.parametrize(
+    ("right", "p_value", "alias"),
+    [(12, 1 / 64, "champion"), (11, 1 / 32, "champion"), (10, 1 / 16, "challenger"), (6, 1, "challenger"), (4, 1, "challenger")],
+)  # fmt: skip
+def test_a_model_must_be_better_beyond_chance(
+    store: str, log_model: Log, right: int, p_value: float, alias: str
+) -> None:
+    """Against a champion with 6 of 12: one-sided, k of k images that only the challenger reads have p = 1 / 2^k."""
+    promote(scored(log_model, 6))
+    decision = promote(scored(log_model, right))
     assert decision.alias == alias
-    assert "on the same 12 images" in decision.reason
+    assert decision.agreement is not None
+    assert decision.agreement.p_value == pytest.approx(p_value)
     assert aliases() == ({"champion": "2"} if alias == "champion" else {"champion": "1", "challenger": "2"})
+    assert float(version_tags("2")["p_value"]) == pytest.approx(p_value)
+    counts = json.loads(version_tags("2")["agreement"])
+    assert counts["challenger_only"] == max(right - 6, 0)
+    assert counts["champion_only"] == max(6 - right, 0)
+    assert sum(counts.values()) == 12
+    run = mlflow.last_active_run()
+    assert run.data.metrics["p_value"] == pytest.approx(p_value)
+    assert run.data.tags["decision"].startswith(f"{alias}: test accuracy")
+    assert run.data.tags["previous_version"] == "1"
 
 
-def test_accuracies_on_other_images_are_not_compared(store: str, log_model: Log) -> None:
-    register.promote(scored(log_model, 0.8))
-    decision = register.promote(scored(log_model, 0.9, test_digest="another"))
+def test_the_level_can_be_set(store: str, log_model: Log) -> None:
+    promote(scored(log_model, 6))
+    assert promote(scored(log_model, 8)).alias == "challenger", "p = 0.25"
+    assert promote(scored(log_model, 8), significance_level=0.3).alias == "champion"
+
+
+def test_force_gives_the_place_whatever_the_comparison_says(store: str, log_model: Log) -> None:
+    promote(scored(log_model, 6))
+    decision = promote(scored(log_model, 5), force=True)
+    assert decision.reason.startswith("forced, although test accuracy 0.4167 against 0.5000")
+    assert aliases() == {"champion": "2"}
+
+
+def test_models_tested_on_other_images_are_not_compared(store: str, log_model: Log) -> None:
+    promote(scored(log_model, 6))
+    decision = promote(scored(log_model, 12, test_digest="another", split="grouped"))
     assert decision.alias == "challenger"
-    assert "was tested on other images" in decision.reason
+    assert "was tested on other images (bars, split random; not bars, split grouped)" in decision.reason
+    assert "--force true" in decision.reason
     assert aliases() == {"champion": "1", "challenger": "2"}
+    assert promote(scored(log_model, 12, test_digest="another"), force=True).alias == "champion"
 
 
-def test_a_model_of_the_embedded_data_gives_way_to_one_of_photographs_but_not_back(store: str, log_model: Log) -> None:
-    register.promote(scored(log_model, 0.99, data="handwritten-digits", test_digest="embedded"))
-    assert register.promote(scored(log_model, 0.5)).alias == "champion"
-    again = register.promote(scored(log_model, 1.0, data="handwritten-digits", test_digest="embedded"))
-    assert again.alias == "challenger"
+def test_predictions_that_are_gone_are_told_with_the_remedy(store: str, log_model: Log) -> None:
+    champion = scored(log_model, 6)
+    promote(champion)
+    other = scored(log_model, 12)
+    mlflow.MlflowClient().set_model_version_tag(NAME, "1", "test_run_id", "0" * 32)
+    with pytest.raises(ModelError, match=r"evaluate it again \(python -m signdigits evaluate --model_uri models:/m-"):
+        promote(other)
+    assert aliases() == {"champion": "1"}
 
 
 def test_registering_twice_makes_one_version(store: str, log_model: Log) -> None:
-    model = scored(log_model, 0.8)
-    assert register.promote(model).version == register.promote(model).version == "1"
+    model = scored(log_model, 8)
+    assert promote(model).version == promote(model).version == "1"
     assert len(mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")) == 1
 
 
-def test_one_command_moves_the_alias_back(store: str, log_model: Log) -> None:
-    for accuracy in (0.8, 0.9):
-        register.promote(scored(log_model, accuracy))
+def test_one_command_moves_the_alias_back_and_is_recorded(store: str, log_model: Log) -> None:
+    for right in (6, 12):
+        promote(scored(log_model, right))
     assert aliases() == {"champion": "2"}
     decision = register.register(ModelParameters(), VersionParameters(version=1))
     assert decision.reason == "moved by hand from version 2"
     assert aliases() == {"champion": "1"}
     run = mlflow.last_active_run()
     assert run.data.params["version"] == "1"
-    assert run.data.tags["reason"] == "moved by hand from version 2"
+    assert run.data.tags["role"] == "register"
+    assert run.data.tags["decision"] == "champion: moved by hand from version 2" == version_tags("1")["decision"]
+    assert run.data.tags["previous_version"] == "2"
 
 
 def test_a_challenger_that_becomes_champion_is_no_longer_challenger(store: str, log_model: Log) -> None:
-    for accuracy in (0.8, 0.7):
-        register.promote(scored(log_model, accuracy))
+    for right in (8, 7):
+        promote(scored(log_model, right))
     register.register(ModelParameters(), VersionParameters(version=2))
     assert aliases() == {"champion": "2"}
 
 
 def test_any_other_alias_is_given_without_a_question(store: str, log_model: Log) -> None:
-    model = scored(log_model, 0.1)
+    model = scored(log_model, 1)
     decision = register.register(ModelParameters(run_id=str(model.source_run_id)), VersionParameters(alias="candidate"))
     assert decision.alias == "candidate"
     assert aliases() == {"candidate": "1"}
@@ -89,7 +141,7 @@ def test_any_other_alias_is_given_without_a_question(store: str, log_model: Log)
 
 def test_a_model_that_was_not_evaluated_is_refused_with_the_command_to_run(store: str, log_model: Log) -> None:
     with pytest.raises(ModelError, match="not evaluated yet; run `python -m signdigits evaluate --run_id"):
-        register.promote(log_model())
+        promote(log_model())
 
 
 @pytest.mark.parametrize(
@@ -116,5 +168,5 @@ def test_an_alias_that_mlflow_would_refuse_is_refused_at_once(alias: str) -> Non
 def test_show_says_what_is_served(store: str, log_model: Log) -> None:
     with pytest.raises(ModelError, match=r"has no champion in .*; run scripts/quickstart"):
         register.show()
-    register.promote(scored(log_model, 0.8))
-    assert register.show() == "sign-digits version 1, champion: test accuracy 0.8000 on 12 images of bars"
+    promote(scored(log_model, 9))
+    assert register.show() == "sign-digits version 1, champion: test accuracy 0.7500 on 12 images of bars"

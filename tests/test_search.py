@@ -21,7 +21,7 @@ from signdigits.hyperparameters import Range, Space, StudyParameters
 
 from .conftest import wait_until
 
-SPACE = Space.of(epochs=Range(1, 3), batch_size=16)
+SPACE = Space.of("notebook", epochs=Range(1, 3), batch_size=16)
 # The same search as options of the command line.
 OPTIONS = ["--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
 THREE = StudyParameters(n_trials=3, pruner="none")
@@ -82,7 +82,7 @@ def test_a_continued_search_draws_what_an_uninterrupted_one_draws(store: str, lo
 
 
 def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: data.Data) -> None:
-    space = Space.of(epochs=3, batch_size=16)
+    space = Space.of("notebook", epochs=3, batch_size=16)
     with search.open_study(loaded, space, dataclasses.replace(THREE, n_trials=2)) as opened:
         opened.study.pruner = DeterministicPruner(False)
         search.optimize(dataclasses.replace(opened, parameters=dataclasses.replace(THREE, n_trials=1)))
@@ -142,7 +142,7 @@ def test_a_study_of_other_settings_is_refused_by_what_differs(store: str, loaded
     named = dataclasses.replace(THREE, n_trials=1, study_name="mine")
     search.search(loaded, SPACE, named)
     with pytest.raises(StudyError, match=r"other settings \(batch_size was 16, is 8\); give another --study_name"):
-        search.search(loaded, Space.of(epochs=Range(1, 3), batch_size=8), named)
+        search.search(loaded, Space.of("notebook", epochs=Range(1, 3), batch_size=8), named)
 
 
 def test_a_study_that_another_process_searches_is_refused(store: str, loaded: data.Data) -> None:

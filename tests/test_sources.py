@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits import data, sources
+from signdigits import dataset, sources
 from signdigits.errors import DataError, DownloadError
 from signdigits.hyperparameters import SourceParameters
 
@@ -143,7 +143,7 @@ def test_the_real_photographs_have_the_digest_that_the_download_expects(
 def test_a_changed_download_is_noticed(sign_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path(shutil.copytree(sign_digits, tmp_path / "data" / "sign-language-digits"))
-    assert data.scan(SourceParameters(data="sign-language-digits")).digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
+    assert dataset.scan(SourceParameters(data="sign-language-digits")).digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
     next(folder.rglob("*.JPG")).unlink()
     with pytest.raises(DataError, match="changed since it was downloaded"):
-        data.scan(SourceParameters(data="sign-language-digits"))
+        dataset.scan(SourceParameters(data="sign-language-digits"))

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import mlflow
+import mlflow.tensorflow
 import numpy as np
 import pytest
 from mlflow.entities import Run
 
-from signdigits import data, train
+from signdigits import data, split, train
 from signdigits.errors import TrainingDiverged
 from signdigits.hyperparameters import DataParameters, Hyperparameters
 
@@ -29,7 +31,7 @@ def test_a_training_run_keeps_what_is_needed_to_do_it_again(store: str, loaded: 
     expected = dataclasses.asdict(loaded.parameters) | dataclasses.asdict(SHORT)
     assert {name: run.data.params[name] for name in expected} == {name: str(value) for name, value in expected.items()}
     assert run.data.params["opt_learning_rate"], "autologged"
-    assert run.data.tags["dataset_digest"] == loaded.dataset.digest
+    assert run.data.tags["dataset_digest"] == split.digest(loaded.dataset, loaded.split)
     assert {"learning_curves.png", "model_summary.txt", "versions.json"} <= artifacts(run.info.run_id)
     inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
     assert inputs == {
@@ -57,6 +59,79 @@ def test_the_same_seed_gives_the_same_result(store: str, loaded: data.Data) -> N
     assert first.history != other.history
     for one, two in zip(first.network.get_weights(), again.network.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def notebooks_network() -> keras.Sequential:
+    """The notebook's own lines, for 16 pixels and three classes."""
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Rescaling(1.0 / 255, input_shape=(16, 16, 3)),
+            layers.Conv2D(16, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(32, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(64, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(128, activation="relu"),
+            layers.Dense(3),
+        ]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`")
+def test_without_augmentation_and_dropout_it_is_the_notebooks_training_bit_for_bit(
+    store: str, loaded: data.Data
+) -> None:
+    assert (SHORT.augmentation, SHORT.dropout, SHORT.precision) == (0, 0, "float32")
+    fitted = train.fit(loaded.training, loaded.validation, 3, SHORT)
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(SHORT.seed)
+    network = notebooks_network()
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.003, decay_steps=1500, decay_rate=0.96)
+    network.compile(
+        optimizer=keras.optimizers.Adam(schedule),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    mlflow.tensorflow.autolog(disable=True)
+    history = network.fit(
+        loaded.training.x,
+        loaded.training.y,
+        batch_size=16,
+        epochs=3,
+        validation_data=(loaded.validation.x, loaded.validation.y),
+        verbose=0,
+    ).history
+    assert fitted.history == history
+    for one, two in zip(fitted.network.get_weights(), network.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_an_augmented_training_can_be_done_again(store: str, loaded: data.Data) -> None:
+    augmented = dataclasses.replace(SHORT, augmentation=1.0, dropout=0.3, precision="mixed_bfloat16")
+    first = train.fit(loaded.training, loaded.validation, 3, augmented)
+    again = train.fit(loaded.training, loaded.validation, 3, augmented)
+    plain = train.fit(loaded.training, loaded.validation, 3, dataclasses.replace(augmented, augmentation=0.0))
+    assert first.history == again.history
+    assert first.history["loss"] != plain.history["loss"]
+    assert len(first.history["loss"]) == SHORT.epochs
+
+
+def test_the_saved_network_holds_no_augmentation(store: str, loaded: data.Data, tmp_path: Path) -> None:
+    augmented = dataclasses.replace(SHORT, epochs=1, augmentation=1.0, dropout=0.3)
+    run_id = train.train(loaded, augmented)
+    (model,) = mlflow.search_logged_models(output_format="list")
+    assert model.source_run_id == run_id
+    files = Path(mlflow.artifacts.download_artifacts(f"models:/{model.model_id}"))
+    network = keras.saving.load_model(files / "artifacts" / "network.keras")
+    known = {"Rescaling", "Conv2D", "MaxPooling2D", "Flatten", "Dropout", "Dense"}
+    assert {type(layer).__name__ for layer in network.layers} == known
+    served = mlflow.pyfunc.load_model(f"models:/{model.model_id}").unwrap_python_model()
+    operations = {operation.type for operation in served.forward.get_concrete_function().graph.get_operations()}
+    assert "Conv2D" in operations
+    assert not {name for name in operations if "Transform" in name or "Random" in name}
 
 
 def test_a_loss_that_is_no_number_fails_the_run_with_its_reason(store: str, loaded: data.Data) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger("signdigits")
 # Which groups of parameters each entry point takes. `Space` stands for the hyperparameters as a search takes them:
 # a number, or LOW:HIGH.
 ENTRY_POINTS: dict[str, tuple[type, ...]] = {
-    "main": (hp.DataParameters, hp.Space, hp.StudyParameters, hp.RegistryParameters),
+    "main": (hp.DataParameters, hp.Space, hp.StudyParameters, hp.RefitParameters, hp.RegistryParameters),
     "prepare": (hp.DataParameters,),
     "train": (hp.DataParameters, hp.Hyperparameters),
     "search": (hp.DataParameters, hp.Space, hp.StudyParameters),
@@ -98,21 +98,31 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_option(command: argparse.ArgumentParser, declared: Field[Any], *, searched: bool) -> None:
     """The option that a declared parameter becomes."""
-    default = hp.search_default(declared) if searched else declared.default
     number = READERS[hp.type_name(declared)]
+    defaults = {space: hp.search_default(declared, space) for space in hp.SPACES} if searched else {}
+    default = searched_default(declared) if searched else declared.default
+    differing = ", ".join(f"{space} {value}" for space, value in defaults.items()) if default == hp.AUTO else ""
     command.add_argument(
         f"--{declared.name}",
-        type=range_reader(number, getattr(default, "log", False)) if searched else number,
+        type=range_reader(number, hp.is_searched_in_logarithm(declared)) if searched else number,
         default=default,
-        metavar="LOW:HIGH" if searched else hp.type_name(declared).upper(),
-        help=f"{declared.metadata['help']} (default: {default})".replace("%", "%%"),
+        metavar="LOW:HIGH" if searched and number is not str else hp.type_name(declared).upper(),
+        help=f"{declared.metadata['help']} (default: {differing or default})".replace("%", "%%"),
     )
 
 
+def searched_default(declared: Field[Any]) -> Any:
+    """What stands for a hyperparameter of a search until the space is known: its value, or auto where spaces differ."""
+    values = {hp.search_default(declared, space) for space in hp.SPACES}
+    return values.pop() if len(values) == 1 else hp.AUTO
+
+
 def range_reader(number: Callable[[str], Any], log: bool) -> Callable[[str], Any]:
-    """A reader of `LOW:HIGH`, or of a single number, which the search then keeps."""
+    """A reader of `LOW:HIGH`, of a single number, which the search then keeps, or of `auto`, what the space says."""
 
     def read(text: str) -> Any:
+        if text == hp.AUTO or number is str:
+            return text
         low, colon, high = text.partition(":")
         return hp.Range(number(low), number(high), log) if colon else number(low)
 
@@ -131,6 +141,8 @@ READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": s
 
 def run(command: str, values: dict[str, Any]) -> None:
     """Check the parameters, group by group, and hand them to the command."""
+    if "space" in values:
+        hp.check(hp.StudyParameters.__dataclass_fields__["space"], values["space"])
     groups = [make_group(group, values) for group in PARAMETERS[command]]
     quiet_mlflow()
     from signdigits import tracking
@@ -146,7 +158,7 @@ def make_group(group: type, values: dict[str, Any]) -> Any:
     """One group of checked parameters out of all that were given."""
     names = [declared.name for declared in fields(hp.Hyperparameters if group is hp.Space else group)]
     chosen = {name: values[name] for name in names}
-    return hp.Space.of(**chosen) if group is hp.Space else group(**chosen)
+    return hp.Space.of(values["space"], **chosen) if group is hp.Space else group(**chosen)
 
 
 def quiet_mlflow() -> None:
@@ -160,12 +172,16 @@ def quiet_mlflow() -> None:
 
 
 def run_main(
-    source: hp.DataParameters, space: hp.Space, study: hp.StudyParameters, registry: hp.RegistryParameters
+    source: hp.DataParameters,
+    space: hp.Space,
+    study: hp.StudyParameters,
+    refit: hp.RefitParameters,
+    registry: hp.RegistryParameters,
 ) -> None:
     data = load(source)
     from signdigits import main
 
-    main.main(data, space, study, registry)
+    main.main(data, space, study, refit, registry)
 
 
 def run_prepare(source: hp.DataParameters) -> None:

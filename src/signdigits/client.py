@@ -7,6 +7,7 @@ scripts/predict photograph.jpg another.png
 import argparse
 import base64
 import json
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -51,9 +52,18 @@ def predict(files: Sequence[Path], url: str = URL) -> Iterator[tuple[Path, dict[
     """
     contents = [read(file) for file in files]
     for start in range(0, len(files), ROWS):
+        chunk = files[start : start + ROWS]
         rows = [{"image": base64.b64encode(content).decode()} for content in contents[start : start + ROWS]]
-        answers = post(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows})["predictions"]
-        yield from zip(files[start : start + ROWS], answers, strict=True)
+        try:
+            answers = post(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows})["predictions"]
+        except ClientError as error:
+            raise ClientError(name_rows(str(error), chunk)) from error
+        yield from zip(chunk, answers, strict=True)
+
+
+def name_rows(message: str, files: Sequence[Path]) -> str:
+    """The message with the file in place of every `row N`."""
+    return re.sub(r"row (\d+)", lambda found: str(files[int(found[1])]), message)
 
 
 def read(file: Path) -> bytes:

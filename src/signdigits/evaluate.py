@@ -13,10 +13,11 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 from mlflow.entities import LoggedModel
+from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 
-from signdigits import images, plots, tracking
-from signdigits.data import Dataset, scan, split_photographs
+from signdigits import calibrate, images, plots, split, tracking
+from signdigits.dataset import Dataset, scan
 from signdigits.errors import ModelError
 from signdigits.hyperparameters import SourceParameters
 
@@ -30,9 +31,18 @@ WORST = 12  # mistakes that are shown
 class Scores:
     """What a model made of the test images."""
 
-    accuracy: float
     test_images: int
-    test_digest: str
+    test_accuracy: float
+    test_accuracy_low: float  # the ends of the 95 % confidence interval
+    test_accuracy_high: float
+    test_ece: float  # expected calibration error of the probabilities as served
+    test_ece_uncalibrated: float  # and without the temperature
+
+    def __str__(self) -> str:
+        return (
+            f"test accuracy {self.test_accuracy:.4f} ({self.test_accuracy_low:.4f} to {self.test_accuracy_high:.4f} "
+            f"with 95 % confidence) on {self.test_images} images; calibration error {self.test_ece:.4f}"
+        )
 
 
 def evaluate(model: LoggedModel, parameters: SourceParameters) -> Scores:
@@ -42,72 +52,108 @@ def evaluate(model: LoggedModel, parameters: SourceParameters) -> Scores:
     training images out of the test.
     """
     dataset = scan(parameters)
-    if model.tags.get("dataset_digest") != dataset.digest:
+    digest = split.digest(dataset, split.split(dataset, model.tags.get("split", "random")))
+    if model.tags.get("dataset_digest") != digest:
         raise ModelError(
             f"model {model.model_id}: trained on data={model.tags.get('data')} with digest "
-            f"{model.tags.get('dataset_digest')}, but data={parameters.data} has {dataset.digest}; "
+            f"{model.tags.get('dataset_digest')}, but data={parameters.data} has {digest}; "
             "pass --data the photographs that the model was trained on"
         )
     with tracking.run("evaluate", f"evaluate {model.model_id}"):
         tracking.log_params(asdict(parameters))
-        tracking.describe(f"Test images of `{parameters.data}`, scored with model `{model.model_id}`.")
         return score(model, dataset)
 
 
 def score(model: LoggedModel, dataset: Dataset) -> Scores:
     """Score `model` on the test images; metrics, tables and pictures go to the active run and to the model."""
-    split = split_photographs(dataset)
-    tags = tracking.data_tags(dataset, split)
-    served = mlflow.pyfunc.load_model(model.model_uri)
-    table = predict(served, dataset, split.testing)
-    accuracy = float((table["label"] == table["prediction"]).mean())
+    made = split.split(dataset, model.tags["split"])
+    tags = tracking.data_tags(dataset, made)
     mlflow.set_tags(tags)
-    mlflow.log_input(tracking.dataset_input(dataset, split.testing), context="testing")
-    mlflow.log_metrics({"test_accuracy": accuracy, "test_images": len(table)}, model_id=model.model_id)
+    mlflow.log_input(tracking.dataset_input(dataset, made.testing), context="testing")
+    table = predict(mlflow.pyfunc.load_model(model.model_uri), dataset, made.testing)
+    mlflow.log_text(table.to_csv(index=False), tracking.PREDICTIONS)
+    scores = measure(table, dataset.class_names, float(model.tags["temperature"]))
+    mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
+    per_class = class_table(table)
+    mlflow.log_text(per_class.to_csv(), "test/per_class.csv")
     log_mlflow_evaluation(table)
+    log_reliability(table, dataset.class_names)
     log_mistakes(table, dataset)
-    found = {"test_accuracy": str(accuracy), "test_images": str(len(table)), "test_digest": tags["test_digest"]}
-    mlflow.set_logged_model_tags(model.model_id, found)
-    log.info("test accuracy %.4f on %d test images", accuracy, len(table))
-    return Scores(accuracy, len(table), tags["test_digest"])
+    rows = [["class", *per_class.columns], *([row[0], *row[1:]] for row in per_class.round(4).itertuples())]
+    tracking.describe(f"Test images of `{dataset.name}`: {scores}.\n\n{tracking.markdown(rows)}")
+    active = mlflow.active_run()
+    assert active is not None
+    found = {**asdict(scores), "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
+    mlflow.set_logged_model_tags(model.model_id, {name: str(value) for name, value in found.items()})
+    log.info("%s", scores)
+    return scores
 
 
 def predict(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
-    """One row a photograph: path, label, prediction, and the probability of each."""
+    """One row a photograph: path, label, prediction, its probability, and that of each class as `p(class)`."""
     chunks = []
     for start in range(0, len(indices), CHUNK):
         chosen = [dataset.photographs[i] for i in indices[start : start + CHUNK]]
         encoded = [base64.b64encode((dataset.folder / photograph.path).read_bytes()).decode() for photograph in chosen]
         reply = served.predict(pd.DataFrame({"image": encoded}))
-        labels = [dataset.class_names[photograph.label] for photograph in chosen]
-        chunks.append(
-            pd.DataFrame(
-                {
-                    "path": [photograph.path for photograph in chosen],
-                    "label": labels,
-                    "prediction": reply["label"],
-                    "probability": reply["probability"],
-                    "label_probability": [
-                        row[label] for row, label in zip(reply["probabilities"], labels, strict=True)
-                    ],
-                }
-            )
-        )
+        answers = {
+            "path": [photograph.path for photograph in chosen],
+            "label": [dataset.class_names[photograph.label] for photograph in chosen],
+            "prediction": reply["label"],
+            "probability": reply["probability"],
+        }
+        each = {f"p({name})": [row[name] for row in reply["probabilities"]] for name in dataset.class_names}
+        chunks.append(pd.DataFrame(answers | each))
     return pd.concat(chunks, ignore_index=True)
 
 
+def measure(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:
+    """The scores of a table of predictions.
+
+    The confidence interval is Wilson's (1927); it takes the images as independent of each other.
+    """
+    right = int((table["label"] == table["prediction"]).sum())
+    interval = binomtest(right, len(table)).proportion_ci(confidence_level=0.95, method="wilson")
+    probabilities, labels = arrays(table, class_names)
+    before = calibrate.at_temperature(probabilities, 1 / temperature)
+    return Scores(
+        len(table),
+        right / len(table),
+        float(interval.low),
+        float(interval.high),
+        calibrate.reliability(probabilities, labels).error,
+        calibrate.reliability(before, labels).error,
+    )
+
+
+def arrays(table: pd.DataFrame, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities, of shape (n, classes), and the labels, of shape (n,), of a table of predictions."""
+    probabilities = table[[f"p({name})" for name in class_names]].to_numpy(float)
+    return probabilities, np.array([class_names.index(label) for label in table["label"]])
+
+
+def class_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Precision, recall, F1 and number of images of every class, and their means."""
+    report = classification_report(table["label"], table["prediction"], output_dict=True, zero_division=0)
+    report.pop("accuracy", None)
+    return pd.DataFrame(report).T.rename_axis("class").rename(columns={"support": "images"}).astype({"images": int})
+
+
 def log_mlflow_evaluation(table: pd.DataFrame) -> None:
-    """MLflow's own evaluation of the predictions (accuracy, precision, recall, F1, confusion matrix), and per class."""
-    answers = table[["label", "prediction"]]
+    """MLflow's own evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
     mlflow.models.evaluate(
-        data=mlflow.data.from_pandas(answers, name="predictions", targets="label", predictions="prediction"),
+        data=mlflow.data.from_pandas(
+            table[["label", "prediction"]], name="predictions", targets="label", predictions="prediction"
+        ),
         model_type="classifier",
         evaluators="default",
         evaluator_config={"metric_prefix": "test_", "log_model_explainability": False},
     )
-    per_class = classification_report(table["label"], table["prediction"], output_dict=True, zero_division=0)
-    mlflow.log_text(pd.DataFrame(per_class).T.rename_axis("class").to_csv(), "test/per_class.csv")
-    mlflow.log_text(table.to_csv(index=False), "test/predictions.csv")
+
+
+def log_reliability(table: pd.DataFrame, class_names: tuple[str, ...]) -> None:
+    found = calibrate.reliability(*arrays(table, class_names))
+    mlflow.log_figure(plots.reliability(found), "test/reliability.png")
 
 
 def log_mistakes(table: pd.DataFrame, dataset: Dataset) -> None:

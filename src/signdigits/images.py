@@ -20,6 +20,7 @@ MAX_PIXELS = 120_000_000
 class ImageError(ValueError):
     """The bytes are no image that can be used; the message says why."""
 
+
 # What sets an image upright, by its EXIF orientation (Exif 2.3, tag 274).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,8 +76,10 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     cannot be converted.
     """
     try:
-        sized = on_white(upright(image)).convert("RGB" if color_mode == "rgb" else "L").resize(
-            (image_size, image_size), Image.Resampling.BILINEAR
+        sized = (
+            on_white(upright(image))
+            .convert("RGB" if color_mode == "rgb" else "L")
+            .resize((image_size, image_size), Image.Resampling.BILINEAR)
         )
     except Exception as error:  # again whatever Pillow raises
         raise ImageError(f"cannot be converted ({error})") from error

@@ -5,75 +5,103 @@ mlflow run . -e main -P data=FOLDER -P n_trials=12
 """
 
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import mlflow
+import numpy as np
 from mlflow.entities import LoggedModel
 
 from signdigits import evaluate, links, package, prepare, register, search, tracking, train
 from signdigits.data import Data
-from signdigits.hyperparameters import RegistryParameters, Space, StudyParameters
+from signdigits.hyperparameters import RefitParameters, RegistryParameters, Space, StudyParameters
 
 log = logging.getLogger(__name__)
 
 
-def main(data: Data, space: Space, study: StudyParameters, registry: RegistryParameters) -> register.Decision:
+def main(
+    data: Data, space: Space, study: StudyParameters, refits: RefitParameters, registry: RegistryParameters
+) -> register.Decision:
     """Do what of the job is not done yet, and return which version became what, and why.
 
     Started again after an interruption it goes on where it was; when all is done it changes nothing.
     """
     with search.open_study(data, space, study) as opened:
-        tracking.log_params(asdict(registry))
+        tracking.log_params(asdict(refits) | asdict(registry))
         prepare.log_report(data)
         search.optimize(opened)
-        model = find_refit(opened) or refit(opened)
-        decision = register.promote(model, registry.alias)
+        seeds = range(opened.best_hyperparameters.seed, opened.best_hyperparameters.seed + refits.repeats)
+        models = [find_refit(opened, seed) or refit(opened, seed) for seed in seeds]
+        log_repeats(models)
+        decision = register.decided(models[0]) or register.promote(models[0], registry)
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
-    for line in summary(opened, model, decision):
+    for line in summary(opened, models, decision):
         log.info("%s", line)
     return decision
 
 
-def find_refit(opened: search.Search) -> LoggedModel | None:
-    """The model of the best trial's refit, if that was finished, its evaluation included."""
+def find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
+    """The model of the best trial's refit with `seed`, if that was finished, its evaluation included."""
+    wanted = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
     for run in search.children(opened.run_id):
-        tags = run.data.tags
-        if tags.get("role") == "refit" and tags.get("trial") == str(opened.best.number) and run.info.status == "FINISHED":
+        if wanted.items() <= run.data.tags.items() and run.info.status == "FINISHED":
             return tracking.find_model(run.info.run_id, "")
     return None
 
 
-def refit(opened: search.Search) -> LoggedModel:
+def refit(opened: search.Search, seed: int) -> LoggedModel:
     """Fit the best trial's hyperparameters on training and validation images together, and score the test images.
 
     What chose the hyperparameters, the validation images, cannot report on them; the test images, which nothing has
-    seen, do so once.
+    seen, do so once for each seed. The temperature comes from the trial: there are no images left to fit it on.
     """
-    data, best, hyperparameters = opened.data, opened.best, opened.best_hyperparameters
-    facts = {"study": opened.study.study_name, "trial": best.number}
-    with tracking.run("refit", "refit"):
-        log.info("refit of trial %d on %d images", best.number, len(data.fitting))
+    data, best = opened.data, opened.best
+    hyperparameters = replace(opened.best_hyperparameters, seed=seed)
+    facts = {"study": opened.study.study_name, "trial": best.number, "seed": seed}
+    with tracking.run("refit", f"refit, seed {seed}"):
+        log.info("refit of trial %d on %d images with seed %d", best.number, len(data.split.fitting), seed)
         mlflow.set_tags(facts)
         tracking.log_params(asdict(hyperparameters))
         tracking.log_data(data, parts=("fitting",))
-        tracking.describe(f"Trial {best.number} fitted again on training and validation images, then tested.")
         fitted = train.fit(data.fitting, None, len(data.dataset.class_names), hyperparameters)
         train.log_curves(fitted)
-        reached = best.user_attrs["val_accuracy"]
-        info = package.log_model(fitted.network, data, {**facts, "val_accuracy": reached})
+        reached = {"val_accuracy": best.user_attrs["val_accuracy"]}
+        info = package.log_model(fitted.network, best.user_attrs["temperature"], data, facts | reached)
         evaluate.score(mlflow.get_logged_model(info.model_id), data.dataset)
         return mlflow.get_logged_model(info.model_id)
 
 
-def summary(opened: search.Search, model: LoggedModel, decision: register.Decision) -> list[str]:
+def log_repeats(models: Sequence[LoggedModel]) -> None:
+    """Write mean and spread (standard deviation) of the test accuracy over the seeds on the study and the first model.
+
+    The first is registered whatever the others reached: to choose among them by the test images would spoil the test.
+    """
+    accuracies = np.array([float(model.tags["test_accuracy"]) for model in models])
+    found = {
+        "test_accuracy_mean": float(accuracies.mean()),
+        "test_accuracy_spread": float(accuracies.std(ddof=1)) if len(models) > 1 else 0.0,
+        "test_ece_mean": float(np.mean([float(model.tags["test_ece"]) for model in models])),
+        "repeats": float(len(models)),
+    }
+    mlflow.log_metrics(found)
+    mlflow.set_logged_model_tags(models[0].model_id, {name: str(value) for name, value in found.items()})
+    models[0].tags.update({name: str(value) for name, value in found.items()})
+
+
+def summary(opened: search.Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
     """What came out, and what to do with it."""
+    tags = models[0].tags
+    mean, spread = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_spread"])
     rows = {
         "study": opened.study.study_name,
         "best trial": opened.best.number,
         **{name: search.shown(value) for name, value in opened.best.params.items()},
-        "validation accuracy": f"{float(model.tags['val_accuracy']):.4f} on {len(opened.data.validation)} images",
-        "test accuracy": f"{float(model.tags['test_accuracy']):.4f} on {model.tags['test_images']} images",
+        "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(opened.data.validation)} images",
+        "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
+        f"over {len(models)} seeds": f"{mean:.4f} +/- {spread:.4f}",
+        "calibration error": f"{float(tags['test_ece']):.4f}",
         "registered": f"{register.REGISTERED_MODEL} version {decision.version}, {decision.alias}",
+        "because": decision.reason,
     }
     width = max(map(len, rows))
     return [

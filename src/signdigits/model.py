@@ -1,36 +1,50 @@
 """The notebook's network, its optimizer and its loss."""
 
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from signdigits.errors import ParameterError
 from signdigits.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
     import keras
 
+FIRST_FILTERS = 16
 
-def build(image_shape: tuple[int, int, int], n_classes: int) -> "keras.Sequential":
-    """The notebook's network: images of shape (n, *image_shape) in, logits of shape (n, n_classes) out.
+
+def build(
+    image_shape: tuple[int, int, int],
+    n_classes: int,
+    *,
+    conv_blocks: int = 3,
+    dropout: float = 0.0,
+    precision: str = "float32",
+) -> "keras.Sequential":
+    """The notebook's network: images of shape (n, *image_shape) in, float32 logits of shape (n, n_classes) out.
 
     Three channels are RGB from 0 to 255 and are rescaled to 0 to 1; one channel is the grayscale reader's, which
-    lies there already. With 100x100 RGB images and ten classes it has 1,204,650 parameters.
+    lies there already. With 100x100 RGB images and ten classes it has 1,204,650 parameters. `precision` is the Keras
+    dtype policy that the layers compute in. Raises ParameterError if the images are too small for the blocks.
     """
     from keras import Input, Sequential, layers
 
-    return Sequential(
-        [
-            Input(image_shape),
-            layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(64, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Flatten(),
-            layers.Dense(128, activation="relu"),
-            layers.Dense(n_classes),
-        ]
-    )
+    if min(image_shape[:2]) < 2**conv_blocks:
+        raise ParameterError(
+            f"conv_blocks={conv_blocks}: each halves the image, and {image_shape[0]} pixels cannot be halved as often; "
+            "take fewer, or a larger image_size"
+        )
+    network = Sequential([Input(image_shape), layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)])
+    for block in range(conv_blocks):
+        filters = FIRST_FILTERS * 2**block
+        network.add(layers.Conv2D(filters, 3, padding="same", activation="relu", dtype=precision))
+        network.add(layers.MaxPooling2D(dtype=precision))
+    network.add(layers.Flatten(dtype=precision))
+    if dropout:
+        network.add(layers.Dropout(dropout, dtype=precision))
+    network.add(layers.Dense(128, activation="relu", dtype=precision))
+    network.add(layers.Dense(n_classes))
+    return network
 
 
 def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameters) -> None:
@@ -47,3 +61,42 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
         loss=losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
+
+
+def in_float32(network: "keras.Sequential") -> "keras.Sequential":
+    """The same network, weights included, computing in float32 whatever it was trained in.
+
+    Weights are float32 under every policy, so nothing is lost.
+    """
+    from keras import Sequential, dtype_policies
+
+    def plain(layer: "keras.Layer") -> "keras.Layer":
+        return type(layer).from_config(layer.get_config() | {"dtype": dtype_policies.DTypePolicy("float32")})
+
+    copy = Sequential([plain(layer) for layer in network.layers])
+    copy.build(network.input_shape)
+    copy.set_weights(network.get_weights())
+    return copy
+
+
+def resolve_precision(precision: str) -> str:
+    """What `auto` stands for on this machine: mixed_bfloat16 where bfloat16 is computed in hardware, else float32.
+
+    Without such instructions bfloat16 is emulated, and slower than float32.
+    """
+    if precision != "auto":
+        return precision
+    return "mixed_bfloat16" if has_bfloat16() else "float32"
+
+
+def has_bfloat16() -> bool:
+    """Whether the GPU, or without one the processor, multiplies bfloat16 matrices in hardware."""
+    import tensorflow as tf
+
+    if gpus := tf.config.list_physical_devices("GPU"):
+        found = [tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus]
+        return all(capability >= (8, 0) for capability in found)  # NVIDIA Ampere and later
+    if platform.system() != "Linux":
+        return False
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16"})

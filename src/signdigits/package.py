@@ -38,11 +38,11 @@ SIGNATURE = ModelSignature(
 )
 
 
-def log_model(network: "keras.Sequential", data: Data, facts: Mapping[str, Any]) -> ModelInfo:
+def log_model(network: "keras.Sequential", temperature: float, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     """Log the network with the active run as a model that takes photographs as they are.
 
     The model is code (served_model.py) with the network, the decoder that training used (images.py) and the
-    settings as its files: nothing is pickled. `facts` become tags that follow the model into the registry.
+    settings as its files: nothing is pickled. Its logits are divided by `temperature`. `facts` become tags that follow the model into the registry.
     """
     active = mlflow.active_run()
     assert active is not None
@@ -50,7 +50,7 @@ def log_model(network: "keras.Sequential", data: Data, facts: Mapping[str, Any])
     with tempfile.TemporaryDirectory() as workshop:
         network_file, settings_file = Path(workshop, "network.keras"), Path(workshop, "settings.json")
         network.save(network_file, include_optimizer=False)
-        settings_file.write_text(json.dumps(settings(data)))
+        settings_file.write_text(json.dumps(settings(data, temperature)))
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(here / "served_model.py"),
@@ -64,18 +64,20 @@ def log_model(network: "keras.Sequential", data: Data, facts: Mapping[str, Any])
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
         )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
-    tags = tracking.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
+    tags = tracking.data_tags(data.dataset, data.split)
+    tags |= {"git_commit": commit, "data": data.parameters.data, "temperature": str(temperature)}
     mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info
 
 
-def settings(data: Data) -> dict[str, Any]:
+def settings(data: Data, temperature: float) -> dict[str, Any]:
     """What the served model must know of how its network was trained."""
     parameters = data.parameters
     return {
         "class_names": data.dataset.class_names,
         "image_size": parameters.image_size,
         "color_mode": parameters.color_mode,
+        "temperature": temperature,
     }
 
 

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     import optuna
 
+    from signdigits.calibrate import Reliability
+
 
 def learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
     """Accuracy and loss by epoch, for training and, where there is any, validation."""
@@ -36,6 +38,22 @@ def photographs(images: Sequence[np.ndarray], titles: Sequence[str], title: str,
         # One channel is the inverted grayscale of the reader: gray_r shows it as the photograph looked.
         axes.imshow(image.squeeze(), cmap="gray_r" if image.shape[-1] == 1 else None)
         axes.set_title(caption, fontsize=9)
+    return figure
+
+
+def reliability(found: "Reliability") -> Figure:
+    """Accuracy by confidence against the diagonal on which they agree, and how many images there are of each."""
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = 1 / len(found.counts)
+    centres = (np.arange(len(found.counts)) + 0.5) * width
+    above.plot([0, 1], [0, 1], color="gray", linestyle="--", label="confidence = accuracy")
+    above.bar(centres, np.nan_to_num(found.accuracy), width * 0.9, label="accuracy")
+    above.plot(found.confidence, found.accuracy, "o", color="black", markersize=3, label="mean confidence of the bin")
+    above.set(title=f"Expected calibration error {found.error:.4f}", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    above.legend(loc="upper left")
+    below.bar(centres, found.counts, width * 0.9, color="gray")
+    below.set(xlabel="confidence", ylabel="images", yscale="symlog")
     return figure
 
 

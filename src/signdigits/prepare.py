@@ -10,11 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 import mlflow
-import numpy as np
 import pandas as pd
 
-from signdigits import plots, tracking
-from signdigits.data import Data, Dataset
+from signdigits import findings, groups, plots, tracking
+from signdigits.data import Data
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +30,24 @@ def prepare(data: Data) -> str:
 
 def log_report(data: Data) -> None:
     """Log the report, the table of files, the table of classes and a sample to the active run, and print the gist."""
-    found = report(data)
+    groups.write(data.dataset)
+    found, worth_a_look = report(data), findings.find(data)
     mlflow.set_tags(tracking.data_tags(data.dataset, data.split))
     mlflow.log_metrics(
         {
             "photographs": len(data.dataset.photographs),
             "unreadable": len(data.dataset.unreadable),
             "classes": len(data.dataset.class_names),
+            "findings": len(worth_a_look),
         }
     )
     mlflow.log_dict(found, "data/report.json")
     mlflow.log_text(files_table(data).to_csv(index=False), "data/files.csv")
     mlflow.log_figure(sample(data), "data/sample.png")
-    for line in summary(data.dataset, found):
+    mlflow.log_text(worth_a_look.to_csv(index=False), "data/findings.csv")
+    if picture := findings.picture(data, worth_a_look):
+        mlflow.log_figure(picture, "data/findings.png")
+    for line in summary(data, found, worth_a_look):
         log.info("%s", line)
 
 
@@ -52,7 +56,6 @@ def report(data: Data) -> dict[str, Any]:
     dataset, split = data.dataset, data.split
     sizes = Counter(f"{width}x{height}" for width, height in (photograph.size for photograph in dataset.photographs))
     turned = [photograph.path for photograph in dataset.photographs if photograph.orientation != 1]
-    parts = {"training": split.training, "validation": split.validation, "testing": split.testing}
     return {
         "dataset": dataset.name,
         "digest": dataset.digest,
@@ -61,36 +64,41 @@ def report(data: Data) -> dict[str, Any]:
         "modes": dict(Counter(photograph.mode for photograph in dataset.photographs).most_common()),
         "turned upright": turned,
         "unreadable": dataset.unreadable,
-        "split": {name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in parts.items()},
+        "split": {
+            name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in split.parts.items()
+        },
     }
 
 
-def summary(dataset: Dataset, found: dict[str, Any]) -> list[str]:
+def summary(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) -> list[str]:
     """The report in a few lines for the terminal."""
+    dataset = data.dataset
     sizes = list(found["sizes"].items())
     shown = ", ".join(f"{count} of {size}" for size, count in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
     parts = ", ".join(f"{part['images']} {name}" for name, part in found["split"].items())
     lines = [
         f"{dataset.folder}: {len(dataset.photographs)} photographs in {len(dataset.class_names)} classes, {shown}",
         f"classes: {', '.join(f'{name} {count}' for name, count in found['classes'].items())}",
-        f"split: {parts}; digest {dataset.digest}",
+        f"split {data.split.name}: {parts}; digest {dataset.digest}",
     ]
     if found["turned upright"]:
         lines.append(f"turned upright by their EXIF orientation: {len(found['turned upright'])}")
+    if counts := worth_a_look["finding"].value_counts().to_dict():
+        told = ", ".join(f"{count} {name}" for name, count in counts.items())
+        lines.append(f"worth a look: {told}; see data/findings.csv and data/findings.png in the run")
     lines += [f"left out: {path}: {reason}" for path, reason in dataset.unreadable.items()]
     return lines
 
 
 def describe(data: Data) -> str:
     """The report for the run's page."""
-    rows = "\n".join(f"| {name} | {count} |" for name, count in data.dataset.counts().items())
-    return f"What `{data.parameters.data}` holds. Digest `{data.dataset.digest}`.\n\n| class | photographs |\n|---|---|\n{rows}"
+    rows = tracking.markdown([("class", "photographs"), *data.dataset.counts().items()])
+    return f"What `{data.parameters.data}` holds. Digest `{data.dataset.digest}`.\n\n{rows}"
 
 
 def files_table(data: Data) -> pd.DataFrame:
     """One row a photograph: path, class, checksum, size, mode, orientation, and the part of the split it is in."""
-    parts = np.full(len(data.dataset.photographs), "training", dtype=object)
-    parts[data.split.validation], parts[data.split.testing] = "validation", "testing"
+    parts = findings.part_names(data)
     rows = [
         {
             "path": photograph.path,

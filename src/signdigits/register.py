@@ -5,17 +5,21 @@ python -m signdigits register --version 1                  # move the alias back
 mlflow run . -e register -P run_id=RUN
 """
 
+import io
+import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import mlflow
+import pandas as pd
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from scipy.stats import binomtest
 
-from signdigits import sources, tracking
+from signdigits import tracking
 from signdigits.errors import ModelError, ParameterError
-from signdigits.hyperparameters import ModelParameters, VersionParameters
+from signdigits.hyperparameters import ModelParameters, RegistryParameters, VersionParameters
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +29,47 @@ CHALLENGER = "challenger"
 
 DESCRIPTION = """\
 Reads the digit (0 to 9) that a photographed hand signs. Takes rows with a column `image`, base64 text of a JPEG or
-PNG; answers with `label`, `probability` and `probabilities`. `champion` is served; `challenger` was not better.
+PNG; answers with `label`, `probability` and `probabilities`. `champion` is served; a `challenger` did not beat it.
 """
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Two models on the same test images: how many of them both, one, or neither read correctly."""
+
+    both: int
+    challenger_only: int
+    champion_only: int
+    neither: int
+
+    @property
+    def p_value(self) -> float:
+        """How often chance alone would favour the challenger at least this much.
+
+        McNemar's test (1947), exact and one-sided: where only one of the two is right, each is so with probability 1/2.
+        """
+        differing = self.challenger_only + self.champion_only
+        return float(binomtest(self.challenger_only, differing, alternative="greater").pvalue) if differing else 1.0
+
+    def table(self) -> str:
+        return tracking.markdown(
+            [
+                ("", "champion right", "champion wrong"),
+                ("**challenger right**", self.both, self.challenger_only),
+                ("**challenger wrong**", self.champion_only, self.neither),
+            ]
+        )
+
+
+@dataclass(frozen=True)
 class Decision:
-    """Which alias a version was given, and why."""
+    """Which alias a version was given, why, and from which version it took it."""
 
     version: str
     alias: str
     reason: str
+    agreement: Agreement | None = field(default=None)
+    previous: str = ""
 
 
 def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
@@ -49,22 +83,24 @@ def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
             f"run_id={which.run_id!r}, model_uri={which.model_uri!r}, version={parameters.version}: give one of the three"
         )
     with tracking.run("register", "register"):
-        tracking.log_params({"run_id": which.run_id, "model_uri": which.model_uri})
-        tracking.log_params({"version": parameters.version, "alias": parameters.alias})
+        tracking.log_params({"run_id": which.run_id, "model_uri": which.model_uri, **asdict(parameters)})
         if parameters.version:
             decision = move_alias(str(parameters.version), parameters.alias)
         else:
-            decision = promote(tracking.find_model(which.run_id, which.model_uri), parameters.alias)
-        mlflow.set_tags({"version": decision.version, "alias": decision.alias, "reason": decision.reason})
-        tracking.describe(f"`{REGISTERED_MODEL}` version {decision.version} is `{decision.alias}`: {decision.reason}.")
+            decision = promote(tracking.find_model(which.run_id, which.model_uri), parameters)
+        mlflow.set_tags({"version": decision.version, "alias": decision.alias})
+        agreement = f"\n\n{decision.agreement.table()}" if decision.agreement else ""
+        tracking.describe(
+            f"`{REGISTERED_MODEL}` version {decision.version} is `{decision.alias}`: {decision.reason}.{agreement}"
+        )
         return decision
 
 
-def promote(model: LoggedModel, alias: str = CHAMPION) -> Decision:
-    """Register `model` unless it is, and give it `alias` if it deserves it.
+def promote(model: LoggedModel, parameters: RegistryParameters) -> Decision:
+    """Register `model` unless it is, and give it the alias if it deserves it; note the decision on the active run.
 
-    It becomes the champion if there is none, or if it is not worse than the present one on the same test images;
-    else the challenger. Any other alias is given without a question.
+    It becomes the champion if there is none, if it reads the same test images better beyond chance, or if forced; else
+    the challenger. Any other alias is given without a question.
     """
     if "test_accuracy" not in model.tags:
         raise ModelError(
@@ -72,36 +108,68 @@ def promote(model: LoggedModel, alias: str = CHAMPION) -> Decision:
             f"{model.source_run_id}` first"
         )
     version = find_version(model) or create_version(model)
-    champion = find_alias(alias)
-    if alias != CHAMPION:
+    champion = find_alias(parameters.alias)
+    previous = str(champion.version) if champion else ""
+    agreement = None
+    if parameters.alias != CHAMPION:
         deserves, reason = True, "as asked"
-    elif champion is not None and champion.version == version.version:
+    elif champion is None:
+        deserves, reason = True, "there was no champion"
+    elif previous == str(version.version):
         deserves, reason = True, "it is the champion already"
     else:
-        deserves, reason = compare(version.tags, champion)
-    decision = Decision(str(version.version), alias if deserves else CHALLENGER, reason)
+        agreement, reason = compare(version, champion)
+        deserves = agreement is not None and agreement.p_value < parameters.significance_level
+        if parameters.force and not deserves:
+            deserves, reason = True, f"forced, although {reason}"
+    alias = parameters.alias if deserves else CHALLENGER
+    decision = Decision(str(version.version), alias, reason, agreement, previous)
     give(decision)
     return decision
 
 
-def compare(tags: dict[str, str], champion: ModelVersion | None) -> tuple[bool, str]:
-    """Whether a version with `tags` may take the champion's place, and the reason."""
-    if champion is None:
-        return True, "there was no champion"
-    theirs, mine = champion.tags, float(tags["test_accuracy"])
-    if theirs.get("test_digest") != tags["test_digest"]:
-        # The embedded data are a rehearsal: their model holds the place only until real photographs come.
-        if theirs.get("data") == sources.HANDWRITTEN_DIGITS:
-            return True, f"version {champion.version} was only trained on the embedded {sources.HANDWRITTEN_DIGITS}"
-        return False, (
-            f"version {champion.version} was tested on other images ({theirs.get('dataset')}, not {tags['dataset']}), "
-            "so their accuracies cannot be compared"
+def compare(version: ModelVersion, champion: ModelVersion) -> tuple[Agreement | None, str]:
+    """How the two versions read the same test images, and the outcome in words.
+
+    Both were scored by `evaluate`, with the artifact that is served. No agreement where they cannot be compared.
+    """
+    mine, theirs = version.tags, champion.tags
+    if theirs.get("test_digest") != mine["test_digest"]:
+        return None, (
+            f"version {champion.version} was tested on other images ({theirs.get('dataset')}, split "
+            f"{theirs.get('split')}; not {mine['dataset']}, split {mine['split']}), so the two cannot be compared; "
+            "--force true gives the place all the same"
         )
-    best = float(theirs["test_accuracy"])
-    relation = "is less than" if mine < best else "is not less than"
-    return mine >= best, (
-        f"test accuracy {mine:.4f} {relation} {best:.4f} of version {champion.version}, on the same "
-        f"{tags['test_images']} images"
+    found = agree(read_predictions(version), read_predictions(champion))
+    return found, (
+        f"test accuracy {float(mine['test_accuracy']):.4f} against {float(theirs['test_accuracy']):.4f} of version "
+        f"{champion.version} on the same {mine['test_images']} images: {found.challenger_only} read correctly by the "
+        f"challenger only, {found.champion_only} by the champion only, p = {found.p_value:.3g}"
+    )
+
+
+def read_predictions(version: ModelVersion) -> pd.DataFrame:
+    """What `evaluate` recorded of a version: one row a test image."""
+    run_id = version.tags.get("test_run_id", "")
+    try:
+        text = mlflow.artifacts.load_text(f"runs:/{run_id}/{tracking.PREDICTIONS}")
+    except (MlflowException, OSError) as error:
+        raise ModelError(
+            f"version {version.version}: its predictions are not in run {run_id!r} any more; evaluate it again "
+            f"(python -m signdigits evaluate --model_uri {version.source}), or pass --force true"
+        ) from error
+    return pd.read_csv(io.StringIO(text), dtype={"label": str, "prediction": str})
+
+
+def agree(challenger: pd.DataFrame, champion: pd.DataFrame) -> Agreement:
+    """Count what two tables of predictions of the same images have right."""
+    both = challenger.merge(champion, on="path", validate="one_to_one", suffixes=("", "_champion"))
+    mine, theirs = both["prediction"] == both["label"], both["prediction_champion"] == both["label_champion"]
+    return Agreement(
+        int((mine & theirs).sum()),
+        int((mine & ~theirs).sum()),
+        int((~mine & theirs).sum()),
+        int((~mine & ~theirs).sum()),
     )
 
 
@@ -111,17 +179,34 @@ def move_alias(version: str, alias: str) -> Decision:
         mlflow.MlflowClient().get_model_version(REGISTERED_MODEL, version)
     except MlflowException as error:
         raise ModelError(f"version={version}: {REGISTERED_MODEL} has no such version; look in the MLflow UI") from error
-    previous = find_alias(alias)
-    reason = f"moved by hand from version {previous.version}" if previous else "given by hand"
-    decision = Decision(version, alias, reason)
+    holder = find_alias(alias)
+    previous = str(holder.version) if holder else ""
+    reason = f"moved by hand from version {previous}" if previous else "given by hand"
+    decision = Decision(version, alias, reason, None, previous)
     give(decision)
     return decision
 
 
+def decided(model: LoggedModel) -> Decision | None:
+    """The decision that was made on `model` before, if one was."""
+    version = find_version(model)
+    if version is None or "decision" not in version.tags:
+        return None
+    alias, _, reason = version.tags["decision"].partition(": ")
+    return Decision(str(version.version), alias, reason)
+
+
 def give(decision: Decision) -> None:
-    """Set the alias and write the reason on the version; a champion is no longer a challenger."""
+    """Set the alias, and write why on the version and the active run; a champion is no longer a challenger."""
     client = mlflow.MlflowClient()
-    client.set_model_version_tag(REGISTERED_MODEL, decision.version, "decision", f"{decision.alias}: {decision.reason}")
+    facts = {"decision": f"{decision.alias}: {decision.reason}", "previous_version": decision.previous}
+    if decision.agreement is not None:
+        facts |= {"p_value": str(decision.agreement.p_value), "agreement": json.dumps(asdict(decision.agreement))}
+        mlflow.log_metric("p_value", decision.agreement.p_value)
+        mlflow.log_dict(asdict(decision.agreement), "gate/agreement.json")
+    for name, value in facts.items():
+        client.set_model_version_tag(REGISTERED_MODEL, decision.version, name, value)
+    mlflow.set_tags(facts)
     client.set_registered_model_alias(REGISTERED_MODEL, decision.alias, decision.version)
     challenger = find_alias(CHALLENGER)
     if decision.alias == CHAMPION and challenger and str(challenger.version) == decision.version:

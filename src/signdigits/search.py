@@ -282,7 +282,9 @@ def run_trial(opened: Search, trial: optuna.Trial) -> float:
             mlflow.set_tag("trial_state", "FAIL" if isinstance(error, Exception) else "INTERRUPTED")
             raise
         trial.set_user_attr("val_accuracy", fitted.last("val_accuracy"))
+        trial.set_user_attr("temperature", fitted.temperature)
         mlflow.log_metric("val_loss_fluctuation", train.fluctuation(fitted.history["val_loss"]))
+        mlflow.log_metric("temperature", fitted.temperature)
         mlflow.set_tag("trial_state", "PRUNED" if pruning.pruned else "COMPLETE")
     if pruning.pruned:
         raise optuna.TrialPruned
@@ -366,18 +368,25 @@ def describe(opened: Search) -> None:
     ranges = {name: str(r) for name, r in space.ranges.items()}
     chosen = asdict(parameters) | {"storage": hide_password(parameters.storage)}
     tracking.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | chosen)
+    mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")  # `mlflow run` has recorded "auto" for these
     tracking.log_data(data, parts=("training", "validation"))
     tracking.log_versions()
     # Tags, because a study that is continued may be given more trials or another limit, and parameters cannot change.
     mlflow.set_tags({"study": opened.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})
-    rows = "\n".join(
-        f"| `{name}` | {r.low} to {r.high}{', logarithmic' if r.log else ''} |" for name, r in space.ranges.items()
+    rows = tracking.markdown(
+        [
+            ("searched", "from"),
+            *(
+                (f"`{name}`", f"{r.low} to {r.high}{', logarithmic' if r.log else ''}")
+                for name, r in space.ranges.items()
+            ),
+        ]
     )
     tracking.describe(
         f"**A study on `{data.parameters.data}`.** Every nested run is a *trial*: the same network trained on "
         f"{len(data.training)} images with other hyperparameters, judged by `{parameters.objective}` on "
-        f"{len(data.validation)} others. The run named *refit* is the best trial fitted again on both, scored on "
-        f"{len(data.split.testing)} test images that no trial has seen.\n\n| searched | from |\n|---|---|\n{rows}\n"
+        f"{len(data.validation)} others. A run named *refit* is the best trial fitted again on both, scored on "
+        f"{len(data.split.testing)} test images that no trial has seen.\n\n{rows}\n"
     )
 
 

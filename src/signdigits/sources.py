@@ -5,6 +5,7 @@ Both are all or nothing: they are made in a folder beside their place and moved 
 
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -127,3 +128,14 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():  # another process may have made the same folder meanwhile
                 raise
+
+
+@contextmanager
+def all_or_nothing_file(target: Path) -> Iterator[Path]:
+    """A file to write, which becomes `target` if the block ends well and is removed if it does not."""
+    workshop = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        yield workshop
+        workshop.replace(target)
+    finally:
+        workshop.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,9 @@ from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
 
 from signdigits import settle
-from signdigits.data import Data, Dataset, Split
+from signdigits import split as splits
+from signdigits.data import Data
+from signdigits.dataset import Dataset
 from signdigits.errors import ModelError, TrackingError
 
 EXPERIMENT = "sign-digits"
@@ -33,6 +35,9 @@ PACKAGES = ("mlflow", "tensorflow", "keras", "optuna", "numpy", "pillow", "panda
 
 # The tag that says which process works on a run, as host:number.
 PROCESS = "process"
+
+# Where a run keeps what a model made of the test images; the gate between champion and challenger reads it.
+PREDICTIONS = "test/predictions.csv"
 
 # MLflow's own invention for a run that nobody named: adjective-animal-number.
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
@@ -178,6 +183,12 @@ def note_failure(error: Exception) -> None:
         client.set_tag(run_id, "failure_reason", f"{type(error).__name__}: {error}"[:5000])
 
 
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
 def describe(text: str) -> None:
     """Set the description that the UI shows on top of the active run (Markdown)."""
     mlflow.set_tag("mlflow.note.content", text)
@@ -198,12 +209,12 @@ def log_data(data: Data, *, parts: tuple[str, ...]) -> None:
         mlflow.log_input(dataset_input(data.dataset, getattr(data.split, part)), context=part)
 
 
-def data_tags(dataset: Dataset, split: Split) -> dict[str, str]:
+def data_tags(dataset: Dataset, split: splits.Split) -> dict[str, str]:
     """What identifies the images and their split."""
     return {
         "dataset": dataset.name,
-        "dataset_digest": dataset.digest,
-        "split": "random",
+        "dataset_digest": splits.digest(dataset, split),
+        "split": split.name,
         "test_digest": dataset.part_digest(split.testing),
         "test_images": str(len(split.testing)),
     }

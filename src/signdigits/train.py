@@ -7,10 +7,12 @@
 """
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import keras
 import mlflow
@@ -18,20 +20,26 @@ import mlflow.tensorflow
 import numpy as np
 from tqdm import tqdm
 
-from signdigits import model, package, plots, tracking
+from signdigits import augment, calibrate, model, package, plots, tracking
 from signdigits.data import Data, Images
 from signdigits.errors import TrainingDiverged
 from signdigits.hyperparameters import Hyperparameters
 
 log = logging.getLogger(__name__)
 
+CHUNK = 128  # images in one forward pass outside of `fit`: bounds the memory that it takes
+
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted network, and what each epoch measured: accuracy, loss and, with validation images, val_*."""
+    """A fitted network, and what each epoch measured: accuracy, loss and, with validation images, val_*.
+
+    `temperature` calibrates its probabilities (see calibrate.py); 1 without validation images to fit it on.
+    """
 
     network: keras.Sequential
     history: dict[str, list[float]]
+    temperature: float = 1.0
 
     def last(self, metric: str) -> float:
         return self.history[metric][-1]
@@ -48,7 +56,8 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
         tracking.log_versions()
         fitted = fit(data.training, data.validation, len(data.dataset.class_names), hyperparameters)
         log_curves(fitted)
-        package.log_model(fitted.network, data, {"val_accuracy": fitted.last("val_accuracy")})
+        mlflow.log_metric("temperature", fitted.temperature)
+        package.log_model(fitted.network, fitted.temperature, data, {"val_accuracy": fitted.last("val_accuracy")})
         score = [fitted.last("val_loss"), fitted.last("val_accuracy")]
         log.info("Validation score [loss, accuracy]: %s", [round(value, 4) for value in score])
         log.info("run %s; score it on the test images with: python -m signdigits evaluate %s", run.info.run_id,
@@ -65,22 +74,28 @@ def fit(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     title: str = "",
 ) -> Fit:
-    """Train the notebook's network, autologged into the active run.
+    """Train the notebook's network, autologged into the active run; what comes back computes in float32.
 
     Same seed, images, machine and versions give the same result. Raises TrainingDiverged when the loss of a
     batch is no longer a finite number.
     """
+    precision = model.resolve_precision(hyperparameters.precision)
+    mlflow.set_tag("precision", precision)
     keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(hyperparameters.seed)
-    network = model.build(training.x.shape[1:], n_classes)
+    keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
+    network = model.build(
+        training.x.shape[1:],
+        n_classes,
+        conv_blocks=hyperparameters.conv_blocks,
+        dropout=hyperparameters.dropout,
+        precision=precision,
+    )
     model.compile_network(network, hyperparameters)
     # Of autolog's 14.6 s a run, nearly all is checkpoints, a stock model saved beside ours, and a second Python
     # that imports TensorFlow to list requirements. Parameters and metrics of every epoch stay.
     mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False, silent=True)
     history = network.fit(
-        training.x,
-        training.y,
-        batch_size=hyperparameters.batch_size,
+        **feed(training, hyperparameters),
         epochs=hyperparameters.epochs,
         validation_data=(validation.x, validation.y) if validation else None,
         callbacks=[keras.callbacks.TerminateOnNaN(), *callbacks, Progress(title)],
@@ -92,7 +107,26 @@ def fit(
                 f"{name} became {history[name][-1]} in epoch {len(history[name])} with initial_learning_rate="
                 f"{hyperparameters.initial_learning_rate}; lower it"
             )
-    return Fit(network, history)
+    trained = model.in_float32(network)
+    return Fit(trained, history, temperature(trained, validation) if validation else 1.0)
+
+
+def temperature(network: keras.Sequential, images: Images) -> float:
+    """What calibrates the network's probabilities on `images`, which it was not trained on."""
+    starts = range(0, len(images), CHUNK)
+    logits = [np.asarray(network(images.x[start : start + CHUNK], training=False)) for start in starts]
+    return calibrate.fit_temperature(np.concatenate(logits), images.y)
+
+
+def feed(training: Images, hyperparameters: Hyperparameters) -> dict[str, Any]:
+    """What `fit` takes the training images from: the arrays as they are, or endless augmented batches of them."""
+    batch_size, strength = hyperparameters.batch_size, hyperparameters.augmentation
+    if not strength:
+        return {"x": training.x, "y": training.y, "batch_size": batch_size}
+    return {
+        "x": augment.batches(training, batch_size, strength, hyperparameters.seed),
+        "steps_per_epoch": math.ceil(len(training) / batch_size),
+    }
 
 
 def log_curves(fitted: Fit) -> None:

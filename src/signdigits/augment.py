@@ -1,0 +1,60 @@
+"""Training batches whose photographs are turned, shifted and zoomed at random, anew in every epoch.
+
+No mirror images: a mirrored photograph shows the other hand, which signs the same digit, but the students of this data
+set nearly all show the same one, so that half of the training would be spent on what no test image shows.
+
+This is part of how images are fed, not of the network: what is saved and served does not contain it.
+"""
+
+import math
+
+import tensorflow as tf
+
+from signdigits.data import Images
+
+# At strength 1; each is drawn evenly from -limit to +limit for every photograph.
+ROTATION = math.radians(20)
+SHIFT = 0.12  # of the image's height and width
+ZOOM = 0.2  # of the logarithm of the scale
+
+
+def batches(images: Images, batch_size: int, strength: float, seed: int) -> tf.data.Dataset:
+    """Shuffled batches of (x, y), without end: x float32 of the shape of `images.x`, warped; y as in `images`.
+
+    An epoch is ceil(len(images) / batch_size) of them, the last one smaller where that does not come out even.
+
+    The same seed gives the same batches, epoch by epoch.
+    """
+    pixels, labels = tf.constant(images.x), tf.constant(images.y)
+    size = int(images.x.shape[1])
+
+    def read(step: tf.Tensor, chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        x = tf.cast(tf.gather(pixels, chosen), tf.float32)
+        return warp(x, transforms(tf.shape(x)[0], size, strength, [seed, step])), tf.gather(labels, chosen)
+
+    order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
+    # Numbered through all epochs, so that each warp has a seed of its own.
+    return order.repeat().enumerate().map(read).prefetch(2)
+
+
+def transforms(n: tf.Tensor, size: int, strength: float, seed: list[int | tf.Tensor]) -> tf.Tensor:
+    """`n` random affine transforms about the centre of a square image, as TensorFlow takes them; float32 of (n, 8)."""
+    turn, zoom, right, down = tf.unstack(tf.random.stateless_uniform([4, n], seed, -strength, strength))
+    scale = tf.exp(zoom * ZOOM)
+    across, along = scale * tf.cos(turn * ROTATION), scale * tf.sin(turn * ROTATION)
+    centre, far, none = (size - 1) / 2, SHIFT * size, tf.zeros_like(turn)
+    x = centre - across * centre + along * centre + right * far
+    y = centre - along * centre - across * centre + down * far
+    return tf.stack([across, -along, x, along, across, y, none, none], axis=1)
+
+
+def warp(x: tf.Tensor, transforms: tf.Tensor) -> tf.Tensor:
+    """The whole batch in one affine warp (bilinear); what comes in from outside repeats the border."""
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=x,
+        transforms=transforms,
+        output_shape=tf.shape(x)[1:3],
+        interpolation="BILINEAR",
+        fill_mode="NEAREST",
+        fill_value=0.0,
+    )

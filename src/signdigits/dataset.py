@@ -1,0 +1,136 @@
+"""A folder of class folders, every photograph in it looked at once: what it shows, and what its file holds."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from signdigits import sources
+from signdigits.errors import DataError
+from signdigits.hyperparameters import SourceParameters
+from signdigits.images import ImageError, open_image, orientation, to_array
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One readable file: where it lies, what it shows, and what was found in it."""
+
+    path: str  # relative to the data set's folder, with forward slashes
+    label: int
+    checksum: str  # SHA-256 of the file
+    size: tuple[int, int]  # width and height in pixels, as stored
+    mode: str  # Pillow's name for the pixel format
+    orientation: int  # EXIF; 1 is upright
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The photographs of a folder, in the order of class names and file names."""
+
+    name: str
+    folder: Path
+    class_names: tuple[str, ...]
+    photographs: tuple[Photograph, ...]
+    unreadable: dict[str, str]  # path -> reason
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The class of each photograph, as an index into `class_names`; int64 of shape (n,)."""
+        return np.array([photograph.label for photograph in self.photographs])
+
+    @cached_property
+    def digest(self) -> str:
+        """What the folder holds, as 32 hexadecimal digits: the same paths and bytes give the same digest."""
+        return sources.digest((photograph.path, photograph.checksum) for photograph in self.photographs)
+
+    def part_digest(self, indices: np.ndarray) -> str:
+        """The digest of some of the photographs."""
+        return sources.digest((self.photographs[i].path, self.photographs[i].checksum) for i in indices)
+
+    def counts(self) -> dict[str, int]:
+        """Photographs in each class."""
+        found = Counter(self.labels.tolist())
+        return {name: found[label] for label, name in enumerate(self.class_names)}
+
+
+def scan(parameters: SourceParameters) -> Dataset:
+    """Open every file of every class folder and note what it holds.
+
+    Class names are the sorted names of the folders. Hidden files and folders (such as .DS_Store) are passed over.
+    Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
+    (unless `skip_unreadable`, which lists it in the result instead).
+    """
+    folder = sources.resolve(parameters.data)
+    try:
+        dataset = read_folder(folder, skip_unreadable=parameters.skip_unreadable)
+    except OSError as error:  # a folder that may not be entered
+        raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
+    if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
+        raise DataError(f"{folder}: changed since it was downloaded; remove the folder to download it again")
+    return dataset
+
+
+def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
+    photographs: list[Photograph] = []
+    unreadable: dict[str, str] = {}
+    class_names = find_classes(folder)
+    for label, class_name in enumerate(class_names):
+        before = len(photographs)
+        for path in find_files(folder / class_name):
+            relative = path.relative_to(folder).as_posix()
+            try:
+                photographs.append(examine(path, relative, label))
+            except ImageError as error:
+                if not skip_unreadable:
+                    raise DataError(f"{path}: {error}; remove it, or pass --skip_unreadable true") from error
+                unreadable[relative] = str(error)
+        if len(photographs) == before:
+            raise DataError(f"{folder / class_name}: no photograph in this class folder; add some, or remove it")
+    return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
+
+
+def find_classes(folder: Path) -> tuple[str, ...]:
+    """The sorted names of the class folders in `folder`."""
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; pass --data a folder of class folders, or one of the names "
+            f"{sources.HANDWRITTEN_DIGITS} and {sources.SIGN_LANGUAGE_DIGITS}"
+        )
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not hidden(entry)))
+    if not names:
+        raise DataError(f"{folder}: no class folder in it; put the photographs of each class into a folder of its own")
+    if len(names) == 1:
+        raise DataError(f"{folder}: only one class folder, {names[0]!r}; a classifier needs two or more")
+    return names
+
+
+def find_files(folder: Path) -> Iterator[Path]:
+    """The files of one class folder and the folders in it, in the order in which Keras lists them."""
+    inside = sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}, key=str)
+    for directory in inside:
+        yield from sorted(path for path in directory.iterdir() if is_file(path) and not hidden(path))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file, or a link that leads nowhere: that one is not to be passed over in silence."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def examine(path: Path, relative: str, label: int) -> Photograph:
+    """Read one file to the array that the network would see; raises ImageError where that fails."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror})") from error
+    image = open_image(content)
+    to_array(image, image_size=8, color_mode="rgb")  # what fails would otherwise fail in the last evaluation
+    checksum = hashlib.sha256(content).hexdigest()
+    return Photograph(relative, label, checksum, image.size, image.mode, orientation(image))

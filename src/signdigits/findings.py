@@ -1,0 +1,136 @@
+"""What in a folder of photographs deserves a look: near-duplicates in two parts, odd sizes and colours, imbalance.
+
+Everything is reported and nothing is removed: whether a finding is a fault is for people to say.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import imagehash
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from signdigits import images, plots
+from signdigits.data import Data
+from signdigits.dataset import Dataset
+
+log = logging.getLogger(__name__)
+
+ALIKE = 4  # bits of 64 in which the hashes of two photographs may differ
+ODD = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)
+OUTSIZED = 2.0  # times the class's median height or width, or less than one such part of it
+UNEVEN = 1.5  # times as many photographs in the largest class as in the smallest
+SHOWN = 12
+CHUNK = 1000  # photographs compared with all others at a time
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about one photograph (`path`), or about two."""
+
+    finding: str
+    path: str
+    detail: str
+    part: str = ""
+    other: str = ""
+    other_part: str = ""
+
+
+def find(data: Data) -> pd.DataFrame:
+    """One row a finding: its kind, the photograph or photographs, the part of the split each is in, and the detail."""
+    dataset, parts = data.dataset, part_names(data)
+    hashes, colours = look(dataset)
+    found = [
+        *imbalance(dataset),
+        *odd_sizes(dataset, parts),
+        *odd_colours(dataset, parts, colours),
+        *near_duplicates(dataset, parts, hashes),
+    ]
+    return pd.DataFrame(found, columns=list(Finding.__dataclass_fields__))
+
+
+def part_names(data: Data) -> np.ndarray:
+    """The part of the split that each photograph is in; text, of shape (n,)."""
+    names = np.empty(len(data.dataset.photographs), dtype=object)
+    for part, indices in data.split.parts.items():
+        names[indices] = part
+    return names
+
+
+def look(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """A perceptual hash (uint64, of shape (n,)) and the mean colour (0 to 255, of shape (n, 3)) of each photograph.
+
+    The hash is pHash, from the lowest frequencies of a cosine transform; similar pictures differ in few of its bits.
+    """
+    hashes, colours = [], []
+    for photograph in dataset.photographs:
+        pixels = images.decode((dataset.folder / photograph.path).read_bytes(), 100, "rgb")
+        bits = imagehash.phash(Image.fromarray(pixels)).hash
+        hashes.append(np.packbits(bits).view(">u8")[0])
+        colours.append(pixels.mean(axis=(0, 1)))
+    return np.array(hashes, np.uint64), np.array(colours)
+
+
+def imbalance(dataset: Dataset) -> Iterator[Finding]:
+    counts = dataset.counts()
+    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    if counts[most] > UNEVEN * counts[least]:
+        yield Finding("imbalance", least, f"{counts[least]} photographs, but {counts[most]} in class {most}")
+
+
+def odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
+    """Photographs of another size than their class."""
+    sizes = np.array([photograph.size for photograph in dataset.photographs], float)
+    for label in range(len(dataset.class_names)):
+        (members,) = np.nonzero(dataset.labels == label)
+        usual = np.median(sizes[members], axis=0)
+        ratio = np.maximum(sizes[members] / usual, usual / sizes[members]).max(axis=1)
+        for i in members[ratio > OUTSIZED]:
+            detail = f"{sizes[i, 0]:.0f}x{sizes[i, 1]:.0f} pixels; its class has {usual[0]:.0f}x{usual[1]:.0f}"
+            yield Finding("size", dataset.photographs[i].path, detail, parts[i])
+
+
+def odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Iterator[Finding]:
+    """Photographs whose mean colour is far from that of their class, farthest first."""
+    score = np.zeros(len(colours))
+    for label in range(len(dataset.class_names)):
+        members = dataset.labels == label
+        distance = np.abs(colours[members] - np.median(colours[members], axis=0))
+        spread = np.maximum(np.median(distance, axis=0), 1e-9)
+        score[members] = (0.6745 * distance / spread).max(axis=1)
+    for i in np.argsort(-score):
+        if score[i] <= ODD:
+            return
+        red, green, blue = colours[i]
+        detail = f"mean colour ({red:.0f}, {green:.0f}, {blue:.0f}); {score[i]:.1f} spreads from its class"
+        yield Finding("colour", dataset.photographs[i].path, detail, parts[i])
+
+
+def near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
+    """Pairs of photographs that look alike and are in different parts of the split, the most alike first."""
+    pairs = []
+    for start in range(0, len(hashes), CHUNK):
+        rows = np.arange(start, min(start + CHUNK, len(hashes)))
+        differing = np.bitwise_count(hashes[rows, None] ^ hashes[None, :])
+        later = np.arange(len(hashes)) > rows[:, None]
+        for i, j in np.argwhere((differing <= ALIKE) & later & (parts[rows, None] != parts)):
+            pairs.append((int(differing[i, j]), int(rows[i]), int(j)))
+    for bits, i, j in sorted(pairs):
+        path, other = dataset.photographs[i].path, dataset.photographs[j].path
+        yield Finding("near-duplicate", path, f"{bits} of 64 bits differ", parts[i], other, parts[j])
+
+
+def picture(data: Data, found: pd.DataFrame) -> plots.Figure | None:
+    """The first findings of each kind, side by side; None if there is nothing to show."""
+    kinds = found[found["finding"] != "imbalance"].groupby("finding", sort=False)
+    captions: list[tuple[str, str]] = []
+    for row in kinds.head(SHOWN // max(kinds.ngroups, 1)).to_dict("records"):
+        captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['detail']}\n{row['part']}"))
+        if row["other"]:
+            captions.append((row["other"], f"looks like\n{row['other']}\n{row['other_part']}"))
+    if not captions:
+        return None
+    shown = [images.decode((data.dataset.folder / path).read_bytes(), 150, "rgb") for path, _ in captions]
+    return plots.photographs(shown, [caption for _, caption in captions], "Worth a look", columns=4)

@@ -1,0 +1,81 @@
+"""Which photographs belong together, such as those of one signer: `groups.csv` beside the class folders.
+
+It has the columns `path` (relative to the folder, with forward slashes) and `group` (any text).
+"""
+
+import logging
+import re
+import stat
+
+import numpy as np
+import pandas as pd
+
+from signdigits import sources
+from signdigits.dataset import Dataset
+from signdigits.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FILE = "groups.csv"
+
+
+def of(dataset: Dataset) -> np.ndarray:
+    """The group of each photograph; text, of shape (n,).
+
+    Raises DataError if there is no usable groups.csv, or if it leaves a photograph out.
+    """
+    file = dataset.folder / FILE
+    if not file.exists() and is_sign_language_digits(dataset):
+        return students(dataset)  # where `prepare` may not write
+    try:
+        table = pd.read_csv(file, dtype=str, usecols=["path", "group"]).dropna()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: split=grouped needs it, with the columns path and group ({error}); write it, or pass --split random"
+        ) from error
+    known = dict(zip(table["path"], table["group"], strict=True))
+    missing = [photograph.path for photograph in dataset.photographs if photograph.path not in known]
+    if missing:
+        raise DataError(f"{file}: no group for {len(missing)} photographs, the first of them {missing[0]}; add them")
+    return np.array([known[photograph.path] for photograph in dataset.photographs])
+
+
+def write(dataset: Dataset) -> None:
+    """Write groups.csv for the sign language digits, whose groups can be told; do nothing for other photographs.
+
+    Nor is it written into a folder that is marked as read-only, even by root, whom the mark would not stop.
+    """
+    file = dataset.folder / FILE
+    if file.exists() or not is_sign_language_digits(dataset):
+        return
+    if not dataset.folder.stat().st_mode & stat.S_IWUSR:
+        log.info(
+            "%s: not written, the folder is read-only; the groups are told from the files' numbers each time", file
+        )
+        return
+    table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": students(dataset)})
+    try:
+        with sources.all_or_nothing_file(file) as workshop:
+            table.to_csv(workshop, index=False)
+    except OSError as error:
+        log.info("%s: not written (%s); the groups are told from the files' numbers each time", file, error.strerror)
+    else:
+        log.info("%s: %d groups, written for --split grouped", file, table["group"].nunique())
+
+
+def is_sign_language_digits(dataset: Dataset) -> bool:
+    return dataset.digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
+
+
+def students(dataset: Dataset) -> np.ndarray:
+    """Who signs on each of the sign language digits, as far as the files' numbers tell.
+
+    Each of the 218 students gave about ten photographs in a row, one a digit: sorted by the number in the file's name,
+    the label climbs, and falls back, or stands, where the next student begins. That makes 220 groups.
+    """
+    numbers = [int(re.findall(r"\d+", photograph.path)[-1]) for photograph in dataset.photographs]
+    order = np.argsort(numbers)
+    begins = np.diff(dataset.labels[order], prepend=-1) <= 0
+    found = np.empty(len(order), dtype=object)
+    found[order] = [f"student {number:03d}" for number in np.cumsum(begins)]
+    return found.astype(str)

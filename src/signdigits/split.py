@@ -1,0 +1,114 @@
+"""Which photographs are for training, which for validation, and which for the test.
+
+`random` is the notebook's split, `grouped` keeps what belongs together, such as one signer's photographs, in one part.
+Nothing here reads an image.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+
+from signdigits import groups, sources
+from signdigits.dataset import Dataset
+from signdigits.errors import DataError
+
+# The notebook's seed and fraction: with them the test images are its 412 validation images. They are no
+# parameters: runs can be compared only on the same images.
+SPLIT_SEED = 1337
+TEST_FRACTION = 0.2
+VALIDATION_FRACTION = 0.2  # of what is not test
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into a data set's photographs; no photograph is in two parts, and every one is in one."""
+
+    name: str
+    training: np.ndarray
+    validation: np.ndarray
+    testing: np.ndarray
+
+    @property
+    def fitting(self) -> np.ndarray:
+        """Training and validation together: everything but the test images."""
+        return np.concatenate([self.training, self.validation])
+
+    @property
+    def parts(self) -> dict[str, np.ndarray]:
+        return {"training": self.training, "validation": self.validation, "testing": self.testing}
+
+
+def split(dataset: Dataset, name: str) -> Split:
+    """The split called `name`. Raises DataError if a class is missing from one of the three parts."""
+    labels = dataset.labels
+    if name == "grouped":
+        rest, testing, training, validation = split_groups(dataset)
+    else:
+        rest, testing = split_as_keras(len(labels))
+        require_each_class(dataset, rest, least=2, part="training and validation")
+        require_each_class(dataset, testing, least=1, part="test")
+        training, validation = split_evenly(dataset, rest)
+    made = Split(name, training, validation, testing)
+    for part, indices in made.parts.items():
+        require_each_class(dataset, indices, least=1, part=part.replace("testing", "test"))
+    return made
+
+
+def split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two parts of `n` sorted files, as Keras' `image_dataset_from_directory` makes them for seed 1337 and
+    validation_split 0.2: the second is the last fifth of a seeded shuffle."""
+    order = list(range(n))
+    np.random.RandomState(SPLIT_SEED).shuffle(order)
+    n_test = int(TEST_FRACTION * n)
+    return np.array(order[: n - n_test], int), np.array(order[n - n_test :], int)
+
+
+def split_evenly(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two parts of `indices`, a fifth of each class in the second."""
+    try:
+        first, second = train_test_split(
+            indices, test_size=VALIDATION_FRACTION, stratify=dataset.labels[indices], random_state=SPLIT_SEED
+        )
+    except ValueError as error:  # fewer validation images than classes
+        raise DataError(f"{dataset.folder}: too few photographs to split ({error}); add more") from error
+    return first, second
+
+
+def split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Everything but the test images, the test images, and the first in two: no group is in two parts.
+
+    Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
+    groups allow.
+    """
+    found = groups.of(dataset)
+
+    def cut(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=SPLIT_SEED)
+        try:
+            first, second = next(folds.split(indices, dataset.labels[indices], found[indices]))
+        except ValueError as error:  # fewer photographs of a class than folds
+            raise DataError(f"{dataset.folder}: too few photographs to split ({error}); add more") from error
+        return indices[first], indices[second]
+
+    rest, testing = cut(np.arange(len(dataset.photographs)))
+    return rest, testing, *cut(rest)
+
+
+def require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: str) -> None:
+    found = np.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
+    for name, count in zip(dataset.class_names, found.tolist(), strict=True):
+        if count < least:
+            raise DataError(
+                f"{dataset.folder / name}: too few photographs to split: {dataset.counts()[name]} in the class leave "
+                f"{count} for {part}; add more, or remove the class"
+            )
+
+
+def digest(dataset: Dataset, made: Split) -> str:
+    """What the photographs are and which part each is in, as 32 hexadecimal digits."""
+    return sources.digest(
+        (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
+        for part, indices in made.parts.items()
+        for i in indices
+    )

@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from signdigits import data, dataset
+from signdigits.errors import DataError
+from signdigits.hyperparameters import DataParameters, SourceParameters
+
+from .conftest import SIZE, write_photographs
+
+
+def test_the_real_photographs_are_all_read(sign_digits: Path) -> None:
+    found = dataset.scan(SourceParameters(data=str(sign_digits)))
+    assert found.class_names == tuple("0123456789")
+    assert list(found.counts().values()) == [205, 206, 206, 206, 207, 207, 207, 206, 208, 204]
+    turned = [photograph for photograph in found.photographs if photograph.orientation != 1]
+    assert [(photograph.path, photograph.size) for photograph in turned] == [
+        (f"7/IMG_{number}.JPG", (3024, 3024)) for number in (5874, 5935, 5978)
+    ]
+
+
+def test_the_digest_changes_with_a_byte_and_with_a_name(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    first, parameters = folder / "0" / "IMG_0000.JPG", SourceParameters(data=str(folder))
+    before = dataset.scan(parameters).digest
+    first.rename(first.with_name("IMG_9999.JPG"))
+    renamed = dataset.scan(parameters).digest
+    first.with_name("IMG_9999.JPG").write_bytes((folder / "0" / "IMG_0001.JPG").read_bytes())
+    assert len({before, renamed, dataset.scan(parameters).digest}) == 3
+
+
+def test_class_names_are_the_sorted_folder_names_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    (folder / "1").rename(folder / "paper")
+    (folder / ".cache").mkdir()
+    (folder / "0" / ".DS_Store").write_bytes(b"?")
+    (folder / "notes.txt").write_text("beside the class folders")
+    assert dataset.scan(SourceParameters(data=str(folder))).class_names == ("0", "2", "paper")
+
+
+def no_class_folder(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "photograph.jpg").write_bytes(b"?")
+    return f"{folder}: no class folder in it"
+
+
+def one_class(folder: Path) -> str:
+    write_photographs(folder, classes=1)
+    return f"{folder}: only one class folder, '0'"
+
+
+def empty_class(folder: Path) -> str:
+    (write_photographs(folder) / "9").mkdir()
+    return f"{folder / '9'}: no photograph in this class folder"
+
+
+def not_an_image(folder: Path) -> str:
+    path = write_photographs(folder) / "1" / "notes.txt"
+    path.write_text("five fingers")
+    return f"{path}: not an image; remove it, or pass --skip_unreadable true"
+
+
+def truncated(folder: Path) -> str:
+    path = write_photographs(folder) / "1" / "IMG_0003.JPG"
+    path.write_bytes(path.read_bytes()[:-200])
+    return f"{path}: truncated or damaged"
+
+
+def too_small(folder: Path) -> str:
+    write_photographs(folder)
+    (folder / "9").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "9" / "only.png")
+    return f"{folder / '9'}: too few photographs to split: 1 in the class leave"
+
+
+def too_few(folder: Path) -> str:
+    write_photographs(folder, each=3)
+    return "too few photographs to split"
+
+
+@pytest.mark.parametrize(
+    "spoil", [no_class_folder, one_class, empty_class, not_an_image, truncated, too_small, too_few]
+)
+def test_an_unfit_folder_is_refused_with_its_path(tmp_path: Path, spoil: object) -> None:
+    assert callable(spoil)
+    message = spoil(tmp_path / "bad")
+    with pytest.raises(DataError) as raised:
+        data.load(DataParameters(data=str(tmp_path / "bad"), image_size=SIZE))
+    assert message in str(raised.value)
+
+
+def test_a_missing_folder_is_refused_with_the_names_that_would_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such folder; pass --data .* handwritten-digits and sign-language-digits"):
+        dataset.scan(SourceParameters(data=str(tmp_path / "missing")))
+
+
+def test_unreadable_files_are_skipped_and_listed_if_asked(tmp_path: Path) -> None:
+    truncated(tmp_path / "bad")
+    found = dataset.scan(SourceParameters(data=str(tmp_path / "bad"), skip_unreadable=True))
+    assert list(found.unreadable) == ["1/IMG_0003.JPG"]
+    assert found.counts() == {"0": 20, "1": 19, "2": 20}
+
+
+def test_a_link_that_leads_nowhere_is_told_of(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    (folder / "0" / "lost.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(DataError, match=r"lost.jpg: cannot be read \(No such file or directory\)"):
+        dataset.scan(SourceParameters(data=str(folder)))
+    found = dataset.scan(SourceParameters(data=str(folder), skip_unreadable=True))
+    assert list(found.unreadable) == ["0/lost.jpg"]

@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from signdigits import data, groups, split
+from signdigits.dataset import Dataset, scan
+from signdigits.errors import DataError
+from signdigits.hyperparameters import DataParameters, SourceParameters
+
+from .conftest import SIZE, write_photographs
+
+
+def keras_subset(folder: Path, subset: str) -> list[str]:
+    """The files that the notebook's call gives, relative to `folder`."""
+    batches = keras.utils.image_dataset_from_directory(
+        folder, validation_split=0.2, subset=subset, seed=1337, image_size=(100, 100), batch_size=128, verbose=False
+    )
+    return [Path(path).relative_to(folder).as_posix() for path in batches.file_paths]
+
+
+def paths(dataset: Dataset, indices: np.ndarray) -> list[str]:
+    return [dataset.photographs[i].path for i in indices]
+
+
+def check_split_is_that_of_keras(folder: Path) -> split.Split:
+    dataset = scan(SourceParameters(data=str(folder)))
+    made = split.split(dataset, "random")
+    assert paths(dataset, made.testing) == keras_subset(folder, "validation")
+    assert sorted(paths(dataset, made.fitting)) == sorted(keras_subset(folder, "training"))
+    return made
+
+
+def test_test_images_are_what_keras_calls_the_validation_subset(photographs: Path) -> None:
+    check_split_is_that_of_keras(photographs)
+
+
+def test_the_real_test_images_are_the_notebooks_412(sign_digits: Path) -> None:
+    made = check_split_is_that_of_keras(sign_digits)
+    assert [len(made.training), len(made.validation), len(made.testing)] == [1320, 330, 412]
+
+
+def test_every_photograph_is_in_exactly_one_part(loaded: data.Data) -> None:
+    split = loaded.split
+    everything = np.concatenate([split.training, split.validation, split.testing])
+    assert sorted(everything) == list(range(60))
+
+
+def test_validation_images_are_drawn_evenly_from_the_classes(loaded: data.Data) -> None:
+    fractions = np.bincount(loaded.validation.y) / np.bincount(loaded.dataset.labels[loaded.split.fitting])
+    np.testing.assert_allclose(fractions, 0.2, atol=0.05)
+
+
+def write_groups(folder: Path, size: int) -> np.ndarray:
+    """groups.csv with `size` neighbouring photographs of each class in a group; returns the groups."""
+    dataset = scan(SourceParameters(data=str(folder)))
+    table = pd.DataFrame({"path": [photograph.path for photograph in dataset.photographs]})
+    table["group"] = [f"signer {int(path[-8:-4]) // size}" for path in table["path"]]
+    table.to_csv(folder / groups.FILE, index=False)
+    return table["group"].to_numpy()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_no_group_is_in_two_parts(tmp_path: Path, size: int) -> None:
+    folder = write_photographs(tmp_path / "bars", each=40)
+    found = write_groups(folder, size)
+    made = split.split(scan(SourceParameters(data=str(folder))), "grouped")
+    of_part = [set(found[indices]) for indices in made.parts.values()]
+    assert sum(map(len, of_part)) == len(set().union(*of_part)) == len(set(found))
+    assert sorted(np.concatenate(list(made.parts.values()))) == list(range(120))
+    labels = scan(SourceParameters(data=str(folder))).labels
+    for indices in made.parts.values():
+        counts = np.bincount(labels[indices])
+        assert counts.max() - counts.min() <= size, "as even as the groups allow"
+
+
+def test_the_split_is_part_of_the_digest(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    digests = []
+    for size in (1, 2):
+        write_groups(folder, size)
+        dataset = scan(SourceParameters(data=str(folder)))
+        digests.append(split.digest(dataset, split.split(dataset, "grouped")))
+    digests.append(split.digest(dataset, split.split(dataset, "random")))
+    assert len(set(digests)) == 3
+
+
+def test_the_real_students_are_each_in_one_part(sign_digits: Path) -> None:
+    loaded = data.load(DataParameters(data=str(sign_digits), split="grouped", image_size=SIZE))
+    found = groups.of(loaded.dataset)
+    assert [len(indices) for indices in loaded.split.parts.values()] == [1319, 331, 412]
+    assert [len(set(found[indices])) for indices in loaded.split.parts.values()] == [143, 34, 43]
+    assert len(set(found)) == 220
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "groups.csv: split=grouped needs it, with the columns path and group"),
+        ("path;group\n", "groups.csv: split=grouped needs it, with the columns path and group"),
+        ("path,group\n0/IMG_0000.JPG,a\n", "no group for 59 photographs, the first of them 0/IMG_0001.JPG"),
+    ],
+)
+def test_groups_that_cannot_be_used_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    if content is not None:
+        (folder / groups.FILE).write_text(content)
+    with pytest.raises(DataError, match=message):
+        split.split(scan(SourceParameters(data=str(folder))), "grouped")
