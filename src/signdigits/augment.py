@@ -1,7 +1,7 @@
 """Training batches whose photographs are turned, shifted and zoomed at random, anew in every epoch.
 
-No mirror images: a mirrored photograph shows the other hand, which signs the same digit, but the students of this data
-set nearly all show the same one, so that half of the training would be spent on what no test image shows.
+No mirror images: a mirrored photograph shows the other hand. It would sign the same digit, but these students all show
+the same hand (its palm to the camera, its thumb to the right), so that there is no photograph to test the other one on.
 
 This is part of how images are fed, not of the network: what is saved and served does not contain it.
 """

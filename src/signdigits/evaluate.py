@@ -8,6 +8,7 @@ import base64
 import logging
 from dataclasses import asdict, dataclass
 
+import matplotlib
 import mlflow
 import mlflow.pyfunc
 import numpy as np
@@ -141,14 +142,14 @@ def class_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def log_mlflow_evaluation(table: pd.DataFrame) -> None:
     """MLflow's own evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
-    mlflow.models.evaluate(
-        data=mlflow.data.from_pandas(
-            table[["label", "prediction"]], name="predictions", targets="label", predictions="prediction"
-        ),
-        model_type="classifier",
-        evaluators="default",
-        evaluator_config={"metric_prefix": "test_", "log_model_explainability": False},
-    )
+    answers = table[["label", "prediction"]]
+    with matplotlib.rc_context():  # MLflow leaves its style behind
+        mlflow.models.evaluate(
+            data=mlflow.data.from_pandas(answers, name="predictions", targets="label", predictions="prediction"),
+            model_type="classifier",
+            evaluators="default",
+            evaluator_config={"metric_prefix": "test_", "log_model_explainability": False},
+        )
 
 
 def log_reliability(table: pd.DataFrame, class_names: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 Everything is reported and nothing is removed: whether a finding is a fault is for people to say.
 """
 
-import logging
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,8 +15,6 @@ from PIL import Image
 from signdigits import images, plots
 from signdigits.data import Data
 from signdigits.dataset import Dataset
-
-log = logging.getLogger(__name__)
 
 ALIKE = 4  # bits of 64 in which the hashes of two photographs may differ
 ODD = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)
@@ -88,7 +86,7 @@ def odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
         usual = np.median(sizes[members], axis=0)
         ratio = np.maximum(sizes[members] / usual, usual / sizes[members]).max(axis=1)
         for i in members[ratio > OUTSIZED]:
-            detail = f"{sizes[i, 0]:.0f}x{sizes[i, 1]:.0f} pixels; its class has {usual[0]:.0f}x{usual[1]:.0f}"
+            detail = f"{sizes[i, 0]:.0f}x{sizes[i, 1]:.0f} pixels; its class {usual[0]:.0f}x{usual[1]:.0f}"
             yield Finding("size", dataset.photographs[i].path, detail, parts[i])
 
 
@@ -124,10 +122,11 @@ def near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> 
 
 def picture(data: Data, found: pd.DataFrame) -> plots.Figure | None:
     """The first findings of each kind, side by side; None if there is nothing to show."""
+    found = found.assign(caption=[textwrap.fill(detail, 34) for detail in found["detail"]])
     kinds = found[found["finding"] != "imbalance"].groupby("finding", sort=False)
     captions: list[tuple[str, str]] = []
     for row in kinds.head(SHOWN // max(kinds.ngroups, 1)).to_dict("records"):
-        captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['detail']}\n{row['part']}"))
+        captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['caption']}\n{row['part']}"))
         if row["other"]:
             captions.append((row["other"], f"looks like\n{row['other']}\n{row['other_part']}"))
     if not captions:
