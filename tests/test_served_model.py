@@ -166,7 +166,7 @@ LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2600, 2600, 3
         (records(5), "row 0: not base64 text of a photograph but int"),
         (records({"a": 1}), "row 0: not base64 text of a photograph but dict"),
         (records(text(encode(Image.new("RGB", (99, 99), "red"), "JPEG")[:-100])), "row 0: truncated or damaged"),
-        (records(text(encode(Image.new("RGB", (9, 9)), "GIF"))), "row 0: format GIF is not one of JPEG, PNG"),
+        (records(text(encode(Image.new("RGB", (9, 9)), "GIF"))), "row 0: format GIF is not one of JPEG, MPO, PNG"),
         (records(text(encode(Image.new("1", (9000, 9000)), "PNG"))), "row 0: 9000x9000 pixels are more than"),
         (records(text(encode(Image.new("1", (20000, 20000)), "PNG"))), "row 0: not a readable image"),
         (records(text(encode(LARGE, "PNG"))), "bytes are more than the 20,000,000 allowed"),

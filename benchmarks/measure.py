@@ -1,0 +1,36 @@
+"""Time two ways of doing the same, in turns, and say how they compare."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a ratio, what it is a ratio of, and what it should reach."""
+
+    what: str
+    against: str
+    result: float
+    reach: float
+    at_least: bool
+    detail: str
+
+    @property
+    def reached(self) -> bool:
+        return self.result >= self.reach if self.at_least else self.result <= self.reach
+
+
+def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median time of each way, in seconds, over `rounds` rounds in which each has its turn.
+
+    What disturbs the machine disturbs all of them alike. The first round, which traces and allocates, does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}

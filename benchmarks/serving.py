@@ -1,0 +1,140 @@
+"""A request, against MLflow's own Keras flavor and against a model that does nothing."""
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+from benchmarks.measure import Row, in_turns
+from signdigits import data, model, package, tracking
+from signdigits.hyperparameters import DataParameters
+
+ROUNDS = 100
+MANY = 64
+
+
+class Nothing(mlflow.pyfunc.PythonModel):
+    """Answers without looking."""
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        answer = {"label": "0", "probability": 1.0, "probabilities": {str(digit): 0.1 for digit in range(10)}}
+        return pd.DataFrame([answer] * len(model_input))
+
+
+def rows(photographs: str) -> list[Row]:
+    loaded = data.load(DataParameters(data=photographs))
+    network = model.build((100, 100, 3), 10)
+    with TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.create_experiment("serving", artifact_location=f"file://{folder}/artifacts")
+        mlflow.set_experiment("serving")
+        uris = log_models(network, loaded)
+        ports = {name: servers.enter_context(serving(uri, Path(folder))) for name, uri in uris.items()}
+        rows_of = [encode(loaded, i) for i in range(MANY)]
+        pixels = loaded.training.x[:1].tolist()
+        ask = {
+            "ours": asker(ports["ours"], {"dataframe_records": rows_of[:1]}),
+            "stock": asker(ports["stock"], {"instances": pixels}),
+            "nothing": asker(ports["nothing"], {"dataframe_records": rows_of[:1]}),
+            "forward": forward_pass(network, loaded),
+        }
+        one = in_turns(ask, ROUNDS)
+        many = in_turns({"many": asker(ports["ours"], {"dataframe_records": rows_of}), "one": ask["ours"]}, 20)
+    floor = one["nothing"] + one["forward"]
+    shown = {name: f"{seconds * 1000:.1f} ms" for name, seconds in one.items()}
+    return [
+        Row(
+            "one photograph, median", "MLflow's Keras flavor, pixels as JSON", one["stock"] / one["ours"], 15, True,
+            f"{shown['ours']} against {shown['stock']}",
+        ),
+        Row(
+            "one photograph, median", "a model that does nothing + one forward pass", one["ours"] / floor, 1.5, False,
+            f"{shown['ours']} against {shown['nothing']} + {shown['forward']}",
+        ),
+        Row(
+            f"{MANY} photographs in one request", "one at a time", MANY * many["one"] / many["many"], 5, True,
+            f"{MANY / many['many']:.0f} against {1 / many['one']:.0f} photographs a second",
+        ),
+    ]  # fmt: skip
+
+
+def log_models(network: Any, loaded: data.Data) -> dict[str, str]:
+    """The three models, logged; their addresses."""
+    with tracking.run("train", "train"):
+        ours = package.log_model(network, 1.0, loaded, {}).model_uri
+        stock = mlflow.tensorflow.log_model(network, name="stock", input_example=loaded.training.x[:1]).model_uri
+        nothing = mlflow.pyfunc.log_model(
+            name="nothing", python_model=Nothing(), signature=package.SIGNATURE, pip_requirements=["mlflow"]
+        ).model_uri
+    return {"ours": ours, "stock": stock, "nothing": nothing}
+
+
+def encode(loaded: data.Data, index: int) -> dict[str, str]:
+    photograph = loaded.dataset.photographs[loaded.split.training[index]]
+    return {"image": base64.b64encode((loaded.dataset.folder / photograph.path).read_bytes()).decode()}
+
+
+def asker(port: int, body: Any) -> Callable[[], object]:
+    """A function that sends `body` and waits for the reply, over a connection that stays open."""
+    connection, content = http.client.HTTPConnection("127.0.0.1", port), json.dumps(body)
+
+    def ask() -> object:
+        connection.request("POST", "/invocations", content, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        text = reply.read()
+        if reply.status != 200:
+            raise RuntimeError(text[:500])
+        return text
+
+    return ask
+
+
+def forward_pass(network: Any, loaded: data.Data) -> Callable[[], object]:
+    forward = tf.function(lambda x: tf.nn.softmax(network(x, training=False)))
+    x = tf.constant(loaded.training.x[:1].astype(np.float32))
+    return lambda: forward(x).numpy()
+
+
+@contextlib.contextmanager
+def serving(uri: str, folder: Path) -> Iterator[int]:
+    """`mlflow models serve` on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    line = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "--port", str(port)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    with (folder / "server.log").open("a") as log:
+        server = subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        while not answers(port):
+            if server.poll() is not None:
+                raise RuntimeError((folder / "server.log").read_text()[-2000:])
+            time.sleep(0.2)
+        yield port
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+            return True
+    except OSError:
+        return False

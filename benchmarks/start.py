@@ -1,0 +1,66 @@
+"""What it takes until something happens: commands that need no tensors, and an endpoint that answers."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlflow
+
+from benchmarks import serving
+from benchmarks.measure import Row, in_turns
+from signdigits import data, model, package, tracking
+from signdigits.hyperparameters import DataParameters
+
+ROUNDS = 3
+LIGHT = ("show", "links", "register --version 1")
+
+
+def rows(photographs: str) -> list[Row]:
+    loaded = data.load(DataParameters(data=photographs))
+    with TemporaryDirectory() as folder:
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.create_experiment("start", artifact_location=f"file://{folder}/artifacts")
+        mlflow.set_experiment("start")
+        with tracking.run("train", "train"):
+            uri = package.log_model(model.build((100, 100, 3), 10), 1.0, loaded, {}).model_uri
+        mlflow.register_model(uri, "sign-digits")
+        mlflow.MlflowClient().set_registered_model_alias("sign-digits", "champion", "1")
+        ways = {
+            "help": process("-m", "signdigits", "--help"),
+            "tensorflow": process("-c", "import tensorflow"),
+            "endpoint": lambda: start(uri, Path(folder)),
+        }
+        seconds = in_turns(ways, ROUNDS)
+        importing = [command for command in LIGHT if imports_tensorflow(command)]
+    return [
+        Row("`--help`, in seconds", "", seconds["help"], 0.5, False, f"{seconds['help']:.2f} s"),
+        Row(
+            "light commands that import TensorFlow", "", len(importing), 0, False,
+            f"of {', '.join(LIGHT)}: {', '.join(importing) or 'none'}",
+        ),
+        Row(
+            "an endpoint that answers, in seconds", "importing TensorFlow",
+            seconds["endpoint"] - seconds["tensorflow"], 1.5, False,
+            f"{seconds['endpoint']:.1f} s less {seconds['tensorflow']:.1f} s",
+        ),
+    ]  # fmt: skip
+
+
+def process(*arguments: str) -> Callable[[], object]:
+    return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+
+def start(uri: str, folder: Path) -> None:
+    with serving.serving(uri, folder):
+        pass
+
+
+def imports_tensorflow(command: str) -> bool:
+    """Whether the process of the command loads TensorFlow, by Python's own list of imports."""
+    line = [sys.executable, "-X", "importtime", "-m", "signdigits", *command.split()]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    told = subprocess.run(line, check=True, capture_output=True, text=True, env=environment).stderr
+    return any(row.rpartition("|")[2].strip() == "tensorflow" for row in told.splitlines())
