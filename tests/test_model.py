@@ -52,15 +52,15 @@ def test_more_blocks_than_the_image_can_be_halved_are_refused() -> None:
         model.build((16, 16, 3), 3, conv_blocks=5)
 
 
-def test_a_network_trained_in_bfloat16_computes_in_float32_with_the_same_weights() -> None:
-    trained = model.build((16, 16, 3), 3, dropout=0.5, precision="mixed_bfloat16")
-    plain = model.in_float32(trained)
+def test_the_bfloat16_network_is_the_float32_network_with_the_same_weights() -> None:
+    """The layers stand in another order, which changes neither the function nor its gradients."""
+    fast = model.build((16, 16, 3), 3, dropout=0.5, precision="mixed_bfloat16")
+    plain = model.build((16, 16, 3), 3, dropout=0.5)
     assert {layer.compute_dtype for layer in plain.layers} == {"float32"}
-    for one, two in zip(trained.get_weights(), plain.get_weights(), strict=True):
-        assert one.dtype == np.float32
-        np.testing.assert_array_equal(one, two)
+    plain.set_weights(fast.get_weights())
     x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
-    np.testing.assert_allclose(plain(x), trained(x), atol=0.02)
+    np.testing.assert_allclose(plain(x), fast(x), atol=0.02)
+    assert {weights.dtype for weights in fast.get_weights()} == {np.dtype("float32")}
 
 
 def test_auto_is_bfloat16_where_the_machine_has_it() -> None:

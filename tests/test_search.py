@@ -61,7 +61,10 @@ def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, load
     assert run.data.tags["best_run_id"] == trials(opened)[best.number].info.run_id
     assert "A study on" in run.data.tags["mlflow.note.content"]
     pictures = ("optimization_history", "param_importances", "parallel_coordinate", "slice", "intermediate_values")
-    assert artifacts(opened.run_id, "study") == {f"study/{name}.png" for name in pictures} | {"study/trials.csv"}
+    assert artifacts(opened.run_id, "study") == {f"study/{name}.png" for name in pictures} | {
+        "study/trials.csv",
+        "study/space.json",
+    }
 
 
 def test_the_same_command_continues_the_same_study_under_the_same_run(store: str, loaded: data.Data) -> None:

@@ -119,6 +119,17 @@ def test_an_augmented_training_can_be_done_again(store: str, loaded: data.Data) 
     assert len(first.history["loss"]) == SHORT.epochs
 
 
+def test_what_was_trained_in_bfloat16_comes_back_in_float32_and_agrees(store: str, loaded: data.Data) -> None:
+    fast = dataclasses.replace(SHORT, precision="mixed_bfloat16")
+    with mlflow.start_run() as run:
+        fitted = train.fit(loaded.training, loaded.validation, 3, fast)
+    assert mlflow.get_run(run.info.run_id).data.tags["precision"] == "mixed_bfloat16"
+    assert {layer.compute_dtype for layer in fitted.network.layers} == {"float32"}
+    logits = np.asarray(fitted.network(loaded.validation.x))
+    accuracy = (logits.argmax(axis=1) == loaded.validation.y).mean()
+    assert accuracy == pytest.approx(fitted.last("val_accuracy"), abs=0.11), "one of ten validation images"
+
+
 def test_the_saved_network_holds_no_augmentation(store: str, loaded: data.Data, tmp_path: Path) -> None:
     augmented = dataclasses.replace(SHORT, epochs=1, augmentation=1.0, dropout=0.3)
     run_id = train.train(loaded, augmented)

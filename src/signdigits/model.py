@@ -35,10 +35,15 @@ def build(
             "take fewer, or a larger image_size"
         )
     network = Sequential([Input(image_shape), layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)])
+    # The largest of what is rectified is what is largest, rectified: both orders are the same function with the same
+    # gradients. The notebook's is the first; in bfloat16 the second takes half the time.
+    first = "relu" if precision == "float32" else None
     for block in range(conv_blocks):
         filters = FIRST_FILTERS * 2**block
-        network.add(layers.Conv2D(filters, 3, padding="same", activation="relu", dtype=precision))
+        network.add(layers.Conv2D(filters, 3, padding="same", activation=first, dtype=precision))
         network.add(layers.MaxPooling2D(dtype=precision))
+        if first is None:
+            network.add(layers.ReLU(dtype=precision))
     network.add(layers.Flatten(dtype=precision))
     if dropout:
         network.add(layers.Dropout(dropout, dtype=precision))
@@ -61,22 +66,6 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
         loss=losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-
-
-def in_float32(network: "keras.Sequential") -> "keras.Sequential":
-    """The same network, weights included, computing in float32 whatever it was trained in.
-
-    Weights are float32 under every policy, so nothing is lost.
-    """
-    from keras import Sequential, dtype_policies
-
-    def plain(layer: "keras.Layer") -> "keras.Layer":
-        return type(layer).from_config(layer.get_config() | {"dtype": dtype_policies.DTypePolicy("float32")})
-
-    copy = Sequential([plain(layer) for layer in network.layers])
-    copy.build(network.input_shape)
-    copy.set_weights(network.get_weights())
-    return copy
 
 
 def resolve_precision(precision: str) -> str:

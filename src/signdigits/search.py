@@ -162,11 +162,16 @@ def hide_password(storage: str) -> str:
 
 def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
     """The pruner called `name`; steps are epochs."""
-    epochs = space.ranges["epochs"].high if "epochs" in space.ranges else space.fixed["epochs"]
+    fixed = space.fixed.get("epochs", 0)
+    shortest, longest = (
+        (space.ranges["epochs"].low, space.ranges["epochs"].high) if "epochs" in space.ranges else (fixed, fixed)
+    )
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=5)
+        # Strong augmentation learns slowly at first: nothing is judged before a third of the shortest trial.
+        warmup = max(5, int(shortest) // 3)
+        return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=warmup)
     if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, int(epochs)))
+        return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, int(longest)))
     return optuna.pruners.NopPruner()
 
 

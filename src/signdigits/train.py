@@ -6,6 +6,7 @@
 `fit` never opens a run: a training, a trial and the final refit each bring their own.
 """
 
+import functools
 import logging
 import math
 import sys
@@ -83,13 +84,9 @@ def fit(
     mlflow.set_tag("precision", precision)
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
-    network = model.build(
-        training.x.shape[1:],
-        n_classes,
-        conv_blocks=hyperparameters.conv_blocks,
-        dropout=hyperparameters.dropout,
-        precision=precision,
-    )
+    blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
+    build = functools.partial(model.build, training.x.shape[1:], n_classes, conv_blocks=blocks, dropout=dropout)
+    network = build(precision=precision)
     model.compile_network(network, hyperparameters)
     # Of autolog's 14.6 s a run, nearly all is checkpoints, a stock model saved beside ours, and a second Python
     # that imports TensorFlow to list requirements. Parameters and metrics of every epoch stay.
@@ -107,7 +104,8 @@ def fit(
                 f"{name} became {history[name][-1]} in epoch {len(history[name])} with initial_learning_rate="
                 f"{hyperparameters.initial_learning_rate}; lower it"
             )
-    trained = model.in_float32(network)
+    trained = build(precision="float32")
+    trained.set_weights(network.get_weights())  # float32 whatever was computed in
     return Fit(trained, history, temperature(trained, validation) if validation else 1.0)
 
 
