@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_result(store: str, loaded: data.Data) -> N
     other = train.fit(loaded.training, loaded.validation, 3, dataclasses.replace(SHORT, seed=1))
     assert first.history == again.history
     assert first.history != other.history
-    for one, two in zip(first.network.get_weights(), again.network.get_weights(), strict=True):
+    for one, two in zip(first.trained.get_weights(), again.trained.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
@@ -105,7 +105,7 @@ def test_without_augmentation_and_dropout_it_is_the_notebooks_training_bit_for_b
         verbose=0,
     ).history
     assert fitted.history == history
-    for one, two in zip(fitted.network.get_weights(), network.get_weights(), strict=True):
+    for one, two in zip(fitted.network().get_weights(), network.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
@@ -124,8 +124,8 @@ def test_what_was_trained_in_bfloat16_comes_back_in_float32_and_agrees(store: st
     with mlflow.start_run() as run:
         fitted = train.fit(loaded.training, loaded.validation, 3, fast)
     assert mlflow.get_run(run.info.run_id).data.tags["precision"] == "mixed_bfloat16"
-    assert {layer.compute_dtype for layer in fitted.network.layers} == {"float32"}
-    logits = np.asarray(fitted.network(loaded.validation.x))
+    assert {layer.compute_dtype for layer in fitted.network().layers} == {"float32"}
+    logits = np.asarray(fitted.network()(loaded.validation.x))
     accuracy = (logits.argmax(axis=1) == loaded.validation.y).mean()
     assert accuracy == pytest.approx(fitted.last("val_accuracy"), abs=0.11), "one of ten validation images"
 

@@ -66,7 +66,7 @@ def refit(opened: search.Search, seed: int) -> LoggedModel:
         fitted = train.fit(data.fitting, None, len(data.dataset.class_names), hyperparameters)
         train.log_curves(fitted)
         reached = {"val_accuracy": best.user_attrs["val_accuracy"]}
-        info = package.log_model(fitted.network, best.user_attrs["temperature"], data, facts | reached)
+        info = package.log_model(fitted.network(), best.user_attrs["temperature"], data, facts | reached)
         evaluate.score(mlflow.get_logged_model(info.model_id), data.dataset)
         return mlflow.get_logged_model(info.model_id)
 

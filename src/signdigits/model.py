@@ -56,13 +56,10 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
     """Give the network Adam with an exponentially decaying rate, cross-entropy from logits, and accuracy."""
     from keras import losses, optimizers
 
-    schedule = optimizers.schedules.ExponentialDecay(
-        hyperparameters.initial_learning_rate,
-        decay_steps=hyperparameters.decay_steps,
-        decay_rate=hyperparameters.decay_rate,
-    )
+    from signdigits.schedule import AdjustableDecay
+
     network.compile(
-        optimizer=optimizers.Adam(schedule),
+        optimizer=optimizers.Adam(AdjustableDecay(hyperparameters)),
         loss=losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from signdigits import plots, tracking, train
 from signdigits.data import Data
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
+from signdigits.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Search:
     data: Data
     space: Space
     parameters: StudyParameters
+    workbench: Workbench = field(default_factory=Workbench)
 
     @property
     def best(self) -> FrozenTrial:
@@ -280,6 +282,7 @@ def run_trial(opened: Search, trial: optuna.Trial) -> float:
                 data.validation,
                 len(data.dataset.class_names),
                 hyperparameters,
+                workbench=opened.workbench,
                 callbacks=[pruning],
                 title=f"trial {trial.number}",
             )

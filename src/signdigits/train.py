@@ -6,7 +6,6 @@
 `fit` never opens a run: a training, a trial and the final refit each bring their own.
 """
 
-import functools
 import logging
 import math
 import sys
@@ -25,6 +24,7 @@ from signdigits import augment, calibrate, model, package, plots, tracking
 from signdigits.data import Data, Images
 from signdigits.errors import TrainingDiverged
 from signdigits.hyperparameters import Hyperparameters
+from signdigits.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,21 @@ class Fit:
     `temperature` calibrates its probabilities (see calibrate.py); 1 without validation images to fit it on.
     """
 
-    network: keras.Sequential
+    trained: keras.Sequential  # in the precision that it was trained in
     history: dict[str, list[float]]
-    temperature: float = 1.0
+    temperature: float
+    hyperparameters: Hyperparameters
 
     def last(self, metric: str) -> float:
         return self.history[metric][-1]
+
+    def network(self) -> keras.Sequential:
+        """The fitted network, computing in float32 whatever it was trained in; its weights always were float32."""
+        shape, n_classes = self.trained.input_shape[1:], self.trained.output_shape[-1]
+        blocks, dropout = self.hyperparameters.conv_blocks, self.hyperparameters.dropout
+        network = model.build(shape, n_classes, conv_blocks=blocks, dropout=dropout)
+        network.set_weights(self.trained.get_weights())
+        return network
 
 
 def train(data: Data, hyperparameters: Hyperparameters) -> str:
@@ -58,7 +67,7 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
         fitted = fit(data.training, data.validation, len(data.dataset.class_names), hyperparameters)
         log_curves(fitted)
         mlflow.log_metric("temperature", fitted.temperature)
-        package.log_model(fitted.network, fitted.temperature, data, {"val_accuracy": fitted.last("val_accuracy")})
+        package.log_model(fitted.network(), fitted.temperature, data, {"val_accuracy": fitted.last("val_accuracy")})
         score = [fitted.last("val_loss"), fitted.last("val_accuracy")]
         log.info("Validation score [loss, accuracy]: %s", [round(value, 4) for value in score])
         log.info("run %s; score it on the test images with: python -m signdigits evaluate %s", run.info.run_id,
@@ -72,10 +81,13 @@ def fit(
     n_classes: int,
     hyperparameters: Hyperparameters,
     *,
+    workbench: Workbench | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     title: str = "",
 ) -> Fit:
-    """Train the notebook's network, autologged into the active run; what comes back computes in float32.
+    """Train the notebook's network, autologged into the active run.
+
+    With a `workbench` the network is one of its: the next fit on it trains the same one.
 
     Same seed, images, machine and versions give the same result. Raises TrainingDiverged when the loss of a
     batch is no longer a finite number.
@@ -84,10 +96,8 @@ def fit(
     mlflow.set_tag("precision", precision)
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
-    blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
-    build = functools.partial(model.build, training.x.shape[1:], n_classes, conv_blocks=blocks, dropout=dropout)
-    network = build(precision=precision)
-    model.compile_network(network, hyperparameters)
+    bench = workbench or Workbench()
+    network = bench.network(training.x.shape[1:], n_classes, hyperparameters, precision)
     # Of autolog's 14.6 s a run, nearly all is checkpoints, a stock model saved beside ours, and a second Python
     # that imports TensorFlow to list requirements. Parameters and metrics of every epoch stay.
     mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False, silent=True)
@@ -104,9 +114,7 @@ def fit(
                 f"{name} became {history[name][-1]} in epoch {len(history[name])} with initial_learning_rate="
                 f"{hyperparameters.initial_learning_rate}; lower it"
             )
-    trained = build(precision="float32")
-    trained.set_weights(network.get_weights())  # float32 whatever was computed in
-    return Fit(trained, history, temperature(trained, validation) if validation else 1.0)
+    return Fit(network, history, temperature(network, validation) if validation else 1.0, hyperparameters)
 
 
 def temperature(network: keras.Sequential, images: Images) -> float:

@@ -1,0 +1,42 @@
+"""Networks that are traced once and trained many times, each time as if they were new.
+
+Building, compiling and tracing cost a trial more than a second. What differs from trial to trial, the learning rate and
+its decay, is kept in variables, so that the traced step stays as it is; weights, optimizer and dropout start again from
+where a new network would.
+"""
+
+import keras
+
+from signdigits import model
+from signdigits.hyperparameters import Hyperparameters
+
+
+class Workbench:
+    """Lends out networks. One that is lent again was trained in between: keep its weights, not the network."""
+
+    def __init__(self) -> None:
+        self.networks: dict[tuple[object, ...], keras.Sequential] = {}
+
+    def network(
+        self, image_shape: tuple[int, int, int], n_classes: int, hyperparameters: Hyperparameters, precision: str
+    ) -> keras.Sequential:
+        """A compiled network in the state that the present random seed gives to a new one."""
+        blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
+        new = model.build(image_shape, n_classes, conv_blocks=blocks, dropout=dropout, precision=precision)
+        key = (image_shape, n_classes, blocks, dropout, precision)
+        if key not in self.networks:
+            self.networks[key] = new
+            model.compile_network(new, hyperparameters)
+        else:
+            renew(self.networks[key], new, hyperparameters)
+        return self.networks[key]
+
+
+def renew(used: keras.Sequential, new: keras.Sequential, hyperparameters: Hyperparameters) -> None:
+    """Bring a compiled network back to the state of a new one, with other hyperparameters."""
+    for mine, theirs in zip(used.layers, new.layers, strict=True):
+        for variable, value in zip(mine.variables, theirs.variables, strict=True):
+            variable.assign(value)
+    for variable in used.optimizer.variables:  # steps and moments; Adam's all start from zero
+        variable.assign(keras.ops.zeros_like(variable))
+    used.optimizer._learning_rate.set(hyperparameters)
