@@ -16,7 +16,7 @@ from optuna.testing.pruners import DeterministicPruner
 from optuna.trial import TrialState
 
 from signdigits import data, search
-from signdigits.errors import StudyError
+from signdigits.errors import ParameterError, StudyError
 from signdigits.hyperparameters import Range, Space, StudyParameters
 
 from .conftest import wait_until
@@ -146,6 +146,12 @@ def test_a_study_of_other_settings_is_refused_by_what_differs(store: str, loaded
     search.search(loaded, SPACE, named)
     with pytest.raises(StudyError, match=r"other settings \(batch_size was 16, is 8\); give another --study_name"):
         search.search(loaded, Space.of("notebook", epochs=Range(1, 3), batch_size=8), named)
+
+
+def test_images_too_small_for_the_space_are_refused_at_once(store: str, loaded: data.Data) -> None:
+    with pytest.raises(ParameterError, match="conv_blocks=5: each halves the image, and 16 pixels cannot"):
+        search.search(loaded, Space.of("extended"), THREE)
+    assert not Path("optuna.db").exists()
 
 
 def test_a_study_that_another_process_searches_is_refused(store: str, loaded: data.Data) -> None:

@@ -67,13 +67,13 @@ def evaluate(model: LoggedModel, parameters: SourceParameters) -> Scores:
 
 def score(model: LoggedModel, dataset: Dataset) -> Scores:
     """Score `model` on the test images; metrics, tables and pictures go to the active run and to the model."""
-    made = split.split(dataset, model.tags["split"])
+    made = split.split(dataset, model.tags.get("split", "random"))
     tags = tracking.data_tags(dataset, made)
     mlflow.set_tags(tags)
     mlflow.log_input(tracking.dataset_input(dataset, made.testing), context="testing")
     table = predict(mlflow.pyfunc.load_model(model.model_uri), dataset, made.testing)
     mlflow.log_text(table.to_csv(index=False), tracking.PREDICTIONS)
-    scores = measure(table, dataset.class_names, float(model.tags["temperature"]))
+    scores = measure(table, dataset.class_names, float(model.tags.get("temperature", "1")))
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
     per_class = class_table(table)
     mlflow.log_text(per_class.to_csv(), "test/per_class.csv")

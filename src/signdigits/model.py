@@ -29,11 +29,7 @@ def build(
     """
     from keras import Input, Sequential, layers
 
-    if min(image_shape[:2]) < 2**conv_blocks:
-        raise ParameterError(
-            f"conv_blocks={conv_blocks}: each halves the image, and {image_shape[0]} pixels cannot be halved as often; "
-            "take fewer, or a larger image_size"
-        )
+    check_blocks(conv_blocks, image_shape[0])
     network = Sequential([Input(image_shape), layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)])
     # The largest of what is rectified is what is largest, rectified: both orders are the same function with the same
     # gradients. The notebook's is the first; in bfloat16 the second takes half the time.
@@ -50,6 +46,15 @@ def build(
     network.add(layers.Dense(128, activation="relu", dtype=precision))
     network.add(layers.Dense(n_classes))
     return network
+
+
+def check_blocks(conv_blocks: int, image_size: int) -> None:
+    """Raise ParameterError if an image of so many pixels cannot be halved by so many blocks."""
+    if image_size < 2**conv_blocks:
+        raise ParameterError(
+            f"conv_blocks={conv_blocks}: each halves the image, and {image_size} pixels cannot be halved as often; "
+            "take fewer, or a larger image_size"
+        )
 
 
 def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameters) -> None:

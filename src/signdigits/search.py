@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from signdigits import plots, tracking, train
+from signdigits import model, plots, tracking, train
 from signdigits.data import Data
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
@@ -76,9 +76,11 @@ def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
 def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterator[Search]:
     """The study of these data and settings, new or continued, inside its MLflow run.
 
-    Raises StudyError if the storage cannot be used, if another process is searching the same study, or if a study
+    Raises ParameterError if the images are too small for the space, and StudyError if the storage cannot be used, if another process is searching the same study, or if a study
     of that name was made with other data or settings.
     """
+    blocks = space.ranges["conv_blocks"].high if "conv_blocks" in space.ranges else space.fixed["conv_blocks"]
+    model.check_blocks(int(blocks), data.parameters.image_size)  # now, not in the middle of the search
     settings = identity(data, space, parameters)
     name = parameters.study_name if parameters.study_name != "auto" else automatic_name(data, settings)
     with exclusive(parameters.storage, name):
