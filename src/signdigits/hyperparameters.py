@@ -300,6 +300,12 @@ class Space:
         ranges = {name: value for name, value in chosen.items() if isinstance(value, Range)}
         return cls(ranges, {name: value for name, value in chosen.items() if not isinstance(value, Range)})
 
+    def ends(self, name: str) -> tuple[int, int]:
+        """The smallest and the largest value that an integer hyperparameter can take."""
+        if name in self.ranges:
+            return int(self.ranges[name].low), int(self.ranges[name].high)
+        return int(self.fixed[name]), int(self.fixed[name])
+
     def suggest(self, trial: "optuna.Trial") -> Hyperparameters:
         """The hyperparameters that `trial` is to try."""
         drawn = {

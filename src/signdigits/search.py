@@ -76,11 +76,10 @@ def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
 def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterator[Search]:
     """The study of these data and settings, new or continued, inside its MLflow run.
 
-    Raises ParameterError if the images are too small for the space, and StudyError if the storage cannot be used, if another process is searching the same study, or if a study
-    of that name was made with other data or settings.
+    Raises ParameterError if the images are too small for the space, and StudyError if the storage cannot be used, if
+    another process is searching the same study, or if a study of that name was made with other data or settings.
     """
-    blocks = space.ranges["conv_blocks"].high if "conv_blocks" in space.ranges else space.fixed["conv_blocks"]
-    model.check_blocks(int(blocks), data.parameters.image_size)  # now, not in the middle of the search
+    model.check_blocks(space.ends("conv_blocks")[1], data.parameters.image_size)  # now, not in the middle of the search
     settings = identity(data, space, parameters)
     name = parameters.study_name if parameters.study_name != "auto" else automatic_name(data, settings)
     with exclusive(parameters.storage, name):
@@ -166,16 +165,13 @@ def hide_password(storage: str) -> str:
 
 def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
     """The pruner called `name`; steps are epochs."""
-    fixed = space.fixed.get("epochs", 0)
-    shortest, longest = (
-        (space.ranges["epochs"].low, space.ranges["epochs"].high) if "epochs" in space.ranges else (fixed, fixed)
-    )
+    shortest, longest = space.ends("epochs")
     if name == "median":
         # Strong augmentation learns slowly at first: nothing is judged before a third of the shortest trial.
-        warmup = max(5, int(shortest) // 3)
+        warmup = max(5, shortest // 3)
         return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=warmup)
     if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, int(longest)))
+        return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, longest))
     return optuna.pruners.NopPruner()
 
 
