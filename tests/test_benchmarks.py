@@ -1,0 +1,36 @@
+"""What can be said of the benchmark without asserting a time."""
+
+import sys
+
+from benchmarks import training
+from benchmarks.__main__ import PARTS, markdown
+from benchmarks.measure import Row, in_turns
+
+
+def test_every_way_has_its_turn_in_every_round_and_one_before() -> None:
+    said: list[str] = []
+    seconds = in_turns({"one": lambda: said.append("one"), "two": lambda: said.append("two")}, rounds=3)
+    assert said == ["one", "two"] * 4
+    assert set(seconds) == {"one", "two"}
+
+
+def test_the_table_says_what_was_missed() -> None:
+    table = markdown(
+        [Row("a step", "another", 1.5, 2.0, True, "as measured"), Row("a start", "", 1.5, 2.0, False, "as measured")]
+    )
+    assert table.splitlines()[2:] == [
+        "| a step | another | 1.50 | 2 or more (missed) | as measured |",
+        "| a start |  | 1.50 | 2 or less | as measured |",
+    ]
+
+
+def test_the_operations_of_an_image_are_those_of_its_layers() -> None:
+    """By hand: 8.64, 23.04, 23.04, 2.36 and 0.003 million forwards; twice that backwards, but once for the first."""
+    million = 8.64 + 23.04 + 23.04 + 2.359296 + 0.00256
+    assert abs(training.operations(1) / 1e6 - (3 * million - 8.64)) < 0.01
+
+
+def test_every_part_can_be_imported() -> None:
+    for part in PARTS:
+        __import__(f"benchmarks.{part}")
+        assert callable(sys.modules[f"benchmarks.{part}"].rows)
