@@ -46,6 +46,7 @@ def main() -> int:
 
 def measure(part: str, photographs: str) -> list[Row]:
     """The rows of one part, with nothing of MLflow's own chatter between them."""
+    startup.set_up_mlflow()
     startup.import_tensorflow()
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     rows: list[Row] = importlib.import_module(f"benchmarks.{part}").rows(photographs)

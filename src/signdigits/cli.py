@@ -144,7 +144,9 @@ def run(command: str, values: dict[str, Any]) -> None:
     if "space" in values:
         hp.check(hp.StudyParameters.__dataclass_fields__["space"], values["space"])
     groups = [make_group(group, values) for group in PARAMETERS[command]]
-    quiet_mlflow()
+    from signdigits import startup
+
+    startup.set_up_mlflow()
     from signdigits import tracking
 
     if command in ENTRY_POINTS:
@@ -159,16 +161,6 @@ def make_group(group: type, values: dict[str, Any]) -> Any:
     names = [declared.name for declared in fields(hp.Hyperparameters if group is hp.Space else group)]
     chosen = {name: values[name] for name in names}
     return hp.Space.of(values["space"], **chosen) if group is hp.Space else group(**chosen)
-
-
-def quiet_mlflow() -> None:
-    """Leave MLflow's warnings, and drop its progress bars of a millisecond and what it tells of making its tables."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a server's store prints two lines a run
-    import mlflow  # noqa: F401, it sets its own levels when imported
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def run_main(
