@@ -58,7 +58,7 @@ def test_a_searched_decay_matters_within_the_searched_epochs(name: str) -> None:
 
 
 def test_auto_stands_for_what_the_space_says() -> None:
-    assert hp.Space.of("extended", epochs="auto", dropout=0.1).ranges["epochs"] == hp.Range(60, 100)
+    assert hp.Space.of("extended", epochs="auto", dropout=0.1).ranges["epochs"] == hp.Range(60, 100, start=80)
     assert hp.Space.of("extended", dropout=0.1).fixed["dropout"] == 0.1
 
 

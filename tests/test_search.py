@@ -23,8 +23,10 @@ from .conftest import wait_until
 
 SPACE = Space.of("notebook", epochs=Range(1, 3), batch_size=16)
 # The same search as options of the command line.
-OPTIONS = ["--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
+OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
 THREE = StudyParameters(n_trials=3, pruner="none")
+# Trials long enough, some seconds, to be killed in the middle of one.
+LONG = Range(100, 150)
 
 
 def trials(opened: search.Search) -> list[Run]:
@@ -184,7 +186,7 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     store: str, loaded: data.Data, photographs: Path
 ) -> None:
     line = [sys.executable, "-m", "signdigits", "search", "--data", str(photographs), *OPTIONS, "--pruner", "none"]
-    line += ["--n_trials", "4"]
+    line += ["--n_trials", "4", "--epochs", str(LONG)]
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": dict(os.environ)}
 
     process = subprocess.Popen(line, **options)
@@ -215,7 +217,11 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     (killed,) = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     (retry,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == killed.number]
     assert retry.params == killed.params | retry.params
-    whole = search.search(loaded, SPACE, StudyParameters(n_trials=4, pruner="none", study_name="whole"))
+    whole = search.search(
+        loaded,
+        Space.of("notebook", epochs=LONG, batch_size=16),
+        StudyParameters(n_trials=4, pruner="none", study_name="whole"),
+    )
     finished = [trial.params for trial in study.trials if trial.state == TrialState.COMPLETE]
     assert finished == [trial.params for trial in whole.study.trials], "the kill changed nothing"
 
