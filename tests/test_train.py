@@ -146,9 +146,9 @@ def test_the_saved_network_holds_no_augmentation(store: str, loaded: data.Data, 
 
 
 def test_a_loss_that_is_no_number_fails_the_run_with_its_reason(store: str, loaded: data.Data) -> None:
-    broken = data.Images(np.full(loaded.training.x.shape, 1e38, np.float32), loaded.training.y)
+    broken = data.Images(np.full(loaded.fitting.x.shape, 1e38, np.float32), loaded.fitting.y)
     with pytest.raises(TrainingDiverged, match=r"loss became nan in epoch 1 .* lower it"):
-        train.train(dataclasses.replace(loaded, training=broken), SHORT)
+        train.train(dataclasses.replace(loaded, fitting=broken), SHORT)
     run = mlflow.last_active_run()
     assert run.info.status == "FAILED"
     assert run.data.tags["failure_reason"].startswith("TrainingDiverged: loss became nan in epoch 1")

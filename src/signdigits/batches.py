@@ -1,0 +1,66 @@
+"""What `fit` takes its images from, a batch at a time.
+
+Plain images in memory go to Keras as they are. Augmented ones, and those that are read from a file, come through a
+pipeline that is a batch or two ahead of the training.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from signdigits import augment
+from signdigits.data import Images
+from signdigits.decoded import Stored
+
+AHEAD = 2  # batches
+
+
+def training(images: Images, batch_size: int, strength: float, seed: int) -> dict[str, Any]:
+    """The arguments of `fit` for the images to train on, augmented with `strength`."""
+    if not strength and isinstance(images.x, np.ndarray):
+        return {"x": images.x, "y": images.y, "batch_size": batch_size}
+    return {"x": shuffled(images, batch_size, strength, seed), "steps_per_epoch": math.ceil(len(images) / batch_size)}
+
+
+def validation(images: Images | None, batch_size: int) -> dict[str, Any]:
+    """The arguments of `fit` for the images to validate on, if any; they are never augmented."""
+    if images is None:
+        return {}
+    if isinstance(images.x, np.ndarray):
+        return {"validation_data": (images.x, images.y), "validation_batch_size": batch_size}
+    read = reader(images)
+    return {"validation_data": tf.data.Dataset.range(len(images)).batch(batch_size).map(read).prefetch(AHEAD)}
+
+
+def shuffled(images: Images, batch_size: int, strength: float, seed: int) -> tf.data.Dataset:
+    """Shuffled batches of (x, y), without end: x of the shape of `images.x`, warped where `strength` is not 0.
+
+    An epoch is ceil(len(images) / batch_size) of them, the last one smaller where that does not come out even.
+    The same seed gives the same batches, epoch by epoch.
+    """
+    read = reader(images)
+
+    def batch(step: tf.Tensor, chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        x, y = read(chosen)
+        return (augment.augment(x, strength, [seed, step]) if strength else x), y
+
+    order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
+    # Numbered through all epochs, so that each warp has a seed of its own.
+    return order.repeat().enumerate().map(batch).prefetch(AHEAD)
+
+
+def reader(images: Images) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """A function from the numbers of images to their (x, y)."""
+    labels, stored = tf.constant(images.y), images.x
+    if not isinstance(stored, Stored):
+        pixels = tf.constant(stored)
+        return lambda chosen: (tf.gather(pixels, chosen), tf.gather(labels, chosen))
+
+    def read(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        x = tf.numpy_function(stored.__getitem__, [chosen], tf.as_dtype(stored.dtype), stateful=False)
+        return tf.ensure_shape(x, [None, *stored.shape[1:]]), tf.gather(labels, chosen)
+
+    return read
