@@ -142,7 +142,7 @@ def fill(opened: search.Search) -> None:
             client.log_param(run.info.run_id, name, value)
         client.log_metric(run.info.run_id, "val_accuracy", drawn["decay_rate"])
         client.set_terminated(run.info.run_id)
-        distributions = {
+        distributions: dict[str, BaseDistribution] = {
             "initial_learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
             "decay_rate": FloatDistribution(0.1, 1.0),
         }
