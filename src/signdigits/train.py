@@ -100,7 +100,7 @@ def fit(
     network = bench.network(training.x.shape[1:], n_classes, hyperparameters, precision)
     # Of autolog's 14.6 s a run, nearly all is checkpoints, a stock model saved beside ours, and a second Python
     # that imports TensorFlow to list requirements. Parameters and metrics of every epoch stay.
-    mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False, silent=True)
+    mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False)
     history = network.fit(
         **feed(training, hyperparameters),
         epochs=hyperparameters.epochs,
@@ -132,6 +132,8 @@ def feed(training: Images, hyperparameters: Hyperparameters) -> dict[str, Any]:
     return {
         "x": augment.batches(training, batch_size, strength, hyperparameters.seed),
         "steps_per_epoch": math.ceil(len(training) / batch_size),
+        "shuffle": False,  # they come shuffled
+        "batch_size": batch_size,  # for autologging: it would log None, and fail where the parameter stands already
     }
 
 
