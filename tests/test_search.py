@@ -22,7 +22,8 @@ from signdigits.hyperparameters import Range, Space, StudyParameters
 from .conftest import wait_until
 
 SPACE = Space.of("notebook", epochs=Range(1, 3), batch_size=16)
-# The same search as options of the command line.
+EXTENDED = Space.of("extended", epochs=Range(1, 3), batch_size=Range(8, 16), conv_blocks=Range(2, 3))
+# The first of these as options of the command line.
 OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
 THREE = StudyParameters(n_trials=3, pruner="none")
 # Trials long enough, some seconds, to be killed in the middle of one.
@@ -37,15 +38,16 @@ def artifacts(run_id: str, folder: str) -> set[str]:
     return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id, folder)}
 
 
-def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded: data.Data) -> None:
-    opened = search.search(loaded, SPACE, THREE)
+@pytest.mark.parametrize("space", [SPACE, EXTENDED])
+def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded: data.Data, space: Space) -> None:
+    opened = search.search(loaded, space, THREE)
     runs = trials(opened)
     assert [run.info.run_name for run in runs] == ["trial-000", "trial-001", "trial-002"]
     for trial, run in zip(opened.study.trials, runs, strict=True):
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == opened.run_id
         assert run.data.tags["trial_state"] == "COMPLETE"
-        assert {name: float(run.data.params[name]) for name in SPACE.ranges} == pytest.approx(trial.params)
+        assert {name: float(run.data.params[name]) for name in space.ranges} == pytest.approx(trial.params)
         assert run.data.metrics["val_accuracy"] == pytest.approx(trial.value)
         history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")
         assert len(history) == trial.params["epochs"]

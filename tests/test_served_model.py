@@ -120,7 +120,8 @@ def test_the_served_model_sees_what_the_network_was_trained_on(served: Served) -
     mlflow.set_tracking_uri(served.store)
     model = mlflow.pyfunc.load_model(served.model_uri).unwrap_python_model()
     dataset, indices = served.loaded.dataset, served.loaded.split.training[:20]
-    direct = model.forward(served.loaded.training.x[:20].astype(np.float32)).numpy()
+    x = served.loaded.training.x[:20].astype(np.float32)
+    direct = model.forward(model.tensor(x)).numpy()
     images = served.photographs(*[dataset.photographs[i].path for i in indices])
     _, reply = post(served.url, records(*images))
     answered = [list(row["probabilities"].values()) for row in reply["predictions"]]

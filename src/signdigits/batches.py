@@ -22,7 +22,12 @@ def training(images: Images, batch_size: int, strength: float, seed: int) -> dic
     """The arguments of `fit` for the images to train on, augmented with `strength`."""
     if not strength and isinstance(images.x, np.ndarray):
         return {"x": images.x, "y": images.y, "batch_size": batch_size}
-    return {"x": shuffled(images, batch_size, strength, seed), "steps_per_epoch": math.ceil(len(images) / batch_size)}
+    return {
+        "x": shuffled(images, batch_size, strength, seed),
+        "steps_per_epoch": math.ceil(len(images) / batch_size),
+        "shuffle": False,  # they come shuffled
+        "batch_size": batch_size,  # for autologging: it would log None, and fail where the parameter stands already
+    }
 
 
 def validation(images: Images | None, batch_size: int) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def fit(
     network = bench.network(training.shape, n_classes, hyperparameters, precision)
     # Of autolog's 14.6 s a run, nearly all is checkpoints, a stock model saved beside ours, and a second Python
     # that imports TensorFlow to list requirements. Parameters and metrics of every epoch stay.
-    mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False, silent=True)
+    mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False)
     history = network.fit(
         **batches.training(training, hyperparameters.batch_size, hyperparameters.augmentation, hyperparameters.seed),
         **batches.validation(validation, hyperparameters.batch_size),
