@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from signdigits import augment
 from signdigits.data import Images
-from signdigits.decoded import Stored
 
 AHEAD = 2  # batches
 
@@ -58,14 +57,10 @@ def shuffled(images: Images, batch_size: int, strength: float, seed: int) -> tf.
 
 
 def reader(images: Images) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """A function from the numbers of images to their (x, y)."""
-    labels, stored = tf.constant(images.y), images.x
-    if not isinstance(stored, Stored):
-        pixels = tf.constant(stored)
-        return lambda chosen: (tf.gather(pixels, chosen), tf.gather(labels, chosen))
+    """A function from the numbers of images to their (x, y). It copies no more than it is asked for."""
 
     def read(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        x = tf.numpy_function(stored.__getitem__, [chosen], tf.as_dtype(stored.dtype), stateful=False)
-        return tf.ensure_shape(x, [None, *stored.shape[1:]]), tf.gather(labels, chosen)
+        x = tf.numpy_function(images.x.__getitem__, [chosen], tf.as_dtype(images.x.dtype), stateful=False)
+        return tf.ensure_shape(x, [None, *images.shape]), tf.gather(images.y, chosen)
 
     return read

@@ -122,7 +122,7 @@ class DataParameters(SourceParameters):
         "rgb", "rgb: 3 channels, 0 to 255; grayscale: 1 channel, inverted, 1 - x/255", choices=("rgb", "grayscale")
     )
     memory_budget: int = parameter(
-        1000, "megabytes of decoded photographs that are held in memory; more are read from a file in data/cache", low=0
+        500, "megabytes of decoded photographs that are held in memory; more are read from a file in data/cache", low=0
     )
 
 
