@@ -19,7 +19,7 @@ import mlflow
 from benchmarks.measure import Row
 from signdigits import startup, tracking
 
-PARTS = ("training", "trial", "serving", "start")
+PARTS = ("training", "trial", "serving", "start", "growth", "search")
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.measure import Row, in_turns
-from signdigits import data, model
+from signdigits import batches, data, model
 from signdigits.hyperparameters import DataParameters, Hyperparameters
 
 ROUNDS = 5
@@ -88,12 +88,9 @@ def notebooks_epoch(folder: Path) -> Callable[[], object]:
 
 def epoch(images: data.Images, precision: str, augmentation: float = 0.0) -> Callable[[], object]:
     """This project's epoch, one a call."""
-    from signdigits import train
-
     network = model.build((100, 100, 3), 10, precision=precision)
-    hyperparameters = Hyperparameters(batch_size=BATCH, augmentation=augmentation)
-    model.compile_network(network, hyperparameters)
-    fed = train.feed(images, hyperparameters)
+    model.compile_network(network, Hyperparameters())
+    fed = batches.training(images, BATCH, augmentation, seed=0)
     return lambda: network.fit(**fed, epochs=1, verbose=0)
 
 

@@ -109,7 +109,7 @@ def log_model(store: str, loaded: data.Data) -> Callable[..., Any]:
     def log(temperature: float = 1.0, **tags: str) -> Any:
         with tracking.run("train", "train"):
             keras.utils.set_random_seed(0)
-            network = model.build(loaded.training.x.shape[1:], 3)
+            network = model.build(loaded.training.shape, 3)
             model.compile_network(network, Hyperparameters())
             info = package.log_model(network, temperature, loaded, {"val_accuracy": 0.5, **tags})
         return mlflow.get_logged_model(info.model_id)

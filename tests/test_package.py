@@ -17,7 +17,7 @@ def test_a_logged_model_reads_photographs_as_its_network_was_trained(
     store: str, photographs: Path, color_mode: str
 ) -> None:
     loaded = data.load(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
-    network = model.build(loaded.training.x.shape[1:], 3)
+    network = model.build(loaded.training.shape, 3)
     with tracking.run("train", "train"):
         info = package.log_model(network, 1.0, loaded, {})
     served = mlflow.pyfunc.load_model(info.model_uri)
@@ -30,7 +30,7 @@ def test_a_logged_model_reads_photographs_as_its_network_was_trained(
 
 
 def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: str, loaded: data.Data) -> None:
-    network = model.build(loaded.training.x.shape[1:], 3)
+    network = model.build(loaded.training.shape, 3)
     with tracking.run("train", "train"):
         uris = [package.log_model(network, 1.0, loaded, {}).model_uri for _ in range(2)]
     first, second = (mlflow.pyfunc.load_model(uri).unwrap_python_model() for uri in uris)
@@ -38,7 +38,7 @@ def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: 
 
 
 def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: data.Data) -> None:
-    network = model.build(loaded.training.x.shape[1:], 3)
+    network = model.build(loaded.training.shape, 3)
     with tracking.run("refit", "refit") as run:
         info = package.log_model(network, 1.0, loaded, {"study": "bars-1234", "trial": 3})
     logged = mlflow.get_logged_model(info.model_id)

@@ -104,8 +104,8 @@ def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: data.D
 
 
 def test_a_failing_trial_leaves_its_reason_and_the_study_goes_on(store: str, loaded: data.Data) -> None:
-    pixels = np.full(loaded.training.x.shape, 1e38, np.float32)
-    broken = dataclasses.replace(loaded, training=data.Images(pixels, loaded.training.y))
+    pixels = np.full(loaded.fitting.x.shape, 1e38, np.float32)
+    broken = dataclasses.replace(loaded, fitting=data.Images(pixels, loaded.fitting.y))
     with pytest.raises(StudyError, match="the last 3 trials failed, at last with TrainingDiverged"):
         search.search(broken, SPACE, THREE)
     opened = search.search(loaded, SPACE, THREE)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import keras
 import mlflow
 import numpy as np
 import pandas as pd
@@ -116,12 +117,13 @@ def test_load_model_mlflow_models_predict_and_the_endpoint_agree(
 
 
 def test_the_served_model_sees_what_the_network_was_trained_on(served: Served) -> None:
-    """The probabilities of the endpoint are those of the network itself on the arrays of the training reader."""
+    """The probabilities of the endpoint are those of the Keras network on the arrays of the training reader."""
     mlflow.set_tracking_uri(served.store)
-    model = mlflow.pyfunc.load_model(served.model_uri).unwrap_python_model()
+    files = Path(mlflow.artifacts.download_artifacts(served.model_uri))
+    network = keras.saving.load_model(files / "artifacts" / "network.keras", compile=False)
+    temperature = json.loads((files / "artifacts" / "settings.json").read_text())["temperature"]
     dataset, indices = served.loaded.dataset, served.loaded.split.training[:20]
-    x = served.loaded.training.x[:20].astype(np.float32)
-    direct = model.forward(model.tensor(x)).numpy()
+    direct = keras.ops.softmax(network(served.loaded.training.x[:20]) / temperature)
     images = served.photographs(*[dataset.photographs[i].path for i in indices])
     _, reply = post(served.url, records(*images))
     answered = [list(row["probabilities"].values()) for row in reply["predictions"]]
@@ -193,7 +195,7 @@ def test_the_model_pins_what_it_needs_and_describes_what_it_takes(served: Served
     model = mlflow.models.get_model_info(served.model_uri)
     folder = Path(mlflow.artifacts.download_artifacts(served.model_uri))
     pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().split())
-    assert set(pins) == {"mlflow", "tensorflow", "keras", "numpy", "pandas", "pillow"}
+    assert set(pins) == {"mlflow", "ai-edge-litert", "numpy", "pandas", "pillow"}
     assert model.signature.inputs.input_names() == ["image"]
     assert model.signature.outputs.input_names() == ["label", "probability", "probabilities"]
     assert not list(folder.rglob("*.pkl")), "nothing is pickled"

@@ -1,4 +1,4 @@
-"""Training batches whose photographs are turned, shifted and zoomed at random, anew in every epoch.
+"""Photographs that are turned, shifted and zoomed at random.
 
 No mirror images: a mirrored photograph shows the other hand. It would sign the same digit, but these students all show
 the same hand (its palm to the camera, its thumb to the right), so that there is no photograph to test the other one on.
@@ -10,31 +10,18 @@ import math
 
 import tensorflow as tf
 
-from signdigits.data import Images
-
 # At strength 1; each is drawn evenly from -limit to +limit for every photograph.
 ROTATION = math.radians(20)
 SHIFT = 0.12  # of the image's height and width
 ZOOM = 0.2  # of the logarithm of the scale
 
 
-def batches(images: Images, batch_size: int, strength: float, seed: int) -> tf.data.Dataset:
-    """Shuffled batches of (x, y), without end: x float32 of the shape of `images.x`, warped; y as in `images`.
+def augment(x: tf.Tensor, strength: float, seed: list[int | tf.Tensor]) -> tf.Tensor:
+    """Each square image of the batch `x`, of shape (n, size, size, channels), warped in its own way; float32.
 
-    An epoch is ceil(len(images) / batch_size) of them, the last one smaller where that does not come out even.
-
-    The same seed gives the same batches, epoch by epoch.
+    `seed` are two integers: the same give the same.
     """
-    pixels, labels = tf.constant(images.x), tf.constant(images.y)
-    size = int(images.x.shape[1])
-
-    def read(step: tf.Tensor, chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        x = tf.cast(tf.gather(pixels, chosen), tf.float32)
-        return warp(x, transforms(tf.shape(x)[0], size, strength, [seed, step])), tf.gather(labels, chosen)
-
-    order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
-    # Numbered through all epochs, so that each warp has a seed of its own.
-    return order.repeat().enumerate().map(read).prefetch(2)
+    return warp(tf.cast(x, tf.float32), transforms(tf.shape(x)[0], int(x.shape[1]), strength, seed))
 
 
 def transforms(n: tf.Tensor, size: int, strength: float, seed: list[int | tf.Tensor]) -> tf.Tensor:

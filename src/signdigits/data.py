@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from signdigits import split
+from signdigits import decoded, split
 from signdigits.dataset import Dataset, scan
+from signdigits.decoded import Stored
 from signdigits.hyperparameters import DataParameters
-from signdigits.images import decode
 from signdigits.split import Split
 
 
@@ -20,30 +20,43 @@ from signdigits.split import Split
 class Images:
     """Decoded photographs: `x` of shape (n, image_size, image_size, channels), `y` of shape (n,), int64."""
 
-    x: np.ndarray
+    x: np.ndarray | Stored
     y: np.ndarray
 
     def __len__(self) -> int:
         return len(self.y)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of each."""
+        _, height, width, channels = self.x.shape
+        return height, width, channels
+
+    def part(self, start: int, stop: int) -> "Images":
+        """The images from `start` up to `stop`; nothing is copied."""
+        x = self.x.part(start, stop) if isinstance(self.x, Stored) else self.x[start:stop]
+        return Images(x, self.y[start:stop])
+
 
 @dataclass(frozen=True)
 class Data:
-    """What training and search work on. The test images are not decoded here: nothing before the last evaluation
-    may look at them."""
+    """What training and search work on: `fitting`, the training images followed by the validation images.
+
+    The test images are not decoded here: nothing before the last evaluation may look at them.
+    """
 
     dataset: Dataset
     split: Split
     parameters: DataParameters
-    training: Images
-    validation: Images
+    fitting: Images
 
     @property
-    def fitting(self) -> Images:
-        """Training and validation images together, for the refit."""
-        return Images(
-            np.concatenate([self.training.x, self.validation.x]), np.concatenate([self.training.y, self.validation.y])
-        )
+    def training(self) -> Images:
+        return self.fitting.part(0, len(self.split.training))
+
+    @property
+    def validation(self) -> Images:
+        return self.fitting.part(len(self.split.training), len(self.fitting))
 
 
 def load(parameters: DataParameters) -> Data:
@@ -53,16 +66,5 @@ def load(parameters: DataParameters) -> Data:
     """
     dataset = scan(parameters)
     made = split.split(dataset, parameters.split)
-    read = (read_images(dataset, part, parameters) for part in (made.training, made.validation))
-    return Data(dataset, made, parameters, *read)
-
-
-def read_images(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Images:
-    """Decode the photographs at `indices`, in that order."""
-    arrays = [
-        decode(
-            (dataset.folder / dataset.photographs[i].path).read_bytes(), parameters.image_size, parameters.color_mode
-        )
-        for i in indices
-    ]
-    return Images(np.stack(arrays), dataset.labels[indices])
+    fitting = Images(decoded.read(dataset, made.fitting, parameters), dataset.labels[made.fitting])
+    return Data(dataset, made, parameters, fitting)

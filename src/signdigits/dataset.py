@@ -1,18 +1,27 @@
 """A folder of class folders, every photograph in it looked at once: what it shows, and what its file holds."""
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from signdigits import sources
 from signdigits.errors import DataError
 from signdigits.hyperparameters import SourceParameters
 from signdigits.images import ImageError, open_image, orientation, to_array
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+CHUNK = 1024  # photographs that threads may be ahead of whoever takes what they found
 
 
 @dataclass(frozen=True)
@@ -75,22 +84,37 @@ def scan(parameters: SourceParameters) -> Dataset:
 
 
 def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
+    class_names = find_classes(folder)
+    files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
+    looked_at = in_threads(
+        lambda file: examine(file[0], file[0].relative_to(folder).as_posix(), file[1]), files, "reading"
+    )
     photographs: list[Photograph] = []
     unreadable: dict[str, str] = {}
-    class_names = find_classes(folder)
-    for label, class_name in enumerate(class_names):
-        before = len(photographs)
-        for path in find_files(folder / class_name):
-            relative = path.relative_to(folder).as_posix()
-            try:
-                photographs.append(examine(path, relative, label))
-            except ImageError as error:
-                if not skip_unreadable:
-                    raise DataError(f"{path}: {error}; remove it, or pass --skip_unreadable true") from error
-                unreadable[relative] = str(error)
-        if len(photographs) == before:
-            raise DataError(f"{folder / class_name}: no photograph in this class folder; add some, or remove it")
+    for (path, _), found in zip(files, looked_at, strict=True):
+        if isinstance(found, Photograph):
+            photographs.append(found)
+        elif skip_unreadable:
+            unreadable[path.relative_to(folder).as_posix()] = str(found)
+        else:
+            raise DataError(f"{path}: {found}; remove it, or pass --skip_unreadable true") from found
+    present = {photograph.label for photograph in photographs}
+    for label, name in enumerate(class_names):
+        if label not in present:
+            raise DataError(f"{folder / name}: no photograph in this class folder; add some, or remove it")
     return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
+
+
+def in_threads(function: Callable[[Item], Found], items: Sequence[Item], title: str) -> Iterator[Found]:
+    """`function` of each item, in their order, computed on all processors; with a bar on a terminal.
+
+    Reading, decoding, resizing and hashing release Python's lock.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as threads, tqdm(total=len(items), desc=title, disable=None) as bar:
+        for start in range(0, len(items), CHUNK):
+            for found in threads.map(function, items[start : start + CHUNK]):
+                bar.update()
+                yield found
 
 
 def find_classes(folder: Path) -> tuple[str, ...]:
@@ -124,13 +148,15 @@ def hidden(path: Path) -> bool:
     return path.name.startswith(".")
 
 
-def examine(path: Path, relative: str, label: int) -> Photograph:
-    """Read one file to the array that the network would see; raises ImageError where that fails."""
+def examine(path: Path, relative: str, label: int) -> Photograph | ImageError:
+    """Read one file to the array that the network would see, and note what it holds, or why that fails."""
     try:
         content = path.read_bytes()
+        image = open_image(content)
+        to_array(image, image_size=8, color_mode="rgb")  # what fails would otherwise fail in the last evaluation
     except OSError as error:
-        raise ImageError(f"cannot be read ({error.strerror})") from error
-    image = open_image(content)
-    to_array(image, image_size=8, color_mode="rgb")  # what fails would otherwise fail in the last evaluation
+        return ImageError(f"cannot be read ({error.strerror})")
+    except ImageError as error:
+        return error
     checksum = hashlib.sha256(content).hexdigest()
     return Photograph(relative, label, checksum, image.size, image.mode, orientation(image))

@@ -17,7 +17,7 @@ from mlflow.entities import LoggedModel
 from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 
-from signdigits import calibrate, images, plots, split, tracking
+from signdigits import calibrate, images, plots, split, startup, tracking
 from signdigits.dataset import Dataset, scan
 from signdigits.errors import ModelError
 from signdigits.hyperparameters import SourceParameters
@@ -71,7 +71,9 @@ def score(model: LoggedModel, dataset: Dataset) -> Scores:
     tags = tracking.data_tags(dataset, made)
     mlflow.set_tags(tags)
     mlflow.log_input(tracking.dataset_input(dataset, made.testing), context="testing")
-    table = predict(mlflow.pyfunc.load_model(model.model_uri), dataset, made.testing)
+    with startup.filtered_stderr():
+        served = mlflow.pyfunc.load_model(model.model_uri)
+    table = predict(served, dataset, made.testing)
     mlflow.log_text(table.to_csv(index=False), tracking.PREDICTIONS)
     scores = measure(table, dataset.class_names, float(model.tags.get("temperature", "1")))
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)

@@ -14,14 +14,14 @@ from PIL import Image
 
 from signdigits import images, plots
 from signdigits.data import Data
-from signdigits.dataset import Dataset
+from signdigits.dataset import Dataset, Photograph, in_threads
 
 ALIKE = 4  # bits of 64 in which the hashes of two photographs may differ
 ODD = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)
 OUTSIZED = 2.0  # times the class's median height or width, or less than one such part of it
 UNEVEN = 1.5  # times as many photographs in the largest class as in the smallest
 SHOWN = 12
-CHUNK = 1000  # photographs compared with all others at a time
+COMPARED = 10_000_000  # pairs of hashes at a time: 80 MB
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ def look(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
     The hash is pHash, from the lowest frequencies of a cosine transform; similar pictures differ in few of its bits.
     """
-    hashes, colours = [], []
-    for photograph in dataset.photographs:
+
+    def one(photograph: Photograph) -> tuple[np.ndarray, np.ndarray]:
         pixels = images.decode((dataset.folder / photograph.path).read_bytes(), 100, "rgb")
         bits = imagehash.phash(Image.fromarray(pixels)).hash
-        hashes.append(np.packbits(bits).view(">u8")[0])
-        colours.append(pixels.mean(axis=(0, 1)))
+        return np.packbits(bits).view(">u8")[0], pixels.mean(axis=(0, 1))
+
+    hashes, colours = zip(*in_threads(one, dataset.photographs, "comparing"), strict=True)
     return np.array(hashes, np.uint64), np.array(colours)
 
 
@@ -107,14 +108,18 @@ def odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Ite
 
 
 def near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
-    """Pairs of photographs that look alike and are in different parts of the split, the most alike first."""
-    pairs = []
-    for start in range(0, len(hashes), CHUNK):
-        rows = np.arange(start, min(start + CHUNK, len(hashes)))
-        differing = np.bitwise_count(hashes[rows, None] ^ hashes[None, :])
-        later = np.arange(len(hashes)) > rows[:, None]
-        for i, j in np.argwhere((differing <= ALIKE) & later & (parts[rows, None] != parts)):
-            pairs.append((int(differing[i, j]), int(rows[i]), int(j)))
+    """Photographs that look like one in another part of the split, each with the one most like it, most alike first."""
+    _, part = np.unique(parts.astype(str), return_inverse=True)
+    pairs = set()
+    chunk = max(1, COMPARED // len(hashes))
+    for start in range(0, len(hashes), chunk):
+        rows = slice(start, start + chunk)
+        differing = np.bitwise_count(hashes[rows, None] ^ hashes)
+        differing[part[rows, None] == part] = 64
+        nearest = differing.argmin(axis=1)
+        bits = differing[np.arange(len(nearest)), nearest]
+        for row in np.flatnonzero(bits <= ALIKE).tolist():
+            pairs.add((int(bits[row]), *sorted((start + row, int(nearest[row])))))
     for bits, i, j in sorted(pairs):
         path, other = dataset.photographs[i].path, dataset.photographs[j].path
         yield Finding("near-duplicate", path, f"{bits} of 64 bits differ", parts[i], other, parts[j])

@@ -121,6 +121,9 @@ class DataParameters(SourceParameters):
     color_mode: str = parameter(
         "rgb", "rgb: 3 channels, 0 to 255; grayscale: 1 channel, inverted, 1 - x/255", choices=("rgb", "grayscale")
     )
+    memory_budget: int = parameter(
+        500, "megabytes of decoded photographs that are held in memory; more are read from a file in data/cache", low=0
+    )
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from mlflow.models.model import ModelInfo
 from mlflow.types.schema import ColSpec, DataType, Map, Schema
 from PIL import Image
 
-from signdigits import images, tracking
+from signdigits import images, startup, tracking
 from signdigits.data import Data
 
 if TYPE_CHECKING:
     import keras
 
 # What the served model imports; the installed versions are pinned in the model.
-REQUIREMENTS = ("mlflow", "tensorflow", "keras", "numpy", "pandas", "pillow")
+REQUIREMENTS = ("mlflow", "ai-edge-litert", "numpy", "pandas", "pillow")
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image")]),
@@ -42,20 +42,26 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
     """Log the network with the active run as a model that takes photographs as they are.
 
     The model is code (served_model.py) with the network, the decoder that training used (images.py) and the
-    settings as its files: nothing is pickled. Its logits are divided by `temperature`. `facts` become tags that follow the model into the registry.
+    settings as its files: nothing is pickled. What answers is the network as LiteRT runs it; the same as Keras saves it
+    lies beside it, for whoever wants to train on. Its logits are divided by `temperature`. `facts` become tags that
+    follow the model into the registry.
     """
     active = mlflow.active_run()
     assert active is not None
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as workshop:
-        network_file, settings_file = Path(workshop, "network.keras"), Path(workshop, "settings.json")
-        network.save(network_file, include_optimizer=False)
+        network_file, settings_file = Path(workshop, "network.tflite"), Path(workshop, "settings.json")
+        keras_file = network_file.with_suffix(".keras")
+        network.save(keras_file, include_optimizer=False)
+        with startup.filtered_stderr():
+            network.export(network_file, format="litert", verbose=False)
         settings_file.write_text(json.dumps(settings(data, temperature)))
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(here / "served_model.py"),
             artifacts={
                 "network": str(network_file),
+                "keras": str(keras_file),
                 "settings": str(settings_file),
                 "images": str(here / "images.py"),
             },

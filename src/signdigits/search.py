@@ -221,7 +221,13 @@ def children(run_id: str) -> list[mlflow.entities.Run]:
 
 
 def optimize(opened: Search) -> None:
-    """Run trials until the study has `n_trials` finished ones or the time is up, then report on it."""
+    """Bring the study to `n_trials` finished trials, or run until the time is up, and report on it."""
+    run_trials(opened)
+    log_study(opened)
+
+
+def run_trials(opened: Search) -> None:
+    """Run trials until the study has `n_trials` finished ones or the time is up."""
     study, parameters = opened.study, opened.parameters
     started = time.monotonic()
     done = len(study.get_trials(deepcopy=False, states=FINISHED))
@@ -239,7 +245,6 @@ def optimize(opened: Search) -> None:
         )
         refuse_failures(study)
         done = len(study.get_trials(deepcopy=False, states=FINISHED))
-    log_study(opened)
 
 
 def make_sampler(study: optuna.Study, seed: int) -> optuna.samplers.BaseSampler:

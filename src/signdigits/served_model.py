@@ -9,6 +9,7 @@ import base64
 import binascii
 import importlib.util
 import json
+import threading
 import uuid
 from pathlib import Path
 from types import ModuleType
@@ -24,34 +25,26 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 FORMATS = ("JPEG", "MPO", "PNG")  # MPO: how some telephones write JPEG
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000  # 150 MB when decoded
-BATCH = 256  # images in one forward pass: bounds the memory that a large request takes
 
 
 class SignDigits(PythonModel):
     """Reads a column `image`: base64 text of a JPEG or PNG of any size (or, from Python, its bytes)."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        import keras  # an MLflow process that only looks at the model does not need it
-        import tensorflow as tf
+        # LiteRT, once TensorFlow Lite: imported in 0.2 s where TensorFlow takes 10, and twice as fast on one image.
+        from ai_edge_litert.interpreter import Interpreter
 
         settings = json.loads(Path(context.artifacts["settings"]).read_text())
         self.class_names: list[str] = settings["class_names"]
         self.image_size: int = settings["image_size"]
         self.color_mode: str = settings["color_mode"]
+        self.temperature: float = settings["temperature"]
         self.images = load_module(context.artifacts["images"])
-        temperature: float = settings["temperature"]
-        network = keras.saving.load_model(context.artifacts["network"], compile=False)
-
-        # A traced function answers one photograph about 40 ms sooner than `network.predict`.
-        @tf.function
-        def forward(x: Any) -> Any:
-            return tf.nn.softmax(network(x, training=False) / temperature)
-
-        # Traced here and once: TensorFlow warns of a function that is traced anew with every model that is loaded.
-        shape = network.input_shape[1:]
-        self.forward = forward.get_concrete_function(tf.TensorSpec([None, *shape], tf.float32))
-        self.tensor = tf.constant
-        self.forward(tf.zeros([1, *shape]))  # the first call takes longer than all others
+        self.interpreter = Interpreter(context.artifacts["network"], num_threads=1)
+        self.interpreter.allocate_tensors()
+        self.lock = (
+            threading.Lock()
+        )  # the server answers requests in threads, and an interpreter has one set of tensors
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -63,8 +56,7 @@ class SignDigits(PythonModel):
         if not len(model_input):
             raise refusal("no rows: send one photograph or more in the column 'image'")
         x = self.read(model_input["image"].tolist())
-        chunks = [self.forward(self.tensor(x[start : start + BATCH])).numpy() for start in range(0, len(x), BATCH)]
-        probabilities = np.concatenate(chunks).astype(float)
+        probabilities = softmax(self.forward(x) / self.temperature)
         best = probabilities.argmax(axis=1)
         return pd.DataFrame(
             {
@@ -73,6 +65,20 @@ class SignDigits(PythonModel):
                 "probabilities": [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()],
             }
         )
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """The network's logits, float64 of shape (n, classes), for float32 images of shape (n, height, width, channels).
+
+        One after the other: on one thread a batch takes as long.
+        """
+        (taken,), (given,) = self.interpreter.get_input_details(), self.interpreter.get_output_details()
+        logits = []
+        with self.lock:
+            for image in x:
+                self.interpreter.set_tensor(taken["index"], image[np.newaxis])
+                self.interpreter.invoke()
+                logits.append(self.interpreter.get_tensor(given["index"])[0])
+        return np.array(logits, float)
 
     def read(self, values: list[Any]) -> np.ndarray:
         """Decode every value; float32 of shape (n, image_size, image_size, channels)."""
@@ -86,6 +92,13 @@ class SignDigits(PythonModel):
         if faults:
             raise refusal("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
         return np.stack(arrays).astype(np.float32)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities, of the shape (n, classes) of the logits."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    found: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+    return found
 
 
 def to_bytes(value: Any) -> bytes:

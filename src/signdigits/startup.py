@@ -1,4 +1,4 @@
-"""Settings of MLflow, and TensorFlow without its start-up chatter.
+"""Settings of MLflow, and TensorFlow and LiteRT without their start-up chatter.
 
 TensorFlow 2.21 prints a dozen informative lines before it reads TF_CPP_MIN_LOG_LEVEL, and an error line about a
 GPU that nobody asked for. They pass through a filter here; everything else reaches the terminal, even if the
@@ -19,6 +19,7 @@ CHATTER = "|".join(
         r"^I[0-9]{4} ",
         r"^To enable the following instructions",
         r"^E[0-9]{4} .*failed call to cuInit",
+        r"^INFO: Created TensorFlow Lite XNNPACK delegate",
     ]
 )
 

@@ -7,12 +7,10 @@
 """
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import keras
 import mlflow
@@ -20,7 +18,7 @@ import mlflow.tensorflow
 import numpy as np
 from tqdm import tqdm
 
-from signdigits import augment, calibrate, model, package, plots, tracking
+from signdigits import batches, calibrate, model, package, plots, tracking
 from signdigits.data import Data, Images
 from signdigits.errors import TrainingDiverged
 from signdigits.hyperparameters import Hyperparameters
@@ -97,14 +95,14 @@ def fit(
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
     bench = workbench or Workbench()
-    network = bench.network(training.x.shape[1:], n_classes, hyperparameters, precision)
+    network = bench.network(training.shape, n_classes, hyperparameters, precision)
     # Of autolog's 14.6 s a run, nearly all is checkpoints, a stock model saved beside ours, and a second Python
     # that imports TensorFlow to list requirements. Parameters and metrics of every epoch stay.
     mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False)
     history = network.fit(
-        **feed(training, hyperparameters),
+        **batches.training(training, hyperparameters.batch_size, hyperparameters.augmentation, hyperparameters.seed),
+        **batches.validation(validation, hyperparameters.batch_size),
         epochs=hyperparameters.epochs,
-        validation_data=(validation.x, validation.y) if validation else None,
         callbacks=[keras.callbacks.TerminateOnNaN(), *callbacks, Progress(title)],
         verbose=0,
     ).history
@@ -122,19 +120,6 @@ def temperature(network: keras.Sequential, images: Images) -> float:
     starts = range(0, len(images), CHUNK)
     logits = [np.asarray(network(images.x[start : start + CHUNK], training=False)) for start in starts]
     return calibrate.fit_temperature(np.concatenate(logits), images.y)
-
-
-def feed(training: Images, hyperparameters: Hyperparameters) -> dict[str, Any]:
-    """What `fit` takes the training images from: the arrays as they are, or endless augmented batches of them."""
-    batch_size, strength = hyperparameters.batch_size, hyperparameters.augmentation
-    if not strength:
-        return {"x": training.x, "y": training.y, "batch_size": batch_size}
-    return {
-        "x": augment.batches(training, batch_size, strength, hyperparameters.seed),
-        "steps_per_epoch": math.ceil(len(training) / batch_size),
-        "shuffle": False,  # they come shuffled
-        "batch_size": batch_size,  # for autologging: it would log None, and fail where the parameter stands already
-    }
 
 
 def log_curves(fitted: Fit) -> None:

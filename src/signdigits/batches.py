@@ -1,0 +1,76 @@
+"""What `fit` takes its images from, a batch at a time.
+
+Plain images in memory go to Keras as they are. Augmented ones, and those that are read from a file, come through a
+pipeline that is a batch or two ahead of the training.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from signdigits import augment
+from signdigits.data import Images
+
+AHEAD = 2  # batches
+
+
+def training(images: Images, batch_size: int, strength: float, seed: int) -> dict[str, Any]:
+    """The arguments of `fit` for the images to train on, augmented with `strength`."""
+    if not strength and isinstance(images.x, np.ndarray):
+        return {"x": images.x, "y": images.y, "batch_size": batch_size}
+    return {
+        "x": shuffled(images, batch_size, strength, seed),
+        "steps_per_epoch": math.ceil(len(images) / batch_size),
+        "shuffle": False,  # they come shuffled
+        "batch_size": batch_size,  # for autologging: it would log None, and fail where the parameter stands already
+    }
+
+
+def validation(images: Images | None, batch_size: int) -> dict[str, Any]:
+    """The arguments of `fit` for the images to validate on, if any; they are never augmented."""
+    if images is None:
+        return {}
+    if isinstance(images.x, np.ndarray):
+        return {"validation_data": (images.x, images.y), "validation_batch_size": batch_size}
+    read = reader(images)
+    return {"validation_data": ahead(tf.data.Dataset.range(len(images)).batch(batch_size).map(read))}
+
+
+def shuffled(images: Images, batch_size: int, strength: float, seed: int) -> tf.data.Dataset:
+    """Shuffled batches of (x, y), without end: x of the shape of `images.x`, warped where `strength` is not 0.
+
+    An epoch is ceil(len(images) / batch_size) of them, the last one smaller where that does not come out even.
+    The same seed gives the same batches, epoch by epoch.
+    """
+    read = reader(images)
+
+    def batch(step: tf.Tensor, chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        x, y = read(chosen)
+        return (augment.augment(x, strength, [seed, step]) if strength else x), y
+
+    order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
+    # Numbered through all epochs, so that each warp has a seed of its own.
+    return ahead(order.repeat().enumerate().map(batch))
+
+
+def ahead(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """The same, read while the batch before is trained on.
+
+    Without tuning by tf.data: on two cores it left every other training with one of them, half as fast again.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.prefetch(AHEAD).with_options(options)
+
+
+def reader(images: Images) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """A function from the numbers of images to their (x, y). It copies no more than it is asked for."""
+
+    def read(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        x = tf.numpy_function(images.x.__getitem__, [chosen], tf.as_dtype(images.x.dtype), stateful=False)
+        return tf.ensure_shape(x, [None, *images.shape]), tf.gather(images.y, chosen)
+
+    return read

@@ -1,0 +1,68 @@
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from signdigits import batches, data
+from signdigits.hyperparameters import DataParameters
+
+from .conftest import SIZE
+
+RANDOM = np.random.default_rng(0)
+IMAGES = data.Images(RANDOM.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8), np.arange(10) % 3)
+
+
+@pytest.fixture
+def stored(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.Data:
+    """The photographs, decoded into a file."""
+    monkeypatch.chdir(tmp_path)
+    return data.load(DataParameters(data=str(photographs), image_size=SIZE, memory_budget=0))
+
+
+def first(images: data.Images, strength: float, seed: int, n: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The first batches of four."""
+    return [(x.numpy(), y.numpy()) for x, y in itertools.islice(batches.shuffled(images, 4, strength, seed), n)]
+
+
+def test_every_epoch_shows_every_image_once_in_another_order() -> None:
+    found = first(IMAGES, 1.0, seed=0)
+    assert [len(y) for _, y in found] == [4, 4, 2, 4, 4, 2]
+    orders = [np.concatenate([y for _, y in found[start : start + 3]]) for start in (0, 3)]
+    for order in orders:
+        assert sorted(order) == sorted(IMAGES.y)
+    assert orders[0].tolist() != orders[1].tolist()
+
+
+def test_the_same_seed_gives_the_same_batches() -> None:
+    one, same, other = first(IMAGES, 1.0, 0), first(IMAGES, 1.0, 0), first(IMAGES, 1.0, 1)
+    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(one, same, strict=True))
+    assert not np.array_equal(one[0][0], other[0][0])
+
+
+def test_images_keep_their_labels() -> None:
+    assert isinstance(IMAGES.x, np.ndarray)
+    labels = {image.tobytes(): label for image, label in zip(IMAGES.x, IMAGES.y, strict=True)}
+    for strength in (0.0, 1e-9):
+        for x, y in first(IMAGES, strength, 0):
+            assert [labels[image.tobytes()] for image in x.round().astype(np.uint8)] == y.tolist()
+
+
+def test_a_pixel_warped_in_one_epoch_is_warped_otherwise_in_the_next() -> None:
+    assert isinstance(IMAGES.x, np.ndarray)
+    same = data.Images(np.stack([IMAGES.x[0]] * 4), np.zeros(4, int))
+    pictures = {image.tobytes() for x, _ in first(same, 1.0, 0, n=2) for image in x}
+    assert len(pictures) == 8
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_batches_from_a_file_are_those_from_memory(loaded: data.Data, stored: data.Data, strength: float) -> None:
+    for (x, y), (a, b) in zip(first(stored.training, strength, 3), first(loaded.training, strength, 3), strict=True):
+        np.testing.assert_array_equal(x, a)
+        np.testing.assert_array_equal(y, b)
+
+
+def test_validation_images_from_a_file_come_once_and_in_order(loaded: data.Data, stored: data.Data) -> None:
+    fed = batches.validation(stored.validation, 5)["validation_data"]
+    np.testing.assert_array_equal(np.concatenate([x.numpy() for x, _ in fed]), loaded.validation.x)
+    np.testing.assert_array_equal(np.concatenate([y.numpy() for _, y in fed]), loaded.validation.y)

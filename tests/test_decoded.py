@@ -1,0 +1,103 @@
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from signdigits import data, decoded
+from signdigits.decoded import Stored
+from signdigits.errors import DataError
+from signdigits.hyperparameters import DataParameters
+
+from .conftest import SIZE, write_photographs
+
+READ = """
+import sys
+from signdigits import data
+from signdigits.hyperparameters import DataParameters
+loaded = data.load(DataParameters(data=sys.argv[1], image_size=64, memory_budget=0))
+print(loaded.fitting.x[:].sum())
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, in which the file is made."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / decoded.FOLDER
+
+
+@pytest.fixture
+def parameters(photographs: Path) -> DataParameters:
+    return DataParameters(data=str(photographs), image_size=SIZE, memory_budget=0)
+
+
+@pytest.mark.parametrize("color_mode", ["rgb", "grayscale"])
+def test_what_is_read_from_the_file_is_what_memory_would_hold(photographs: Path, color_mode: str) -> None:
+    parameters = DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode)
+    held = data.load(parameters).fitting
+    kept = data.load(dataclasses.replace(parameters, memory_budget=0)).fitting
+    assert isinstance(held.x, np.ndarray)
+    assert isinstance(kept.x, Stored)
+    assert (kept.x.shape, kept.x.dtype, kept.shape) == (held.x.shape, held.x.dtype, held.shape)
+    np.testing.assert_array_equal(kept.x[:], held.x)
+    some = np.array([7, 2, 2])
+    np.testing.assert_array_equal(kept.x[some], held.x[some])
+    middle = kept.part(10, 20)
+    assert isinstance(middle.x, Stored)
+    np.testing.assert_array_equal(middle.x[3:5], held.x[13:15])
+    np.testing.assert_array_equal(middle.y, held.y[10:20])
+
+
+def test_the_file_is_made_once_and_another_size_has_another(folder: Path, parameters: DataParameters) -> None:
+    data.load(parameters)
+    (made,) = folder.glob("*.npy")
+    before = made.stat().st_mtime_ns
+    data.load(parameters)
+    assert made.stat().st_mtime_ns == before
+    data.load(DataParameters(data=parameters.data, image_size=SIZE * 2, memory_budget=0))
+    assert len(list(folder.glob("*.npy"))) == 2
+
+
+def test_a_changed_photograph_has_another_file(folder: Path, tmp_path: Path) -> None:
+    photographs = write_photographs(tmp_path / "photographs")
+    parameters = DataParameters(data=str(photographs), image_size=SIZE, memory_budget=0)
+    data.load(parameters)
+    for path in (photographs / "0").iterdir():
+        path.write_bytes((photographs / "1" / path.name).read_bytes())
+    data.load(parameters)
+    assert len(list(folder.glob("*.npy"))) == 2
+
+
+def test_what_a_killed_process_left_is_not_taken_for_whole(folder: Path, tmp_path: Path) -> None:
+    photographs = write_photographs(tmp_path / "photographs", each=300)
+    line = [sys.executable, "-c", READ, str(photographs)]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+    while not list(folder.glob("*.part")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not list(folder.glob("*.npy"))
+    again = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    held = data.load(DataParameters(data=str(photographs), image_size=64)).fitting.x
+    assert int(again) == held[:].sum()
+    assert not list(folder.glob("*.part"))
+
+
+def test_two_processes_share_one_file(folder: Path, photographs: Path) -> None:
+    line = [sys.executable, "-c", READ, str(photographs)]
+    both = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    sums = {process.communicate()[0] for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(sums) == 1
+    assert len(list(folder.glob("*.npy"))) == 1
+
+
+def test_a_place_that_cannot_be_written_is_named(parameters: DataParameters, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("in the way")
+    with pytest.raises(DataError, match=r"data/cache/.*\.npy: .*; make room for it, or raise --memory_budget"):
+        data.load(parameters)
