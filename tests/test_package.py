@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from signdigits import data, model, package, split, tracking
+from signdigits import data, model, package, tracking
 from signdigits.hyperparameters import DataParameters
 
 from .conftest import SIZE
@@ -46,7 +46,7 @@ def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: data.Data) ->
     expected = {
         "study": "bars-1234",
         "trial": "3",
-        "dataset_digest": split.digest(loaded.dataset, loaded.split),
+        "dataset_digest": loaded.split.digest,
         "split": "random",
     }
     assert expected.items() <= logged.tags.items()

@@ -82,8 +82,8 @@ def test_the_split_is_part_of_the_digest(tmp_path: Path) -> None:
     for size in (1, 2):
         write_groups(folder, size)
         dataset = scan(SourceParameters(data=str(folder)))
-        digests.append(split.digest(dataset, split.split(dataset, "grouped")))
-    digests.append(split.digest(dataset, split.split(dataset, "random")))
+        digests.append(split.split(dataset, "grouped").digest)
+    digests.append(split.split(dataset, "random").digest)
     assert len(set(digests)) == 3
 
 

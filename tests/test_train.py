@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlflow.entities import Run
 
-from signdigits import data, split, train
+from signdigits import data, train
 from signdigits.errors import TrainingDiverged
 from signdigits.hyperparameters import DataParameters, Hyperparameters
 
@@ -31,7 +31,7 @@ def test_a_training_run_keeps_what_is_needed_to_do_it_again(store: str, loaded: 
     expected = dataclasses.asdict(loaded.parameters) | dataclasses.asdict(SHORT)
     assert {name: run.data.params[name] for name in expected} == {name: str(value) for name, value in expected.items()}
     assert run.data.params["opt_learning_rate"], "autologged"
-    assert run.data.tags["dataset_digest"] == split.digest(loaded.dataset, loaded.split)
+    assert run.data.tags["dataset_digest"] == loaded.split.digest
     assert {"learning_curves.png", "model_summary.txt", "versions.json"} <= artifacts(run.info.run_id)
     inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
     assert inputs == {

@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 CHUNK = 1024  # photographs that threads may be ahead of whoever takes what they found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photograph:
     """One readable file: where it lies, what it shows, and what was found in it."""
 

@@ -53,7 +53,7 @@ def evaluate(model: LoggedModel, parameters: SourceParameters) -> Scores:
     training images out of the test.
     """
     dataset = scan(parameters)
-    digest = split.digest(dataset, split.split(dataset, model.tags.get("split", "random")))
+    digest = split.split(dataset, model.tags.get("split", "random")).digest
     if model.tags.get("dataset_digest") != digest:
         raise ModelError(
             f"model {model.model_id}: trained on data={model.tags.get('data')} with digest "

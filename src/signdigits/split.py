@@ -28,6 +28,8 @@ class Split:
     training: np.ndarray
     validation: np.ndarray
     testing: np.ndarray
+    digest: str  # what the photographs are and which part each is in, as 32 hexadecimal digits
+    test_digest: str  # what the test photographs are
 
     @property
     def fitting(self) -> np.ndarray:
@@ -49,7 +51,8 @@ def split(dataset: Dataset, name: str) -> Split:
         require_each_class(dataset, rest, least=2, part="training and validation")
         require_each_class(dataset, testing, least=1, part="test")
         training, validation = split_evenly(dataset, rest)
-    made = Split(name, training, validation, testing)
+    found = digest(dataset, training=training, validation=validation, testing=testing)
+    made = Split(name, training, validation, testing, found, dataset.part_digest(testing))
     for part, indices in made.parts.items():
         require_each_class(dataset, indices, least=1, part=part.replace("testing", "test"))
     return made
@@ -105,10 +108,10 @@ def require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: 
             )
 
 
-def digest(dataset: Dataset, made: Split) -> str:
-    """What the photographs are and which part each is in, as 32 hexadecimal digits."""
+def digest(dataset: Dataset, **parts: np.ndarray) -> str:
+    """The digest of the photographs and of which part each is in."""
     return sources.digest(
         (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
-        for part, indices in made.parts.items()
+        for part, indices in parts.items()
         for i in indices
     )

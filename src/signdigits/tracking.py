@@ -213,9 +213,9 @@ def data_tags(dataset: Dataset, split: splits.Split) -> dict[str, str]:
     """What identifies the images and their split."""
     return {
         "dataset": dataset.name,
-        "dataset_digest": splits.digest(dataset, split),
+        "dataset_digest": split.digest,
         "split": split.name,
-        "test_digest": dataset.part_digest(split.testing),
+        "test_digest": split.test_digest,
         "test_images": str(len(split.testing)),
     }
 
