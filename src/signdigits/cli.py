@@ -209,13 +209,9 @@ def load(source: hp.DataParameters, *, tensors: bool = True) -> Any:
 
 
 def run_evaluate(source: hp.SourceParameters, which: hp.ModelParameters) -> None:
-    from signdigits import startup, tracking
+    from signdigits import evaluate, tracking
 
-    model = tracking.find_model(which.run_id, which.model_uri)
-    startup.import_tensorflow()
-    from signdigits import evaluate
-
-    evaluate.evaluate(model, source)
+    evaluate.evaluate(tracking.find_model(which.run_id, which.model_uri), source)
 
 
 def run_register(which: hp.ModelParameters, version: hp.VersionParameters) -> None:

@@ -15,7 +15,6 @@ import pandas as pd
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from scipy.stats import binomtest
 
 from signdigits import tracking
 from signdigits.errors import ModelError, ParameterError
@@ -48,6 +47,8 @@ class Agreement:
 
         McNemar's test (1947), exact and one-sided: where only one of the two is right, each is so with probability 1/2.
         """
+        from scipy.stats import binomtest  # takes a second to import, which rolling back need not wait for
+
         differing = self.challenger_only + self.champion_only
         return float(binomtest(self.challenger_only, differing, alternative="greater").pvalue) if differing else 1.0
 

@@ -19,6 +19,7 @@ CHATTER = "|".join(
         r"^I[0-9]{4} ",
         r"^To enable the following instructions",
         r"^E[0-9]{4} .*failed call to cuInit",
+        r"^W[0-9]{4} .*Ignored (output_format|drop_control_dependency)",  # what Keras asks the converter for
         r"^INFO: Created TensorFlow Lite XNNPACK delegate",
     ]
 )

@@ -7,7 +7,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 from mlflow.data.meta_dataset import MetaDataset
@@ -16,10 +16,12 @@ from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
 
 from signdigits import settle
-from signdigits import split as splits
-from signdigits.data import Data
-from signdigits.dataset import Dataset
 from signdigits.errors import ModelError, TrackingError
+
+if TYPE_CHECKING:  # commands that touch no photograph need not wait for scikit-learn
+    from signdigits.data import Data
+    from signdigits.dataset import Dataset
+    from signdigits.split import Split
 
 EXPERIMENT = "sign-digits"
 
@@ -202,14 +204,14 @@ def log_params(params: Mapping[str, Any]) -> None:
     mlflow.log_params({name: value for name, value in params.items() if name not in present})
 
 
-def log_data(data: Data, *, parts: tuple[str, ...]) -> None:
+def log_data(data: "Data", *, parts: tuple[str, ...]) -> None:
     """Record which images the active run works on: digests as tags, and `parts` as MLflow dataset inputs."""
     mlflow.set_tags(data_tags(data.dataset, data.split))
     for part in parts:
         mlflow.log_input(dataset_input(data.dataset, getattr(data.split, part)), context=part)
 
 
-def data_tags(dataset: Dataset, split: splits.Split) -> dict[str, str]:
+def data_tags(dataset: "Dataset", split: "Split") -> dict[str, str]:
     """What identifies the images and their split."""
     return {
         "dataset": dataset.name,
@@ -220,7 +222,7 @@ def data_tags(dataset: Dataset, split: splits.Split) -> dict[str, str]:
     }
 
 
-def dataset_input(dataset: Dataset, indices: Any = None) -> MetaDataset:
+def dataset_input(dataset: "Dataset", indices: Any = None) -> MetaDataset:
     """The data set, or some of its photographs, as an MLflow input."""
     source = LocalArtifactDatasetSource(str(dataset.folder.resolve()))
     found = dataset.digest if indices is None else dataset.part_digest(indices)
