@@ -4,8 +4,6 @@ scripts/benchmark [PART...] [--data FOLDER] [--markdown FILE]
 """
 
 import argparse
-import importlib
-import logging
 import multiprocessing
 import os
 import platform
@@ -16,8 +14,9 @@ from pathlib import Path
 
 import mlflow
 
+from benchmarks import measure
 from benchmarks.measure import Row
-from signdigits import startup, tracking
+from signdigits import tracking
 
 PARTS = ("training", "trial", "serving", "start", "growth", "search")
 
@@ -36,21 +35,12 @@ def main() -> int:
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as processes:
         for part in parsed.parts or PARTS:
             print(f"{part} ...", file=sys.stderr, flush=True)
-            found += processes.submit(measure, part, parsed.data).result()
+            found += processes.submit(measure.part, part, parsed.data).result()
             print(markdown(found), flush=True)
     record(found)
     if parsed.markdown:
         parsed.markdown.write_text(f"{machine()}\n\n{markdown(found)}\n")
     return 0
-
-
-def measure(part: str, photographs: str) -> list[Row]:
-    """The rows of one part, with nothing of MLflow's own chatter between them."""
-    startup.set_up_mlflow()
-    startup.import_tensorflow()
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    rows: list[Row] = importlib.import_module(f"benchmarks.{part}").rows(photographs)
-    return rows
 
 
 def markdown(found: list[Row]) -> str:

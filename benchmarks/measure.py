@@ -1,9 +1,13 @@
 """Time two ways of doing the same, in turns, and say how they compare."""
 
+import importlib
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from signdigits import startup
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,12 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             way()
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def part(name: str, photographs: str) -> list[Row]:
+    """The rows of one part, with nothing of MLflow's own chatter between them."""
+    startup.set_up_mlflow()
+    startup.import_tensorflow()
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    rows: list[Row] = importlib.import_module(f"benchmarks.{name}").rows(photographs)
+    return rows
