@@ -1,42 +1,41 @@
-"""What `fit` takes its images from, a batch at a time.
-
-Plain images in memory go to Keras as they are. Augmented ones, and those that are read from a file, come through a
-pipeline that is a batch or two ahead of the training.
-"""
+"""What `fit` takes its images from: batches that are ready before the training asks for them."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 from signdigits import augment
 from signdigits.data import Images
+from signdigits.decoded import Stored
 
 AHEAD = 2  # batches
 
 
 def training(images: Images, batch_size: int, strength: float, seed: int) -> dict[str, Any]:
     """The arguments of `fit` for the images to train on, augmented with `strength`."""
-    if not strength and isinstance(images.x, np.ndarray):
-        return {"x": images.x, "y": images.y, "batch_size": batch_size}
-    return {
-        "x": shuffled(images, batch_size, strength, seed),
-        "steps_per_epoch": math.ceil(len(images) / batch_size),
-        "shuffle": False,  # they come shuffled
-        "batch_size": batch_size,  # for autologging: it would log None, and fail where the parameter stands already
-    }
+    steps = math.ceil(len(images) / batch_size)
+    if strength or isinstance(images.x, Stored):
+        fed = {"x": shuffled(images, batch_size, strength, seed), "steps_per_epoch": steps}
+    else:
+        fed = {"x": as_keras(images, batch_size, steps)}
+    # They come shuffled. Autologging would log a batch_size of None, and fail where the parameter stands already.
+    return fed | {"shuffle": False, "batch_size": batch_size}
 
 
 def validation(images: Images | None, batch_size: int) -> dict[str, Any]:
     """The arguments of `fit` for the images to validate on, if any; they are never augmented."""
     if images is None:
         return {}
-    if isinstance(images.x, np.ndarray):
-        return {"validation_data": (images.x, images.y), "validation_batch_size": batch_size}
-    read = reader(images)
-    return {"validation_data": ahead(tf.data.Dataset.range(len(images)).batch(batch_size).map(read))}
+    return {"validation_data": ahead(tf.data.Dataset.range(len(images)).batch(batch_size).map(reader(images)))}
+
+
+def as_keras(images: Images, batch_size: int, steps: int) -> tf.data.Dataset:
+    """The batches of one epoch that `fit` would make of the arrays themselves, the same images in the same order."""
+    adapter = ArrayDataAdapter(images.x, images.y, batch_size=batch_size, shuffle=True)
+    return ahead(adapter.get_tf_dataset().apply(tf.data.experimental.assert_cardinality(steps)))
 
 
 def shuffled(images: Images, batch_size: int, strength: float, seed: int) -> tf.data.Dataset:
