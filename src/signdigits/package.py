@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import keras
 
 # What the served model imports; the installed versions are pinned in the model.
-REQUIREMENTS = ("mlflow", "ai-edge-litert", "numpy", "pandas", "pillow")
+REQUIREMENTS = ("mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "uvloop", "httptools")
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image")]),
