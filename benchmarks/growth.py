@@ -1,5 +1,6 @@
 """How cost grows: with ten and a hundred times the photographs, and with a thousand trials."""
 
+import contextlib
 import multiprocessing
 import resource
 import sys
@@ -17,7 +18,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from PIL import Image, ImageOps
 
 from benchmarks.measure import Row, in_turns
-from signdigits import batches, data, dataset, model, search, startup
+from signdigits import batches, data, dataset, model, search, sources, startup
 from signdigits.hyperparameters import DataParameters, Hyperparameters, SourceParameters, Space, StudyParameters
 
 FACTORS = (10, 100)
@@ -34,11 +35,13 @@ def rows(photographs: str) -> list[Row]:
 
 def images(photographs: str) -> list[Row]:
     """Time per image and epoch, and peak memory; each number of images in a process of its own."""
-    found = {1: in_a_process(photographs, 1)}
+    originals = sources.resolve(photographs).resolve()
+    found = {1: in_a_process(originals, 1)}
     for factor in FACTORS:
         with TemporaryDirectory(dir=".") as folder:
-            copy(photographs, Path(folder, "copies"), factor)
-            found[factor] = in_a_process(str(Path(folder, "copies")), factor)
+            copies = Path(folder, "copies").resolve()
+            copy(originals, copies, factor)
+            found[factor] = in_a_process(copies, factor)
     loads = {factor: f"{seen['load'] / seen['images'] * 1e3:.1f}" for factor, seen in found.items()}
     made = [
         Row(
@@ -54,9 +57,9 @@ def images(photographs: str) -> list[Row]:
     return [*made, Row(f"peak memory, {FACTORS[-1]} times the images, in GB", "", most, 4.0, False, memory)]
 
 
-def copy(photographs: str, target: Path, times: int) -> None:
+def copy(originals: Path, target: Path, times: int) -> None:
     """Fill `target` with so many copies of each photograph, each a little darker or lighter, shifted, and noisy."""
-    found = dataset.scan(SourceParameters(data=photographs))
+    found = dataset.scan(SourceParameters(data=str(originals)))
     for name in found.class_names:
         (target / name).mkdir(parents=True)
 
@@ -75,16 +78,22 @@ def copy(photographs: str, target: Path, times: int) -> None:
         pass
 
 
-def in_a_process(photographs: str, factor: int) -> dict[str, float]:
+def in_a_process(photographs: Path, factor: int) -> dict[str, float]:
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(measure, photographs, EPOCHS[factor]).result()
 
 
-def measure(photographs: str, epochs: int) -> dict[str, float]:
+def measure(photographs: Path, epochs: int) -> dict[str, float]:
     """Seconds to load, seconds per image and epoch of training, peak memory in GB."""
     startup.import_tensorflow()
+    # A file of decoded photographs is made in the working directory, and goes with it.
+    with TemporaryDirectory(dir=".") as workshop, contextlib.chdir(workshop):
+        return measure_here(photographs, epochs)
+
+
+def measure_here(photographs: Path, epochs: int) -> dict[str, float]:
     started = time.perf_counter()
-    loaded = data.load(DataParameters(data=photographs))
+    loaded = data.load(DataParameters(data=str(photographs)))
     load = time.perf_counter() - started
     network = model.build(
         loaded.fitting.shape, len(loaded.dataset.class_names), precision=model.resolve_precision("auto")
