@@ -58,7 +58,7 @@ def shuffled(images: Images, batch_size: int, strength: float, seed: int) -> tf.
 def ahead(batches: tf.data.Dataset) -> tf.data.Dataset:
     """The same, read while the batch before is trained on.
 
-    Without tuning by tf.data: on two cores it left every other training with one of them, half as fast again.
+    Without tuning by tf.data: on two cores it left every other training with one of them, which took half as long again.
     """
     options = tf.data.Options()
     options.autotune.enabled = False

@@ -42,9 +42,8 @@ class SignDigits(PythonModel):
         self.images = load_module(context.artifacts["images"])
         self.interpreter = Interpreter(context.artifacts["network"], num_threads=1)
         self.interpreter.allocate_tensors()
-        self.lock = (
-            threading.Lock()
-        )  # the server answers requests in threads, and an interpreter has one set of tensors
+        # The server answers requests in threads, and an interpreter has one set of tensors.
+        self.lock = threading.Lock()
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
