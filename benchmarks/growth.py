@@ -17,7 +17,7 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from PIL import Image, ImageOps
 
-from benchmarks.measure import Row, in_turns
+from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import batches, data, dataset, model, search, sources, startup
 from signdigits.hyperparameters import DataParameters, Hyperparameters, SourceParameters, Space, StudyParameters
 
@@ -112,10 +112,7 @@ def measure_here(photographs: Path, epochs: int) -> dict[str, float]:
 def trials(photographs: str) -> Row:
     """What a trial that trains next to nothing costs in a study of a thousand, against one of its first."""
     loaded = tiny(data.load(DataParameters(data=photographs, image_size=TINY)))
-    with TemporaryDirectory() as folder:
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        mlflow.create_experiment("growth", artifact_location=f"file://{folder}/artifacts")
-        mlflow.set_experiment("growth")
+    with temporary_store("growth") as folder:
         space = Space.of("notebook", epochs=1)
         young = StudyParameters(study_name="young", pruner="median", storage=f"sqlite:///{folder}/optuna.db")
         old = replace(young, study_name="old")

@@ -1,11 +1,15 @@
 """Time two ways of doing the same, in turns, and say how they compare."""
 
+import contextlib
 import importlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+
+import mlflow
 
 from signdigits import startup
 
@@ -38,6 +42,16 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             way()
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+@contextlib.contextmanager
+def temporary_store(experiment: str) -> Iterator[str]:
+    """A folder with an MLflow store of its own, active, that is gone afterwards; yields the folder."""
+    with TemporaryDirectory() as folder:
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.create_experiment(experiment, artifact_location=f"file://{folder}/artifacts")
+        mlflow.set_experiment(experiment)
+        yield folder
 
 
 def part(name: str, photographs: str) -> list[Row]:

@@ -9,7 +9,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import keras
@@ -17,7 +16,7 @@ import mlflow
 import mlflow.tensorflow
 import optuna
 
-from benchmarks.measure import Row
+from benchmarks.measure import Row, temporary_store
 from signdigits import data, model, search
 from signdigits.hyperparameters import DataParameters, Hyperparameters, Space, StudyParameters
 
@@ -55,10 +54,7 @@ def rows(photographs: str) -> list[Row]:
 
 def compare(loaded: data.Data, seed: int) -> dict[str, float]:
     """Seconds until each has found what is near the best of the plain loop's forty trials."""
-    with TemporaryDirectory() as folder:
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        mlflow.create_experiment("search", artifact_location=f"file://{folder}/artifacts")
-        mlflow.set_experiment("search")
+    with temporary_store("search") as folder:
         forty = plain_loop(loaded, seed)
         target = max(trial.accuracy for trial in forty) - CLOSE
         reached = next(trial.seconds for trial in forty if trial.accuracy >= target)

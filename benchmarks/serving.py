@@ -13,7 +13,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from benchmarks.measure import Row, in_turns
+from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import data, model, package, tracking
 from signdigits.hyperparameters import DataParameters
 
@@ -40,10 +39,7 @@ class Nothing(mlflow.pyfunc.PythonModel):
 def rows(photographs: str) -> list[Row]:
     loaded = data.load(DataParameters(data=photographs))
     network = model.build((100, 100, 3), 10)
-    with TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        mlflow.create_experiment("serving", artifact_location=f"file://{folder}/artifacts")
-        mlflow.set_experiment("serving")
+    with temporary_store("serving") as folder, contextlib.ExitStack() as servers:
         uris = log_models(network, loaded)
         ports = {name: servers.enter_context(serving(uri, Path(folder))) for name, uri in uris.items()}
         rows_of = [encode(loaded, i) for i in range(MANY)]

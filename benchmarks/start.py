@@ -5,12 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import mlflow
 
 from benchmarks import serving
-from benchmarks.measure import Row, in_turns
+from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import data, model, package, tracking
 from signdigits.hyperparameters import DataParameters
 
@@ -20,10 +19,7 @@ LIGHT = ("show", "links", "register --version 1")
 
 def rows(photographs: str) -> list[Row]:
     loaded = data.load(DataParameters(data=photographs))
-    with TemporaryDirectory() as folder:
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        mlflow.create_experiment("start", artifact_location=f"file://{folder}/artifacts")
-        mlflow.set_experiment("start")
+    with temporary_store("start") as folder:
         with tracking.run("train", "train"):
             uri = package.log_model(model.build((100, 100, 3), 10), 1.0, loaded, {}).model_uri
         mlflow.register_model(uri, "sign-digits")

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from tempfile import TemporaryDirectory
 
 import keras
 import mlflow
 import mlflow.tensorflow
 
-from benchmarks.measure import Row, in_turns
+from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import data, model, search
 from signdigits.hyperparameters import DataParameters, Hyperparameters, Space, StudyParameters
 
@@ -18,10 +17,7 @@ SHORT, LONG = 1, 3  # epochs: what a trial costs at none follows from the two
 
 def rows(photographs: str) -> list[Row]:
     loaded = data.load(DataParameters(data=photographs))
-    with TemporaryDirectory() as folder:
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        mlflow.create_experiment("trial", artifact_location=f"file://{folder}/artifacts")
-        mlflow.set_experiment("trial")
+    with temporary_store("trial") as folder:
         parameters = StudyParameters(space="notebook", pruner="none", storage=f"sqlite:///{folder}/optuna.db")
         with search.open_study(loaded, space(SHORT), parameters) as opened:
             ways = {f"ours {epochs}": trial(opened, epochs) for epochs in (SHORT, LONG)}
