@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
@@ -46,9 +47,14 @@ def shuffled(images: Images, batch_size: int, strength: float, seed: int) -> tf.
     """
     read = reader(images)
 
+    def warped(x: np.ndarray, step: np.int64) -> np.ndarray:
+        return augment.augment(x, strength, [seed, int(step)])
+
     def batch(step: tf.Tensor, chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x, y = read(chosen)
-        return (augment.augment(x, strength, [seed, step]) if strength else x), y
+        if not strength:
+            return x, y
+        return tf.ensure_shape(tf.numpy_function(warped, [x, step], x.dtype, stateful=False), x.shape), y
 
     order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
     # Numbered through all epochs, so that each warp has a seed of its own.
