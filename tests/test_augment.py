@@ -6,7 +6,6 @@ from signdigits import augment
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
 
 
-
 @pytest.mark.parametrize("x", [PIXELS, PIXELS[..., :1] / np.float32(255)], ids=["color", "grayscale"])
 def test_almost_no_strength_leaves_images_as_they_are(x: np.ndarray) -> None:
     warped = augment.augment(x, 1e-9, [0, 0])

@@ -42,7 +42,7 @@ def main(
 
 def find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
     """The model of the best trial's refit with `seed`, if that was finished, its evaluation included."""
-    wanted = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
+    wanted = {"role": "refit", "trial": str(opened.best.trial), "seed": str(seed)}
     for run in search.children(opened.run_id):
         if wanted.items() <= run.data.tags.items() and run.info.status == "FINISHED":
             return tracking.find_model(run.info.run_id, "")
@@ -57,16 +57,16 @@ def refit(opened: search.Search, seed: int) -> LoggedModel:
     """
     data, best = opened.data, opened.best
     hyperparameters = replace(opened.best_hyperparameters, seed=seed)
-    facts = {"study": opened.study.study_name, "trial": best.number, "seed": seed}
+    facts = {"study": opened.study.study_name, "trial": best.trial, "seed": seed}
     with tracking.run("refit", f"refit, seed {seed}"):
-        log.info("refit of trial %d on %d images with seed %d", best.number, len(data.split.fitting), seed)
+        log.info("refit of %s on %d images with seed %d", best, len(data.split.fitting), seed)
         mlflow.set_tags(facts)
         tracking.log_params(asdict(hyperparameters))
         tracking.log_data(data, parts=("fitting",))
         fitted = train.fit(data.fitting, None, len(data.dataset.class_names), hyperparameters)
         train.log_curves(fitted)
-        reached = {"val_accuracy": best.user_attrs["val_accuracy"]}
-        info = package.log_model(fitted.network(), best.user_attrs["temperature"], data, facts | reached)
+        reached = {"val_accuracy": best.val_accuracy}
+        info = package.log_model(fitted.network(), best.temperature, data, facts | reached)
         evaluate.score(mlflow.get_logged_model(info.model_id), data.dataset)
         return mlflow.get_logged_model(info.model_id)
 
@@ -94,7 +94,7 @@ def summary(opened: search.Search, models: Sequence[LoggedModel], decision: regi
     mean, spread = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_spread"])
     rows = {
         "study": opened.study.study_name,
-        "best trial": opened.best.number,
+        "best": opened.best,
         **{name: search.shown(value) for name, value in opened.best.params.items()},
         "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(opened.data.validation)} images",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",

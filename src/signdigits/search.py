@@ -22,6 +22,7 @@ import filelock
 import keras
 import mlflow
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -30,6 +31,7 @@ from signdigits import model, plots, tracking, train
 from signdigits.data import Data
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
+from signdigits.shorter import INFERRED, Answer, Shorter, answers
 from signdigits.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -51,14 +53,17 @@ class Search:
     workbench: Workbench = field(default_factory=Workbench)
 
     @property
-    def best(self) -> FrozenTrial:
-        """The best finished trial. Raises StudyError if none is complete."""
-        try:
-            return self.study.best_trial
-        except ValueError as error:
-            raise StudyError(
-                f"study {self.study.study_name}: no trial is complete; raise --timeout or --n_trials"
-            ) from error
+    def answers(self) -> list[Answer]:
+        """What the finished trials have found, oldest first."""
+        return [answer for trial in self.study.get_trials(deepcopy=False, states=FINISHED) for answer in answers(trial)]
+
+    @property
+    def best(self) -> Answer:
+        """The best that was found, the first of equals. Raises StudyError if no trial has come far enough to tell."""
+        if not (found := self.answers):
+            raise StudyError(f"study {self.study.study_name}: no trial is complete; raise --timeout or --n_trials")
+        choose = max if self.study.direction == StudyDirection.MAXIMIZE else min
+        return choose(found, key=lambda answer: answer.value)
 
     @property
     def best_hyperparameters(self) -> Hyperparameters:
@@ -278,7 +283,7 @@ def run_trial(opened: Search, trial: optuna.Trial) -> float:
         mlflow.set_tags({name: str(value) for name, value in trial.user_attrs.items()})
         mlflow.log_params(asdict(hyperparameters))
         mlflow.set_tags(tracking.data_tags(data.dataset, data.split))
-        pruning = Pruning(trial, objective)
+        pruning, shorter = Pruning(trial, objective), Shorter(objective, opened.space.ends("epochs")[0])
         try:
             fitted = train.fit(
                 data.training,
@@ -286,7 +291,7 @@ def run_trial(opened: Search, trial: optuna.Trial) -> float:
                 len(data.dataset.class_names),
                 hyperparameters,
                 workbench=opened.workbench,
-                callbacks=[pruning],
+                callbacks=[pruning, shorter],
                 title=f"trial {trial.number}",
             )
         except BaseException as error:
@@ -296,6 +301,9 @@ def run_trial(opened: Search, trial: optuna.Trial) -> float:
         trial.set_user_attr("temperature", fitted.temperature)
         mlflow.log_metric("val_loss_fluctuation", train.fluctuation(fitted.history["val_loss"]))
         mlflow.log_metric("temperature", fitted.temperature)
+        if inferred := shorter.inferred(data.validation):
+            trial.set_user_attr(INFERRED, inferred)
+            mlflow.log_metrics({"inferred_epochs": inferred["epochs"], f"inferred_{objective}": inferred["value"]})
         mlflow.set_tag("trial_state", "PRUNED" if pruning.pruned else "COMPLETE")
     if pruning.pruned:
         raise optuna.TrialPruned
@@ -340,8 +348,7 @@ def log_progress(opened: Search, trial: FrozenTrial, started: float) -> None:
     left = sum(durations) / max(len(durations), 1) * (parameters.n_trials - len(ended))
     if parameters.timeout:
         left = min(left, max(parameters.timeout - (time.monotonic() - started), 0))
-    complete = any(t.state == TrialState.COMPLETE for t in trials)
-    best = f"best {study.best_value:.4f} (trial {study.best_trial.number})" if complete else "no best yet"
+    best = f"best {opened.best.value:.4f} ({opened.best})" if opened.answers else "no best yet"
     log.info(
         "%d/%d  trial %d %s: %s %s  %s  %.0f s;  %s, about %s left",
         len(ended), parameters.n_trials, trial.number, trial.state.name.lower(), parameters.objective, value, drawn,
@@ -408,14 +415,14 @@ def log_study(opened: Search) -> None:
     for state in TrialState:
         mlflow.log_metric(f"trials_{state.name.lower()}", sum(trial.state == state for trial in trials))
     best = opened.best
-    mlflow.set_tags({"best_trial": best.number, "best_run_id": best.user_attrs.get("mlflow_run_id", "")})
+    mlflow.set_tags({"best_trial": best.trial, "best_run_id": best.run_id, "best_is_inferred": best.inferred})
     values = {f"best_{name}": value for name, value in best.params.items()}
-    mlflow.log_metrics({"best_trial": best.number, f"best_{objective}": study.best_value, **values})
+    mlflow.log_metrics({"best_trial": best.trial, f"best_{objective}": best.value, **values})
     mlflow.log_metrics(importances(study))
     for name, figure in plots.study(study, objective).items():
         mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
     mlflow.log_text(study.trials_dataframe().to_csv(index=False), "study/trials.csv")
     log.info(
-        "best trial %d: %s %.4f with %s", best.number, objective, study.best_value,
+        "best: %s, %s %.4f with %s", best, objective, best.value,
         ", ".join(f"{name}={shown(value)}" for name, value in best.params.items()),
     )  # fmt: skip
