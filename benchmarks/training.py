@@ -4,16 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from benchmarks.measure import Row, in_turns
 from signdigits import batches, data, model
 from signdigits.hyperparameters import DataParameters, Hyperparameters
 
-ROUNDS = 5
+ROUNDS = 9
 BATCH = 128
 MATRIX = 4096
+LAYERS = ((100, 3, 16), (50, 16, 32), (25, 32, 64))  # height and width, channels in, channels out
+
+FORWARDS = [2 * 9 * channels * filters * size**2 for size, channels, filters in LAYERS]
+CONVOLUTIONS = 3 * sum(FORWARDS) - FORWARDS[0]  # operations for one image
 
 
 def rows(photographs: str) -> list[Row]:
@@ -27,10 +30,14 @@ def rows(photographs: str) -> list[Row]:
         "augmented": epoch(images, auto, augmentation=1.0),
         "float32 limit": product("float32"),
         "auto limit": product(auto.removeprefix("mixed_")),
+        "float32 kernels": convolutions("float32"),
+        "auto kernels": convolutions(auto.removeprefix("mixed_")),
     }
     seconds = in_turns(ways, ROUNDS)
     work = operations(len(images))
     rate = {name: 2 * MATRIX**3 / seconds[f"{name} limit"] for name in ("float32", "auto")}
+    # What would be reached if nothing but the convolutions took any time.
+    kernels = {name: CONVOLUTIONS * BATCH / seconds[f"{name} kernels"] / rate[name] for name in rate}
     shown = {name: f"{value:.2f} s" for name, value in seconds.items()}
     return [
         Row(
@@ -45,9 +52,10 @@ def rows(photographs: str) -> list[Row]:
         *(
             Row(
                 f"fraction of the arithmetic limit, {name}", "a large matrix product", work / seconds[name] / rate[name],
-                0.70, True, f"{work / 1e9:.0f} GFLOP in {shown[name]}; product: {rate[name] / 1e9:.0f} GFLOP/s",
+                0.70, True, f"{work / 1e9:.0f} GFLOP in {shown[name]}; product: {rate[name] / 1e9:.0f} GFLOP/s; "
+                f"TensorFlow's convolutions alone: {kernels[name]:.2f}",
             )
-            for name in ("float32", "auto")
+            for name in rate
         ),
         Row(
             "augmented epoch", "the same without augmentation", seconds["augmented"] / seconds["auto"], 1.2, False,
@@ -100,12 +108,39 @@ def product(dtype: str) -> Callable[[], object]:
     return lambda: tf.linalg.matmul(one, one).numpy()
 
 
+def convolutions(dtype: str) -> Callable[[], object]:
+    """The convolutions of one training step, forwards and backwards, with nothing around them."""
+    work = [passes(*layer, dtype) for layer in LAYERS]
+    return lambda: [tensor.numpy() for one in work for tensor in one()]
+
+
+def passes(size: int, channels: int, filters: int, dtype: str) -> Callable[[], object]:
+    """A convolution and its gradients for a batch; the first layer needs none for what comes in."""
+    image, weights, result = (
+        tf.cast(tf.random.normal(shape), dtype)
+        for shape in ([BATCH, size, size, channels], [3, 3, channels, filters], [BATCH, size, size, filters])
+    )
+    given: dict[str, object] = {"strides": [1, 1, 1, 1], "padding": "SAME"}
+
+    @tf.function
+    def run() -> list[tf.Tensor]:
+        forwards = tf.nn.conv2d(image, weights, **given)
+        backwards = [
+            tf.raw_ops.Conv2DBackpropFilter(input=image, filter_sizes=weights.shape, out_backprop=result, **given)
+        ]
+        if channels != LAYERS[0][1]:
+            backwards.append(
+                tf.raw_ops.Conv2DBackpropInput(input_sizes=image.shape, filter=weights, out_backprop=result, **given)
+            )
+        return [tensor[0, 0, 0, 0] for tensor in (forwards, *backwards)]
+
+    return run
+
+
 def operations(images: int) -> float:
     """Floating-point operations of one epoch: multiplications and additions of convolutions and dense layers.
 
     Forwards once, backwards once for the weights and, but for the first layer, once for what comes in.
     """
-    forward = np.array(
-        [2 * 9 * 3 * 16 * 100**2, 2 * 9 * 16 * 32 * 50**2, 2 * 9 * 32 * 64 * 25**2, 2 * 9216 * 128, 2 * 128 * 10]
-    )
-    return float(images * (3 * forward.sum() - forward[0]))
+    dense = 2 * 9216 * 128 + 2 * 128 * 10
+    return float(images * (CONVOLUTIONS + 3 * dense))
