@@ -114,7 +114,7 @@ def convolutions(dtype: str) -> Callable[[], object]:
     return lambda: [tensor.numpy() for one in work for tensor in one()]
 
 
-def passes(size: int, channels: int, filters: int, dtype: str) -> Callable[[], object]:
+def passes(size: int, channels: int, filters: int, dtype: str) -> Callable[[], list[tf.Tensor]]:
     """A convolution and its gradients for a batch; the first layer needs none for what comes in."""
     image, weights, result = (
         tf.cast(tf.random.normal(shape), dtype)
