@@ -145,7 +145,7 @@ def ours(loaded: data.Data, seed: int, target: float, folder: str) -> float:
     ) as opened:
         for n_trials in range(1, 10 * TRIALS):
             search.run_trials(replace(opened, parameters=replace(opened.parameters, n_trials=n_trials)))
-            if opened.best.value >= target:
+            if opened.best_value >= target:
                 break
         return time.perf_counter() - started
 

@@ -56,13 +56,13 @@ def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded:
 def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, loaded: data.Data) -> None:
     opened = search.search(loaded, SPACE, THREE)
     run = mlflow.get_run(opened.run_id)
-    best = opened.study.best_trial
+    best = opened.best
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["best_trial"] == best.number
-    assert run.data.metrics["best_val_accuracy"] == pytest.approx(best.value)
+    assert run.data.metrics["best_trial"] == best.trial
+    assert run.data.metrics["best_val_accuracy"] == pytest.approx(best.val_accuracy)
     assert run.data.metrics["best_initial_learning_rate"] == pytest.approx(best.params["initial_learning_rate"])
     assert run.data.metrics["trials_complete"] == 3
-    assert run.data.tags["best_run_id"] == trials(opened)[best.number].info.run_id
+    assert run.data.tags["best_run_id"] == trials(opened)[best.trial].info.run_id
     assert "A study on" in run.data.tags["mlflow.note.content"]
     pictures = ("optimization_history", "param_importances", "parallel_coordinate", "slice", "intermediate_values")
     assert artifacts(opened.run_id, "study") == {f"study/{name}.png" for name in pictures} | {

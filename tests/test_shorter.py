@@ -35,19 +35,22 @@ def test_a_training_contains_the_shorter_ones(store: str, loaded: data.Data, aug
 
 def test_what_a_trial_says_about_shorter_ones_is_marked_and_may_be_the_best(store: str, loaded: data.Data) -> None:
     opened = search.search(loaded, SPACE, TWO)
-    best_of_all = 0.0
+    known = []
     for trial in opened.study.trials:
         run = mlflow.get_run(trial.user_attrs["mlflow_run_id"])
-        reached = histories(run.info.run_id, "val_accuracy")
-        assert run.data.metrics["val_accuracy"] == trial.value == reached[-1], "a trial is what was trained"
-        best = max(reached[1:])
-        best_of_all = max(best_of_all, best)
-        if best > reached[-1]:
-            assert run.data.metrics["inferred_val_accuracy"] == best
-            assert run.data.metrics["inferred_epochs"] == reached.index(best, 1) + 1
-    assert opened.best.value == best_of_all
+        curves = zip(histories(run.info.run_id, "val_accuracy"), histories(run.info.run_id, "val_loss"), strict=True)
+        reached = [(accuracy, -loss, epochs) for epochs, (accuracy, loss) in enumerate(curves, start=1)]
+        assert run.data.metrics["val_accuracy"] == trial.value == reached[-1][0], "a trial is what was trained"
+        best = max(reached[1:])  # of equally accurate epochs, that of the lowest loss
+        known.append(best)
+        inferred = {name: run.data.metrics.get(f"inferred_{name}") for name in ("val_accuracy", "val_loss", "epochs")}
+        if best != reached[-1]:
+            assert tuple(inferred.values()) == (best[0], -best[1], best[2])
+        else:
+            assert set(inferred.values()) == {None}
+    assert (opened.best.val_accuracy, -opened.best.val_loss, opened.best_hyperparameters.epochs) == max(known)
     study = mlflow.get_run(opened.run_id).data
-    assert study.metrics["best_val_accuracy"] == best_of_all
+    assert study.metrics["best_val_accuracy"] == opened.best_value
     assert study.metrics["best_epochs"] == opened.best_hyperparameters.epochs
     assert study.tags["best_is_inferred"] == str(opened.best.inferred)
 

@@ -22,7 +22,6 @@ import filelock
 import keras
 import mlflow
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -31,7 +30,7 @@ from signdigits import model, plots, tracking, train
 from signdigits.data import Data
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
-from signdigits.shorter import INFERRED, Answer, Shorter, answers
+from signdigits.shorter import INFERRED, Answer, Shorter, answers, merit
 from signdigits.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -59,11 +58,15 @@ class Search:
 
     @property
     def best(self) -> Answer:
-        """The best that was found, the first of equals. Raises StudyError if no trial has come far enough to tell."""
+        """The best that was found. Raises StudyError if no trial has come far enough to tell."""
         if not (found := self.answers):
             raise StudyError(f"study {self.study.study_name}: no trial is complete; raise --timeout or --n_trials")
-        choose = max if self.study.direction == StudyDirection.MAXIMIZE else min
-        return choose(found, key=lambda answer: answer.value)
+        return max(found, key=lambda answer: merit(self.parameters.objective, answer.val_accuracy, answer.val_loss))
+
+    @property
+    def best_value(self) -> float:
+        """The objective of the best. Raises StudyError as `best` does."""
+        return float(getattr(self.best, self.parameters.objective))
 
     @property
     def best_hyperparameters(self) -> Hyperparameters:
@@ -297,13 +300,14 @@ def run_trial(opened: Search, trial: optuna.Trial) -> float:
         except BaseException as error:
             mlflow.set_tag("trial_state", "FAIL" if isinstance(error, Exception) else "INTERRUPTED")
             raise
-        trial.set_user_attr("val_accuracy", fitted.last("val_accuracy"))
+        for name in ("val_accuracy", "val_loss"):
+            trial.set_user_attr(name, fitted.last(name))
         trial.set_user_attr("temperature", fitted.temperature)
         mlflow.log_metric("val_loss_fluctuation", train.fluctuation(fitted.history["val_loss"]))
         mlflow.log_metric("temperature", fitted.temperature)
         if inferred := shorter.inferred(data.validation):
             trial.set_user_attr(INFERRED, inferred)
-            mlflow.log_metrics({"inferred_epochs": inferred["epochs"], f"inferred_{objective}": inferred["value"]})
+            mlflow.log_metrics({f"inferred_{name}": float(value) for name, value in inferred.items()})
         mlflow.set_tag("trial_state", "PRUNED" if pruning.pruned else "COMPLETE")
     if pruning.pruned:
         raise optuna.TrialPruned
@@ -348,7 +352,7 @@ def log_progress(opened: Search, trial: FrozenTrial, started: float) -> None:
     left = sum(durations) / max(len(durations), 1) * (parameters.n_trials - len(ended))
     if parameters.timeout:
         left = min(left, max(parameters.timeout - (time.monotonic() - started), 0))
-    best = f"best {opened.best.value:.4f} ({opened.best})" if opened.answers else "no best yet"
+    best = f"best {opened.best_value:.4f} ({opened.best})" if opened.answers else "no best yet"
     log.info(
         "%d/%d  trial %d %s: %s %s  %s  %.0f s;  %s, about %s left",
         len(ended), parameters.n_trials, trial.number, trial.state.name.lower(), parameters.objective, value, drawn,
@@ -417,12 +421,12 @@ def log_study(opened: Search) -> None:
     best = opened.best
     mlflow.set_tags({"best_trial": best.trial, "best_run_id": best.run_id, "best_is_inferred": best.inferred})
     values = {f"best_{name}": value for name, value in best.params.items()}
-    mlflow.log_metrics({"best_trial": best.trial, f"best_{objective}": best.value, **values})
+    mlflow.log_metrics({"best_trial": best.trial, f"best_{objective}": opened.best_value, **values})
     mlflow.log_metrics(importances(study))
     for name, figure in plots.study(study, objective).items():
         mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
     mlflow.log_text(study.trials_dataframe().to_csv(index=False), "study/trials.csv")
     log.info(
-        "best: %s, %s %.4f with %s", best, objective, best.value,
+        "best: %s, %s %.4f with %s", best, objective, opened.best_value,
         ", ".join(f"{name}={shown(value)}" for name, value in best.params.items()),
     )  # fmt: skip

@@ -24,8 +24,8 @@ class Answer:
     trial: int
     run_id: str
     params: dict[str, Any]
-    value: float
     val_accuracy: float
+    val_loss: float
     temperature: float
     inferred: bool
 
@@ -37,36 +37,38 @@ def answers(trial: FrozenTrial) -> list[Answer]:
     """What a finished trial has found: itself if it was trained to its end, and the best shorter one that it knows of."""
     known, run_id = trial.user_attrs, trial.user_attrs.get("mlflow_run_id", "")
     found = []
-    if trial.state == TrialState.COMPLETE and trial.value is not None:
-        reached = (trial.value, known["val_accuracy"], known["temperature"])
-        found.append(Answer(trial.number, run_id, trial.params, *reached, inferred=False))
+    if trial.state == TrialState.COMPLETE:
+        reached = {name: known[name] for name in ("val_accuracy", "val_loss", "temperature")}
+        found.append(Answer(trial.number, run_id, trial.params, **reached, inferred=False))
     if shorter := dict(known.get(INFERRED, {})):
         params = trial.params | {"epochs": shorter.pop("epochs")}
         found.append(Answer(trial.number, run_id, params, **shorter, inferred=True))
     return found
 
 
-class Shorter(keras.callbacks.Callback):
-    """Keeps the weights of the best epoch among those that the search could have ended a training after.
+def merit(objective: str, val_accuracy: float, val_loss: float) -> tuple[float, float]:
+    """Greater is better by the objective; of what is equal by it, what is better by the other.
 
-    Those are `shortest` and later; "best" is the highest of the metric `objective`, or the lowest of a loss.
+    A few hundred validation images make many trials equally accurate.
     """
+    return (val_accuracy, -val_loss) if objective == "val_accuracy" else (-val_loss, val_accuracy)
+
+
+class Shorter(keras.callbacks.Callback):
+    """Keeps the weights of the best epoch, of those after which a trial might have ended: `shortest` and later."""
 
     def __init__(self, objective: str, shortest: int) -> None:
         super().__init__()
         self.objective, self.shortest = objective, shortest
         self.epochs = 0  # none yet
-        self.best: dict[str, float] = {}
+        self.reached: dict[str, float] = {}
         self.weights: list[np.ndarray] = []
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        reached = dict(logs or {})
-        if epoch + 1 >= self.shortest and (not self.epochs or self.is_better(reached)):
-            self.epochs, self.best, self.weights = epoch + 1, reached, self.model.get_weights()
-
-    def is_better(self, reached: dict[str, float]) -> bool:
-        new, old = reached[self.objective], self.best[self.objective]
-        return new > old if self.objective == "val_accuracy" else new < old
+        reached = {name: (logs or {})[name] for name in ("val_accuracy", "val_loss")}
+        better = not self.epochs or merit(self.objective, **reached) > merit(self.objective, **self.reached)
+        if epoch + 1 >= self.shortest and better:
+            self.epochs, self.reached, self.weights = epoch + 1, reached, self.model.get_weights()
 
     def inferred(self, images: Images) -> dict[str, Any]:
         """What a shorter training would have reached, and its temperature on `images`; empty if none was better.
@@ -76,9 +78,4 @@ class Shorter(keras.callbacks.Callback):
         if self.epochs in (0, self.params["epochs"]):
             return {}
         self.model.set_weights(self.weights)
-        return {
-            "epochs": self.epochs,
-            "value": self.best[self.objective],
-            "val_accuracy": self.best["val_accuracy"],
-            "temperature": train.temperature(self.model, images),
-        }
+        return {"epochs": self.epochs, **self.reached, "temperature": train.temperature(self.model, images)}
