@@ -21,9 +21,10 @@ import mlflow.tensorflow
 import optuna
 from optuna.trial import TrialState
 
+from benchmarks import plain
 from benchmarks.measure import Row, temporary_store
-from signdigits import data, model, search
-from signdigits.hyperparameters import DataParameters, Hyperparameters, Range, Space, StudyParameters
+from signdigits import data, search
+from signdigits.hyperparameters import DataParameters, Range, Space, StudyParameters
 
 SEEDS = (1337, 1338, 1339)
 TRIALS = 40
@@ -116,19 +117,12 @@ def compare(loaded: data.Data, seed: int) -> Compared:
 
 def plain_loop(loaded: data.Data, seed: int) -> list[Ended]:
     """Forty full trials as somebody writes them who turns autologging on and thinks no more of it."""
-    mlflow.tensorflow.autolog(disable=False)
     started, ended = time.perf_counter(), []
 
     def objective(trial: optuna.Trial) -> float:
-        drawn = SPACE.suggest(trial)
-        with mlflow.start_run(nested=True):
-            network = compiled(loaded, drawn, seed)
-            history = network.fit(
-                loaded.training.x, loaded.training.y, batch_size=128, epochs=drawn.epochs, verbose=0,
-                validation_data=(loaded.validation.x, loaded.validation.y),
-            ).history  # fmt: skip
-        ended.append(Ended(time.perf_counter() - started, history["val_accuracy"]))
-        return ended[-1].accuracy
+        curve = plain.run(loaded, replace(SPACE.suggest(trial), seed=seed))
+        ended.append(Ended(time.perf_counter() - started, curve))
+        return curve[-1]
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
@@ -169,7 +163,7 @@ def hyperband(loaded: data.Data, seed: int, target: float, folder: str) -> float
             name: choices.Float(name, r.low, r.high, sampling="log" if r.log else "linear")
             for name, r in ranges.items()
         }
-        return compiled(loaded, SPACE.complete(drawn), seed)
+        return plain.compiled(loaded, replace(SPACE.complete(drawn), seed=seed))
 
     mlflow.tensorflow.autolog(disable=True)
     tuner = Until(
@@ -183,11 +177,3 @@ def hyperband(loaded: data.Data, seed: int, target: float, folder: str) -> float
             validation_data=(loaded.validation.x, loaded.validation.y),
         )  # fmt: skip
     return time.perf_counter() - started
-
-
-def compiled(loaded: data.Data, hyperparameters: Hyperparameters, seed: int) -> keras.Model:
-    """The notebook's network in float32, new."""
-    keras.utils.set_random_seed(seed)
-    network = model.build(loaded.training.shape, len(loaded.dataset.class_names))
-    model.compile_network(network, hyperparameters)
-    return network

@@ -1,0 +1,28 @@
+"""What a user would write instead: the same network in plain Keras, with MLflow's autologging as it is."""
+
+import keras
+import mlflow
+import mlflow.tensorflow
+
+from signdigits import data, model
+from signdigits.hyperparameters import Hyperparameters
+
+
+def compiled(loaded: data.Data, hyperparameters: Hyperparameters, precision: str = "float32") -> keras.Model:
+    """The notebook's network, new."""
+    keras.utils.set_random_seed(hyperparameters.seed)
+    network = model.build(loaded.training.shape, len(loaded.dataset.class_names), precision=precision)
+    model.compile_network(network, hyperparameters)
+    return network
+
+
+def run(loaded: data.Data, hyperparameters: Hyperparameters, precision: str = "float32") -> list[float]:
+    """A training in a nested run, with autolog's defaults; the validation accuracy of each epoch."""
+    mlflow.tensorflow.autolog(disable=False)
+    with mlflow.start_run(nested=True):
+        history = compiled(loaded, hyperparameters, precision).fit(
+            loaded.training.x, loaded.training.y, batch_size=128, epochs=hyperparameters.epochs, verbose=0,
+            validation_data=(loaded.validation.x, loaded.validation.y),
+        ).history  # fmt: skip
+    accuracies: list[float] = history["val_accuracy"]
+    return accuracies
