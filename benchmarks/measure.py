@@ -55,9 +55,10 @@ def temporary_store(experiment: str) -> Iterator[str]:
 
 
 def part(name: str, photographs: str) -> list[Row]:
-    """The rows of one part, with nothing of MLflow's own chatter between them."""
+    """The rows of one part, without what the peers would say meanwhile: a warning an epoch, for thousands of epochs."""
     startup.set_up_mlflow()
     startup.import_tensorflow()
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    for name in ("mlflow", "absl", "tensorflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     rows: list[Row] = importlib.import_module(f"benchmarks.{name}").rows(photographs)
     return rows

@@ -126,7 +126,7 @@ def plain_loop(loaded: data.Data, seed: int) -> list[Ended]:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-    study.optimize(objective, n_trials=TRIALS)
+    study.optimize(objective, n_trials=TRIALS, show_progress_bar=sys.stderr.isatty())
     return ended
 
 
