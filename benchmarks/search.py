@@ -59,7 +59,7 @@ def rows(photographs: str) -> list[Row]:
     return [
         against(found, "plain", "a plain Optuna loop, autolog's defaults", 4.0),
         against(found, "hyperband", "Keras Tuner's Hyperband", 1.0),
-        *(pruned(found, pruner) for pruner in ("median", "hyperband")),
+        *(pruned(found, pruner) for pruner in ("percentile", "median", "hyperband")),
     ]
 
 

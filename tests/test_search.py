@@ -139,7 +139,7 @@ def test_the_time_limit_starts_no_further_trial(store: str, loaded: data.Data) -
     assert len(opened.study.trials) <= 2, "the one that ran, and perhaps one that waits"
 
 
-@pytest.mark.parametrize("pruner", ["median", "hyperband", "none"])
+@pytest.mark.parametrize("pruner", ["percentile", "median", "hyperband", "none"])
 def test_every_pruner_can_be_chosen(store: str, loaded: data.Data, pruner: str) -> None:
     opened = search.search(loaded, SPACE, StudyParameters(n_trials=1, pruner=pruner))
     assert type(opened.study.pruner).__name__.lower().startswith(pruner.replace("none", "nop"))

@@ -225,7 +225,12 @@ class StudyParameters(Checked):
         "what the search improves, at the last epoch: val_accuracy (up) or val_loss (down)",
         choices=("val_accuracy", "val_loss"),
     )
-    pruner: str = parameter("median", "what ends hopeless trials early", choices=("median", "hyperband", "none"))
+    pruner: str = parameter(
+        "percentile",
+        "what ends hopeless trials early: percentile (the worst tenth at their epoch), median (the worse half), "
+        "hyperband or none",
+        choices=("percentile", "median", "hyperband", "none"),
+    )
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 STARTUP_TRIALS = 5  # drawn at random before the sampler and the pruner have something to go by
+KEPT = 90.0  # percent of the trials that the pruner of that name leaves alone: early accuracies say little of late ones
 MAX_FAILURES = 3  # in a row: then the fault lies with the data or the settings
 
 
@@ -174,9 +175,11 @@ def hide_password(storage: str) -> str:
 def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
     """The pruner called `name`; steps are epochs."""
     shortest, longest = space.ends("epochs")
+    # Strong augmentation learns slowly at first: nothing is judged before a third of the shortest trial.
+    warmup = max(5, shortest // 3)
+    if name == "percentile":
+        return optuna.pruners.PercentilePruner(KEPT, n_startup_trials=STARTUP_TRIALS, n_warmup_steps=warmup)
     if name == "median":
-        # Strong augmentation learns slowly at first: nothing is judged before a third of the shortest trial.
-        warmup = max(5, shortest // 3)
         return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=warmup)
     if name == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, longest))
