@@ -34,7 +34,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["search", "--epochs", "3:"], "argument --epochs: invalid int or LOW:HIGH value: '3:'"),
         (["search", "--n_trials", "0"], "n_trials=0: must be 1 or more"),
         (["search", "--objective", "accuracy"], "objective='accuracy': must be one of val_accuracy, val_loss"),
-        (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of median, hyperband, none"),
+        (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of percentile, median, hyperband, none"),
         (["search", "--timeout", "inf"], "timeout=inf: must be a finite number"),
         (["main", "--alias", "v1"], "alias='v1': must be letters, digits"),
         (["prepare", "--data", "/no/such/folder"], "/no/such/folder: no such folder"),
