@@ -12,10 +12,14 @@ from signdigits.hyperparameters import Hyperparameters
 
 
 class Workbench:
-    """Lends out networks. One that is lent again was trained in between: keep its weights, not the network."""
+    """Lends out networks. One that is lent again was trained in between: keep its weights, not the network.
+
+    It keeps one for each architecture. A dropout is part of what was traced: where it differs, a new network takes the
+    place of the old one, so that the memory of a search does not grow with its trials.
+    """
 
     def __init__(self) -> None:
-        self.networks: dict[tuple[object, ...], keras.Sequential] = {}
+        self.networks: dict[tuple[object, ...], tuple[float, keras.Sequential]] = {}
 
     def network(
         self, image_shape: tuple[int, int, int], n_classes: int, hyperparameters: Hyperparameters, precision: str
@@ -23,13 +27,14 @@ class Workbench:
         """A compiled network in the state that the present random seed gives to a new one."""
         blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
         new = model.build(image_shape, n_classes, conv_blocks=blocks, dropout=dropout, precision=precision)
-        key = (image_shape, n_classes, blocks, dropout, precision)
-        if key not in self.networks:
-            self.networks[key] = new
-            model.compile_network(new, hyperparameters)
-        else:
-            renew(self.networks[key], new, hyperparameters)
-        return self.networks[key]
+        key = (image_shape, n_classes, blocks, precision)
+        traced_with, used = self.networks.get(key, (dropout, None))
+        if used is not None and traced_with == dropout:
+            renew(used, new, hyperparameters)
+            return used
+        model.compile_network(new, hyperparameters)
+        self.networks[key] = dropout, new
+        return new
 
 
 def renew(used: keras.Sequential, new: keras.Sequential, hyperparameters: Hyperparameters) -> None:
