@@ -192,7 +192,7 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": dict(os.environ)}
 
     process = subprocess.Popen(line, **options)
-    wait_until(lambda: running_after_a_finished_one(), seconds=120)
+    wait_until(lambda: running_after_a_finished_one() or process.poll() is not None, seconds=300)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert running_after_a_finished_one(), "killed in the middle of a trial"
