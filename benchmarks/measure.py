@@ -58,7 +58,7 @@ def part(name: str, photographs: str) -> list[Row]:
     """The rows of one part, without what the peers would say meanwhile: a warning an epoch, for thousands of epochs."""
     startup.set_up_mlflow()
     startup.import_tensorflow()
-    for name in ("mlflow", "absl", "tensorflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for peer in ("mlflow", "absl", "tensorflow"):
+        logging.getLogger(peer).setLevel(logging.ERROR)
     rows: list[Row] = importlib.import_module(f"benchmarks.{name}").rows(photographs)
     return rows
