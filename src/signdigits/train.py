@@ -49,7 +49,8 @@ class Fit:
         shape, n_classes = self.trained.input_shape[1:], self.trained.output_shape[-1]
         blocks, dropout = self.hyperparameters.conv_blocks, self.hyperparameters.dropout
         network = model.build(shape, n_classes, conv_blocks=blocks, dropout=dropout)
-        network.set_weights(self.trained.get_weights())
+        for mine, theirs in zip(network.trainable_variables, self.trained.trainable_variables, strict=True):
+            mine.assign(theirs)
         return network
 
 

@@ -1,8 +1,8 @@
 """Networks that are traced once and trained many times, each time as if they were new.
 
-Building, compiling and tracing cost a trial more than a second. What differs from trial to trial, the learning rate and
-its decay, is kept in variables, so that the traced step stays as it is; weights, optimizer and dropout start again from
-where a new network would.
+Building, compiling and tracing cost a trial more than a second, and TensorFlow keeps the graphs of all that it traced.
+What differs from trial to trial, the learning rate, its decay and the dropout, is kept in variables, so that the traced step
+stays as it is; weights, optimizer and random numbers start again from where those of a new network would.
 """
 
 import keras
@@ -12,29 +12,26 @@ from signdigits.hyperparameters import Hyperparameters
 
 
 class Workbench:
-    """Lends out networks. One that is lent again was trained in between: keep its weights, not the network.
-
-    It keeps one for each architecture. A dropout is part of what was traced: where it differs, a new network takes the
-    place of the old one, so that the memory of a search does not grow with its trials.
-    """
+    """Lends out networks, one for each architecture. One that is lent again was trained in between: keep its weights."""
 
     def __init__(self) -> None:
-        self.networks: dict[tuple[object, ...], tuple[float, keras.Sequential]] = {}
+        self.networks: dict[tuple[object, ...], keras.Sequential] = {}
 
     def network(
         self, image_shape: tuple[int, int, int], n_classes: int, hyperparameters: Hyperparameters, precision: str
     ) -> keras.Sequential:
         """A compiled network in the state that the present random seed gives to a new one."""
         blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
-        new = model.build(image_shape, n_classes, conv_blocks=blocks, dropout=dropout, precision=precision)
-        key = (image_shape, n_classes, blocks, precision)
-        traced_with, used = self.networks.get(key, (dropout, None))
-        if used is not None and traced_with == dropout:
-            renew(used, new, hyperparameters)
-            return used
-        model.compile_network(new, hyperparameters)
-        self.networks[key] = dropout, new
-        return new
+        new = model.build(
+            image_shape, n_classes, conv_blocks=blocks, dropout=dropout, precision=precision, adjustable=True
+        )
+        key = (image_shape, n_classes, blocks, dropout > 0, precision)
+        if key in self.networks:
+            renew(self.networks[key], new, hyperparameters)
+        else:
+            model.compile_network(new, hyperparameters)
+            self.networks[key] = new
+        return self.networks[key]
 
 
 def renew(used: keras.Sequential, new: keras.Sequential, hyperparameters: Hyperparameters) -> None:
