@@ -19,16 +19,20 @@ from benchmarks.measure import Row
 from signdigits import tracking
 
 PARTS = ("training", "trial", "serving", "start", "growth", "search")
+ON_A_CLUSTER = ("coordination", "workers")  # these need a running `scripts/cluster`
+PARTS_HELP = f"of {', '.join(PARTS)} (default: all of these); on a cluster {', '.join(ON_A_CLUSTER)}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=PARTS_HELP)
     parser.add_argument("--data", default="sign-language-digits", help="the photographs (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, help="a file to write the table to")
     parsed = parser.parse_args()
-    if unknown := [part for part in parsed.parts if part not in PARTS]:
-        parser.error(f"{', '.join(unknown)}: not one of {', '.join(PARTS)}")
+    if unknown := [part for part in parsed.parts if part not in PARTS + ON_A_CLUSTER]:
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join(PARTS + ON_A_CLUSTER)}")
+    if "STORAGE" not in os.environ and not set(ON_A_CLUSTER).isdisjoint(parsed.parts):
+        parser.error("no cluster; run: scripts/cluster up && source <(scripts/cluster env)")
     found: list[Row] = []
     # Each part in a process of its own: no tracking store, thread pool or memory of one reaches the next.
     context = multiprocessing.get_context("spawn")

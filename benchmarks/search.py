@@ -143,7 +143,14 @@ def plain_loop(loaded: data.Data, seed: int) -> list[Ended]:
     started, ended = time.perf_counter(), []
 
     def objective(trial: optuna.Trial) -> float:
-        curve = plain.run(loaded, replace(SPACE.suggest(trial), seed=seed))
+        drawn = SPACE.complete(
+            {
+                "initial_learning_rate": trial.suggest_float("initial_learning_rate", 1e-4, 1e-2, log=True),
+                "decay_rate": trial.suggest_float("decay_rate", 0.1, 1.0),
+                "epochs": trial.suggest_int("epochs", 5, 20),
+            }
+        )
+        curve = plain.run(loaded, replace(drawn, seed=seed))
         ended.append(Ended(time.perf_counter() - started, curve))
         return curve[-1]
 

@@ -7,6 +7,7 @@ from benchmarks import plain
 from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import data, model, search
 from signdigits.hyperparameters import DataParameters, Hyperparameters, Space, StudyParameters
+from signdigits.trial import run_trial
 
 ROUNDS = 5
 SHORT, LONG = 1, 3  # epochs: what a trial costs at none follows from the two
@@ -38,8 +39,13 @@ def space(epochs: int) -> Space:
 
 
 def ours(opened: search.Search, epochs: int) -> Callable[[], object]:
-    chosen = dataclasses.replace(opened, space=space(epochs))
-    return lambda: opened.study.optimize(lambda drawn: search.attempt(chosen, drawn), n_trials=1)
+    chosen = dataclasses.replace(opened, task=dataclasses.replace(opened.task, space=space(epochs)))
+
+    def run() -> None:
+        drawn = search.ask(chosen)
+        search.tell(chosen, drawn.number, run_trial(chosen.task, drawn))
+
+    return run
 
 
 def theirs(loaded: data.Data, epochs: int) -> Callable[[], object]:

@@ -25,6 +25,15 @@ PROJECT = Path(__file__).parents[1]
 SIZE = 16  # pixels: the smallest network that still has its three poolings
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", type=int, default=1, help="how often each part of a cluster is made to fail")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "repetition" in metafunc.fixturenames:
+        metafunc.parametrize("repetition", range(metafunc.config.getoption("--faults")))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def environment() -> Iterator[None]:
     """The environment that an activated .venv gives, and TensorFlow imported as the command line does."""

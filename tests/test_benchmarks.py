@@ -1,9 +1,10 @@
 """What can be said of the benchmark without asserting a time."""
 
-import sys
+import importlib
 
+import pytest
 from benchmarks import training
-from benchmarks.__main__ import PARTS, markdown
+from benchmarks.__main__ import ON_A_CLUSTER, PARTS, markdown
 from benchmarks.measure import Row, in_turns
 
 
@@ -30,7 +31,8 @@ def test_the_operations_of_an_image_are_those_of_its_layers() -> None:
     assert abs(training.operations(1) / 1e6 - (3 * million - 8.64)) < 0.01
 
 
-def test_every_part_can_be_imported() -> None:
-    for part in PARTS:
-        __import__(f"benchmarks.{part}")
-        assert callable(sys.modules[f"benchmarks.{part}"].rows)
+@pytest.mark.parametrize("part", PARTS + ON_A_CLUSTER)
+def test_every_part_can_be_imported(part: str) -> None:
+    if part in ON_A_CLUSTER:
+        pytest.importorskip("psutil", reason="needs the extra .[benchmark]")
+    assert callable(importlib.import_module(f"benchmarks.{part}").rows)

@@ -28,6 +28,10 @@ class StudyError(SignDigitsError):
     exit_code = 2
 
 
+class StorageError(SignDigitsError):
+    """The study's database went away, and stayed away."""
+
+
 class ModelError(SignDigitsError):
     """A run, model or version does not exist or does not fit the request."""
 

@@ -231,6 +231,10 @@ class StudyParameters(Checked):
         "hyperband or none",
         choices=("percentile", "median", "hyperband", "none"),
     )
+    workers: int = parameter(1, "trials that run at once, each in a process that Ray starts; 1: this process", low=1)
+    ray_address: str = parameter("", "the Ray cluster to run them on, such as auto or HOST:6379; empty: this machine")
+    cpus_per_trial: int = parameter(0, "processors of each trial's process; 0: this machine's, shared evenly", low=0)
+    gpus_per_trial: float = parameter(0.0, "GPUs, or the share of one, of each trial's process", low=0)
 
 
 @dataclass(frozen=True)
@@ -314,15 +318,16 @@ class Space:
             return int(self.ranges[name].low), int(self.ranges[name].high)
         return int(self.fixed[name]), int(self.fixed[name])
 
-    def suggest(self, trial: "optuna.Trial") -> Hyperparameters:
-        """The hyperparameters that `trial` is to try."""
-        drawn = {
-            name: trial.suggest_int(name, int(r.low), int(r.high), log=r.log)
+    def distributions(self) -> "dict[str, optuna.distributions.BaseDistribution]":
+        """What a trial draws from, as Optuna takes it."""
+        from optuna.distributions import FloatDistribution, IntDistribution
+
+        return {
+            name: IntDistribution(int(r.low), int(r.high), log=r.log)
             if is_integer(name)
-            else trial.suggest_float(name, r.low, r.high, log=r.log)
+            else FloatDistribution(r.low, r.high, log=r.log)
             for name, r in self.ranges.items()
         }
-        return self.complete(drawn)
 
     def complete(self, drawn: Mapping[str, Value]) -> Hyperparameters:
         """The hyperparameters of a trial that drew `drawn`."""

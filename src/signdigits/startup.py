@@ -43,14 +43,22 @@ def set_up_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def import_tensorflow() -> None:
-    """Import TensorFlow and let it look for devices, its chatter left out. A second call costs nothing."""
+def import_tensorflow(threads: int = 0) -> None:
+    """Import TensorFlow and let it look for devices, its chatter left out. A second call costs nothing.
+
+    With `threads` it shares the machine with others: it computes on so many, and takes of a GPU what it needs.
+    """
     if "tensorflow" in sys.modules:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # leaves out information, keeps warnings and errors
     with filtered_stderr():
         import tensorflow as tf  # ten seconds that most commands do not need
 
+        if threads:
+            tf.config.threading.set_intra_op_parallelism_threads(threads)
+            tf.config.threading.set_inter_op_parallelism_threads(threads)
+            for gpu in tf.config.list_physical_devices("GPU"):
+                tf.config.experimental.set_memory_growth(gpu, True)
         tf.config.list_logical_devices()
 
 

@@ -46,19 +46,27 @@ RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 
 
 @contextmanager
-def run(role: str, name: str, run_id: str | None = None) -> Iterator[mlflow.ActiveRun]:
+def run(
+    role: str,
+    name: str,
+    run_id: str | None = None,
+    *,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, Any] | None = None,
+) -> Iterator[mlflow.ActiveRun]:
     """A run that says truly how it ended: FINISHED, FAILED with its reason, or KILLED when interrupted.
 
     Continues `run_id` if given; otherwise the run that `mlflow run` made for this process, if it did; otherwise a
-    new one, nested under the active run if there is one. `role` becomes a tag: prepare, train, study, trial,
-    refit, evaluate or register.
+    new one, nested under `parent_run_id`, or under the active run if there is one. `role` becomes a tag: prepare, train,
+    study, trial, refit, evaluate or register.
     """
     launched = os.environ.get("MLFLOW_RUN_ID")
-    active = start(name, run_id)
+    described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: this_process()}
+    active = start(name, run_id, parent_run_id, described)
     try:
         if RANDOM_NAME.fullmatch(active.info.run_name or ""):
             mlflow.set_tag("mlflow.runName", name)
-        mlflow.set_tags({"role": role, PROCESS: this_process()})
+        mlflow.set_tags(described)
         yield active
     except KeyboardInterrupt:
         mlflow.set_tag("failure_reason", "interrupted")
@@ -73,12 +81,18 @@ def run(role: str, name: str, run_id: str | None = None) -> Iterator[mlflow.Acti
     mlflow.end_run()
 
 
-def start(name: str, run_id: str | None) -> mlflow.ActiveRun:
-    """Start or continue the run; raises TrackingError if the store does not hold a run that it should."""
+def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
+    """Start or continue the run; raises TrackingError if the store does not hold a run that it should.
+
+    A new one has its tags from the beginning: whoever finds it, after a kill say, knows whose it was.
+    """
     try:
         if run_id is None:
             launched = "MLFLOW_RUN_ID" in os.environ  # its name may be somebody's choice: see `run`
-            return mlflow.start_run(run_name=None if launched else name, nested=mlflow.active_run() is not None)
+            nested = mlflow.active_run() is not None
+            return mlflow.start_run(
+                run_name=None if launched else name, nested=nested, parent_run_id=parent_run_id, tags=tags
+            )
         known = mlflow.get_run(run_id)
         if known.info.lifecycle_stage == "deleted":
             raise TrackingError(f"run {run_id} was deleted; bring it back with `mlflow runs restore --run-id {run_id}`")

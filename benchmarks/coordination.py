@@ -1,0 +1,137 @@
+"""What the coordination of a search can carry: trials that only sleep, on a running `scripts/cluster`.
+
+    scripts/cluster up && source <(scripts/cluster env) && scripts/benchmark coordination
+
+The trials ask, open their nested run, report, log a metric, and tell, as real ones do; in between they sleep.
+"""
+
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlflow
+import optuna
+import psutil
+from optuna.trial import TrialState
+
+from benchmarks.measure import Row
+from signdigits import crew, data, search, tracking
+from signdigits.hyperparameters import DataParameters, Space, StudyParameters
+from signdigits.trial import Outcome
+
+WORKERS = (1, 8, 32, 64)
+SECONDS = 10.0  # that a trial sleeps
+EACH = 3  # trials for each worker
+ASKED = 5  # times that drawing a trial is timed
+
+
+class Sleeper(crew.Worker):
+    """A worker whose trials sleep. It needs no photographs and no TensorFlow."""
+
+    def get_ready(self) -> bool:
+        return self.study is not None
+
+    def run(self, number: int) -> Outcome:
+        one = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+        mlflow.set_tracking_uri(self.job.tracking_uri)
+        mlflow.set_experiment(experiment_id=self.job.experiment_id)
+        tags = {"trial": number, "study": self.job.study_name}
+        with (
+            crew.signs_of_life(self.storage, one._trial_id),
+            tracking.run("trial", f"trial-{number:03d}", parent_run_id=self.job.run_id, tags=tags) as run,
+        ):
+            one.set_user_attr("mlflow_run_id", run.info.run_id)
+            mlflow.log_params(one.params)
+            time.sleep(SECONDS)
+            one.report(0.5, 1)
+            mlflow.log_metric("val_accuracy", 0.5)
+        for name in ("val_accuracy", "val_loss", "temperature"):
+            one.set_user_attr(name, 0.5)
+        return Outcome(TrialState.COMPLETE, 0.5)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What so many workers did together."""
+
+    workers: int
+    trials: int
+    seconds: float  # from the moment at which all workers were ready
+    processor: dict[str, float]  # seconds of it, by part of the cluster
+    asking: float  # seconds to draw a trial, the median
+
+    @property
+    def share(self) -> float:
+        """Of the trials that could be done if nothing but the sleep took any time."""
+        return self.trials * SECONDS / (self.workers * self.seconds)
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a worker's time that a trial takes beyond its sleep."""
+        return self.seconds / self.trials * self.workers - SECONDS
+
+    def __str__(self) -> str:
+        used = ", ".join(f"{part} {seconds / self.trials * 1e3:.0f}" for part, seconds in self.processor.items())
+        return (
+            f"{self.trials} trials in {self.seconds:.0f} s; {self.cost:.2f} s of a worker's time a trial, {self.asking * 1e3:.0f} ms "
+            f"to draw it; processor time a trial in ms: {used}"
+        )
+
+
+def rows(photographs: str) -> list[Row]:
+    loaded = data.load(DataParameters(data=photographs))
+    carried = [measure(loaded, workers) for workers in WORKERS]
+    return [
+        Row("what the engine costs a trial, in seconds", "a trial that only sleeps", carried[0].cost, 0.3, False,
+            "run, parameters, metric, Optuna and Ray together, one worker"),
+        *(
+            Row(f"{one.workers} workers whose trials sleep {SECONDS:.0f} s", "no coordination at all", one.share, 0.9, True,
+                str(one))
+            for one in carried
+        ),
+    ]  # fmt: skip
+
+
+def measure(loaded: data.Data, workers: int) -> Carried:
+    """A study of sleeping trials. The first of each worker starts its process, and does not count."""
+    name = f"sleeping-{workers}-{int(time.time())}"
+    parameters = StudyParameters(
+        space="notebook", storage=os.environ["STORAGE"], study_name=name, workers=workers, pruner="none",
+        ray_address=os.environ["RAY_ADDRESS"], n_trials=workers,
+    )  # fmt: skip
+    tracking.open_experiment("benchmark")
+    with search.open_study(loaded, Space.of("notebook"), parameters) as opened, crew.cluster(parameters, cpus=0):
+        job = crew.job(opened.task, opened.study, parameters, cpus=0)
+        sleepers = crew.Workers(job, opened.study, parameters, kind=Sleeper)
+        search.hand_out(opened, sleepers)
+        before, started = processor_seconds(), time.perf_counter()
+        search.hand_out(replace(opened, parameters=replace(parameters, n_trials=workers * (1 + EACH))), sleepers)
+        seconds = time.perf_counter() - started
+        used = {part: after - before[part] for part, after in processor_seconds().items()}
+        asking = statistics.median(asked(opened) for _ in range(ASKED))
+    done = Carried(workers, workers * EACH, seconds, used, asking)
+    print(f"{workers} workers: {done}", file=sys.stderr, flush=True)
+    return done
+
+
+def processor_seconds() -> dict[str, float]:
+    """What each part of the cluster has computed so far, all its processes together, and what this one has."""
+    home = Path(os.environ["CLUSTER_HOME"])
+    used = {"driver": sum(psutil.Process().cpu_times()[:2])}
+    for part in ("postgres", "mlflow", "front"):
+        root = psutil.Process(int((home / f"{part}.pid").read_text()))
+        living = [sum(process.cpu_times()[:2]) for process in (root, *root.children(recursive=True))]
+        used[part] = sum(living) + sum(root.cpu_times()[2:4])  # and of those that have ended
+    return used
+
+
+def asked(opened: search.Search) -> float:
+    """Seconds to draw a trial, which is given back at once."""
+    started = time.perf_counter()
+    drawn = search.ask(opened)
+    seconds = time.perf_counter() - started
+    opened.study.tell(drawn, state=TrialState.FAIL)
+    return seconds

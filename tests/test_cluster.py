@@ -1,0 +1,224 @@
+"""The cluster for real: PostgreSQL, an MLflow server behind nginx, Ray, and what survives when parts of it die."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import optuna
+import pytest
+from mlflow.entities import Run
+from optuna.trial import FrozenTrial, TrialState
+
+from signdigits import storage
+
+from .conftest import free_port, wait_until
+
+ROOT = Path(__file__).parents[1]
+N_TRIALS = 6
+LATEST = 4.0  # seconds after the first finished trial: a fault comes at random before
+OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "80:120", "--batch_size", "16", "--pruner", "none"]
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx"),
+    pytest.mark.skipif(not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")), reason="needs PostgreSQL"),
+]
+pytest.importorskip("ray", reason="needs the extra .[cluster]")
+
+
+class Cluster:
+    """`scripts/cluster` with a home and ports of its own."""
+
+    def __init__(self, home: Path) -> None:
+        ports = {f"CLUSTER_{part}_PORT": str(free_port()) for part in ("POSTGRES", "MLFLOW", "RAY")}
+        self.environment = os.environ | ports | {"CLUSTER_HOME": str(home)}
+        for name in [name for name in self.environment if name.startswith("MLFLOW_")]:
+            del self.environment[name]
+
+    def __call__(self, *words: str) -> str:
+        line = [str(ROOT / "scripts" / "cluster"), *words]
+        done = subprocess.run(line, env=self.environment, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def process(self, part: str) -> int:
+        return int(Path(self.environment["CLUSTER_HOME"], f"{part}.pid").read_text())
+
+    def use(self) -> dict[str, str]:
+        """The environment of somebody who works with the cluster."""
+        line = f"source {self.environment['CLUSTER_HOME']}/environment && env -0"
+        told = subprocess.run(["bash", "-c", line], env=self.environment, text=True, capture_output=True, check=True)
+        return dict(entry.split("=", 1) for entry in told.stdout.split("\0") if entry)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to the user postgres
+        Path(home).chmod(0o711)
+        made = Cluster(Path(home))
+        try:
+            made("up")
+            yield made
+        finally:
+            made("down")
+
+
+@pytest.fixture
+def settings(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """The cluster's environment, in a folder of the test's own."""
+    found = cluster.use()
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PGPASSFILE"):
+        monkeypatch.setenv(name, found[name])
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(found["MLFLOW_TRACKING_URI"])
+    return found
+
+
+class Search:
+    """A search on the cluster, in a process that can be killed."""
+
+    def __init__(self, name: str, photographs: Path, environment: dict[str, str]) -> None:
+        self.name, self.environment = name, environment
+        cluster = ["--storage", environment["STORAGE"], "--ray_address", environment["RAY_ADDRESS"], "--workers", "2"]
+        study = ["--study_name", name, "--n_trials", str(N_TRIALS)]
+        self.line = [
+            sys.executable,
+            "-m",
+            "signdigits",
+            "search",
+            "--data",
+            str(photographs),
+            *cluster,
+            *study,
+            *OPTIONS,
+        ]
+
+    def start(self) -> subprocess.Popen[str]:
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(self.line, env=self.environment, **output)
+
+    def trials(self) -> list[FrozenTrial]:
+        backend = storage.connect(self.environment["STORAGE"])
+        if self.name not in optuna.get_all_study_names(backend):
+            return []
+        return optuna.load_study(study_name=self.name, storage=backend).get_trials(deepcopy=False)
+
+    def runs(self, role: str) -> list[Run]:
+        wanted = f"tags.role = '{role}' and tags.study = '{self.name}'"
+        return list(mlflow.search_runs(search_all_experiments=True, filter_string=wanted, output_format="list"))
+
+    def at_work(self) -> list[Run]:
+        """The trials that train at this moment, once one has finished."""
+        finished = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
+        running = [run for run in self.runs("trial") if run.info.status == "RUNNING" and run.data.metrics]
+        return running if finished else []
+
+
+def check(search: Search, output: str) -> None:
+    """Exactly as many trials as asked for, each once, in both stores, and nothing left RUNNING."""
+    trials, runs = search.trials(), search.runs("trial")
+    complete = {trial.number: trial for trial in trials if trial.state == TrialState.COMPLETE}
+    assert len(complete) == N_TRIALS, output
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.FAIL}
+    finished = [run for run in runs if run.info.status == "FINISHED"]
+    assert Counter(int(run.data.tags["trial"]) for run in finished) == dict.fromkeys(complete, 1)
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+    (study,) = search.runs("study")
+    assert study.info.status == "FINISHED"
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {study.info.run_id}
+    seeds = [trial.user_attrs["sampler_seed"] for trial in trials if "retry_of" not in trial.user_attrs]
+    assert len(set(seeds)) == len(seeds), "every trial was drawn from a stream of its own"
+
+
+def kill_worker(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    victim = search.at_work()[0]
+    os.kill(int(victim.data.tags["process"].rpartition(":")[2]), signal.SIGKILL)
+    wait_until(lambda: mlflow.get_run(victim.info.run_id).info.status == "KILLED", seconds=60)
+    assert victim.data.tags["trial"] in {str(trial.user_attrs.get("retry_of")) for trial in search.trials()}
+    return driver
+
+
+def kill_node(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    os.killpg(cluster.process("worker2"), signal.SIGKILL)
+    return driver
+
+
+def kill_driver(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    driver.kill()
+    driver.wait()
+    return search.start()
+
+
+def restart_database(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    cluster("stop", "postgres")
+    cluster("start", "postgres")
+    return driver
+
+
+def stop_tracking(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    cluster("stop", "mlflow")
+    time.sleep(30)
+    cluster("start", "mlflow")
+    return driver
+
+
+FAULTS = (kill_worker, kill_node, kill_driver, restart_database, stop_tracking)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_whatever_dies_no_finished_trial_is_lost(
+    cluster: Cluster, settings: dict[str, str], photographs: Path, fault: Callable[..., Any], repetition: int
+) -> None:
+    cluster("up")
+    search = Search(f"{fault.__name__}-{repetition}", photographs, settings)
+    driver = search.start()
+    wait_until(search.at_work, seconds=180)
+    time.sleep(random.uniform(0, LATEST))
+    wait_until(lambda: search.at_work() or driver.poll() is not None, seconds=60)
+    assert driver.poll() is None, "the search was over before the fault"
+    driver = fault(search, cluster, driver)
+    output, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, output
+    check(search, output)
+
+
+def test_a_second_driver_is_refused(settings: dict[str, str], photographs: Path) -> None:
+    search = Search("held", photographs, settings)
+    with storage.exclusive(settings["STORAGE"], "held"):
+        second = search.start()
+        output, _ = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert "another process is searching it" in output
+
+
+def test_no_secret_reaches_the_stores_or_the_logs(cluster: Cluster, settings: dict[str, str]) -> None:
+    home = Path(cluster.environment["CLUSTER_HOME"])
+    secrets = [
+        (home / "token").read_text().strip(),
+        (home / "pgpass").read_text().strip().rpartition(":")[2],
+        settings["MLFLOW_TRACKING_PASSWORD"],
+    ]
+    recorded = [str(run.data) for run in mlflow.search_runs(search_all_experiments=True, output_format="list")]
+    logs = [path.read_text(errors="replace") for path in home.glob("*.log")]
+    logs += [path.read_text(errors="replace") for path in home.glob("ray/**/*.log") if path.is_file()]
+    for secret in secrets:
+        assert len(secret) > 20
+        assert not any(secret in text for text in recorded + logs)
+
+
+def test_who_does_not_know_the_password_is_turned_away(settings: dict[str, str]) -> None:
+    import urllib.error
+    import urllib.request
+
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{settings['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search", timeout=5)
