@@ -143,11 +143,18 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
     return study
 
 
+def make_sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
+    """Draws everything but `epochs`: a training answers for every shorter one, so each goes to the end of their range."""
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+    with storage.experimental():
+        return optuna.samplers.PartialFixedSampler({"epochs": space.ends("epochs")[1]}, sampler)
+
+
 def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
     """The pruner called `name`; steps are epochs."""
-    shortest, longest = space.ends("epochs")
-    # Strong augmentation learns slowly at first: nothing is judged before a third of the shortest trial.
-    warmup = max(5, shortest // 3)
+    longest = space.ends("epochs")[1]
+    # Strong augmentation learns slowly at first: nothing is judged before a quarter of a trial.
+    warmup = max(5, longest // 4)
     if name == "percentile":
         return optuna.pruners.PercentilePruner(KEPT, n_startup_trials=STARTUP_TRIALS, n_warmup_steps=warmup)
     if name == "median":
@@ -281,7 +288,7 @@ def ask(opened: Search) -> optuna.Trial:
     study = opened.study
     counted = sum(not is_interrupted(t) and t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False))
     seed = int(opened.space.fixed.get("seed", 0)) + counted
-    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+    study.sampler = make_sampler(opened.space, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Optuna misses the signs of life, which the workers give
         trial = study.ask(opened.space.distributions())

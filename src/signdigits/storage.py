@@ -66,7 +66,7 @@ def connect(storage: str) -> RDBStorage:
 
 @contextmanager
 def experimental() -> Iterator[None]:
-    """Without the warnings that signs of life, in Optuna since 2021, are still an experiment."""
+    """Without the warnings that what has been in Optuna for years is still an experiment."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
