@@ -34,14 +34,14 @@ class Sleeper(crew.Worker):
     def get_ready(self) -> bool:
         return self.study is not None
 
-    def run(self, number: int) -> Outcome:
-        one = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+    def run(self, trial_id: int) -> Outcome:
+        one = optuna.Trial(self.study, trial_id)
         mlflow.set_tracking_uri(self.job.tracking_uri)
         mlflow.set_experiment(experiment_id=self.job.experiment_id)
-        tags = {"trial": number, "study": self.job.study_name}
+        tags = {"trial": one.number, "study": self.job.study_name}
         with (
-            crew.signs_of_life(self.storage, one._trial_id),
-            tracking.run("trial", f"trial-{number:03d}", parent_run_id=self.job.run_id, tags=tags) as run,
+            crew.signs_of_life(self.storage, trial_id),
+            tracking.run("trial", f"trial-{one.number:03d}", parent_run_id=self.job.run_id, tags=tags) as run,
         ):
             one.set_user_attr("mlflow_run_id", run.info.run_id)
             mlflow.log_params(one.params)

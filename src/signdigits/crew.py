@@ -1,6 +1,6 @@
 """Who runs the trials: this process, one after the other, or workers that Ray starts here or on a cluster.
 
-The search draws and judges trials in one process, and hands their numbers to workers, which read what was drawn from the
+The search draws and judges trials in one process, and hands their ids to workers, which read what was drawn from the
 study's storage. So there are never more trials than asked for, and a worker that dies takes one unfinished trial along.
 """
 
@@ -173,7 +173,7 @@ class Workers:
 
     def start(self, trial: optuna.Trial) -> None:
         worker = self.free.pop()
-        self.busy[worker.run.remote(trial.number)] = worker, trial.number
+        self.busy[worker.run.remote(trial._trial_id)] = worker, trial.number
 
     def wait(self) -> tuple[int, Outcome] | None:
         import ray
@@ -236,12 +236,10 @@ class Worker:
         """Read the photographs and import TensorFlow. Raises DataError if the photographs here are not the study's."""
         return self.task is not None
 
-    def run(self, number: int) -> Outcome:
-        """Run the trial of that number."""
-        study, task = self.study, self.task
-        one = optuna.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
-        with signs_of_life(self.storage, one._trial_id):
-            return run_trial(task, one)
+    def run(self, trial_id: int) -> Outcome:
+        """Run the trial that the storage knows by that id; by its number, it would have to read all the others."""
+        with signs_of_life(self.storage, trial_id):
+            return run_trial(self.task, optuna.Trial(self.study, trial_id))
 
     @functools.cached_property
     def storage(self) -> RDBStorage:
