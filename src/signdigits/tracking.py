@@ -66,7 +66,6 @@ def run(
     try:
         if RANDOM_NAME.fullmatch(active.info.run_name or ""):
             mlflow.set_tag("mlflow.runName", name)
-        mlflow.set_tags(described)
         yield active
     except KeyboardInterrupt:
         mlflow.set_tag("failure_reason", "interrupted")
@@ -84,7 +83,7 @@ def run(
 def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
     """Start or continue the run; raises TrackingError if the store does not hold a run that it should.
 
-    A new one has its tags from the beginning: whoever finds it, after a kill say, knows whose it was.
+    The run has its tags from the beginning: whoever finds it, after a kill say, knows whose it was.
     """
     try:
         if run_id is None:
@@ -98,7 +97,7 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
             raise TrackingError(f"run {run_id} was deleted; bring it back with `mlflow runs restore --run-id {run_id}`")
         mlflow.set_experiment(experiment_id=known.info.experiment_id)  # MLflow refuses a run of another experiment
         retire_launching_run(run_id)
-        continued = mlflow.start_run(run_id=run_id)
+        continued = mlflow.start_run(run_id=run_id, tags=tags)
         if "failure_reason" in known.data.tags:
             mlflow.delete_tag("failure_reason")  # what ended it the last time is over
         return continued

@@ -54,10 +54,10 @@ def fit_trial(task: Task, trial: optuna.Trial) -> Outcome:
     data, objective = task.data, task.objective
     hyperparameters = task.space.complete(trial.params)
     tags = {"trial": trial.number, "study": task.study_name, "trial_state": "RUNNING"} | trial.user_attrs
+    tags |= tracking.data_tags(data.dataset, data.split)
     with tracking.run("trial", f"trial-{trial.number:03d}", parent_run_id=task.run_id, tags=tags) as run:
         trial.set_user_attr("mlflow_run_id", run.info.run_id)
         mlflow.log_params(asdict(hyperparameters))
-        mlflow.set_tags(tracking.data_tags(data.dataset, data.split))
         pruning, shorter = Pruning(trial, objective), Shorter(objective, task.space.ends("epochs")[0])
         try:
             fitted = train.fit(
@@ -75,11 +75,12 @@ def fit_trial(task: Task, trial: optuna.Trial) -> Outcome:
         for name in ("val_accuracy", "val_loss"):
             trial.set_user_attr(name, fitted.last(name))
         trial.set_user_attr("temperature", fitted.temperature)
-        mlflow.log_metric("val_loss_fluctuation", train.fluctuation(fitted.history["val_loss"]))
-        mlflow.log_metric("temperature", fitted.temperature)
+        fluctuation = train.fluctuation(fitted.history["val_loss"])
+        found = {"val_loss_fluctuation": fluctuation, "temperature": fitted.temperature}
         if inferred := shorter.inferred(data.validation):
             trial.set_user_attr(INFERRED, inferred)
-            mlflow.log_metrics({f"inferred_{name}": float(value) for name, value in inferred.items()})
+            found |= {f"inferred_{name}": float(value) for name, value in inferred.items()}
+        mlflow.log_metrics(found)
         mlflow.set_tag("trial_state", "PRUNED" if pruning.pruned else "COMPLETE")
     if pruning.pruned:
         return Outcome(TrialState.PRUNED)
