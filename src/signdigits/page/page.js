@@ -39,6 +39,7 @@ class Trouble extends Error {
 
 /* What the visitor does */
 
+page("choose").addEventListener("click", () => page("file").click());
 page("file").addEventListener("change", (event) => {
   const [file] = event.target.files;
   event.target.value = ""; // so that the same file can be chosen again
@@ -76,7 +77,7 @@ page("access").addEventListener("submit", (event) => {
   sessionStorage.setItem(TOKEN, page("token").value.trim());
   page("token").value = "";
   ask(photograph, begin("Reading …"));
-  page("file").focus(); // the form has gone
+  page("choose").focus(); // the form has gone
 });
 
 /** End what is under way and begin something else; what awaits must stop when this signal is aborted. */
@@ -286,7 +287,8 @@ function showInFrame(id) {
 }
 
 function showEmpty(words) {
-  page("empty").textContent = words;
+  page("invitation").textContent = words;
+  page("kinds").hidden = words !== EMPTY;
   showInFrame("empty");
 }
 
@@ -298,7 +300,7 @@ function showPhotograph(blob) {
 }
 
 function clearReading(words) {
-  for (const id of ["advice", "result", "trouble", "again", "access"]) page(id).hidden = true;
+  for (const id of ["digit", "advice", "result", "trouble", "again", "access"]) page(id).hidden = true;
   page("summary").textContent = words;
 }
 
@@ -313,8 +315,11 @@ function showTrouble(trouble) {
 }
 
 function showAnswer({ label, probability, probabilities, version }) {
-  clearReading(`The hand signs ${label}, with a probability of ${percent(probability)}.`);
+  const signs = probability < 0.5 ? "may sign" : "signs";
+  const share = percent(probability).replace("> ", "more than ");
+  clearReading(`The hand ${signs} ${label}, with a probability of ${share}.`);
   page("digit").textContent = label;
+  page("digit").hidden = false;
   page("probabilities").replaceChildren(
     ...Object.entries(probabilities).map(([name, share]) => line(name, share, name === label)),
   );
@@ -330,20 +335,23 @@ function comeIntoView() {
 
 /** A line of the table: the digit, its bar, its probability. */
 function line(name, share, best) {
-  const [row, head, bar] = ["tr", "th", "div"].map((tag) => document.createElement(tag));
+  const [row, head, track, bar] = ["tr", "th", "div", "div"].map((tag) => document.createElement(tag));
   row.classList.toggle("best", best);
   head.scope = "row";
   head.textContent = name;
+  track.className = "track";
+  bar.className = "bar";
   bar.style.width = `${100 * share}%`; // set from here: the content policy allows no style attribute
+  track.append(bar);
   row.append(head);
-  row.insertCell().append(bar);
+  row.insertCell().append(track);
   row.insertCell().textContent = percent(share);
   return row;
 }
 
 /** A share as a visitor reads it: never rounded to certainty. */
 function percent(share) {
-  if (share < 0.001) return "under 0.1 %";
-  if (share > 0.999) return "over 99.9 %";
+  if (share < 0.001) return "< 0.1 %";
+  if (share > 0.999) return "> 99.9 %";
   return `${(100 * share).toFixed(1)} %`;
 }
