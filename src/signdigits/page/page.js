@@ -7,12 +7,13 @@ const SENT_AS_THEY_ARE = ["image/jpeg", "image/png"]; // what the model decodes
 const TOKEN = "token"; // its name in the tab's storage
 const EMPTY = "Drop a photograph here";
 
+const NO_MODEL = "No model answers at the moment; it may just be starting. Wait a moment, then send it again.";
 const WORDS = {
   401: "This server answers only those who know its token.",
   413: "The photograph is too large for this server. Choose a smaller one.",
   429: "Too many photographs in a short time. Wait a moment, then send it again.",
-  502: "No model answers behind this server at the moment. Wait a moment, then send it again.",
-  503: "The server is busy, or its model is just starting. Wait a moment, then send it again.",
+  502: NO_MODEL,
+  503: NO_MODEL,
   504: "The model did not answer in time. Wait a moment, then send it again.",
 };
 
