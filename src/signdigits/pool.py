@@ -46,6 +46,7 @@ def environment(version: ModelVersion) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where MLflow looks for uvicorn
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
         "UVICORN_HEADERS": f"{VERSION_HEADER}:{version.version}",
         "UVICORN_LOG_LEVEL": "warning",
         "UVICORN_ACCESS_LOG": "false",
@@ -157,7 +158,7 @@ def input_example(version: ModelVersion) -> tuple[bytes, int]:
 def find_fault(reply: Reply, rows: int) -> str:
     """What is wrong with a reply to so many rows; nothing, if it is right."""
     if reply.status != 200:
-        return f"{reply.status}: {reply.content[:500].decode(errors='replace')}"
+        return f"{reply.status}: {error_in(reply.content)}"
     try:
         predictions = json.loads(reply.content)["predictions"]
         if len(predictions) != rows:
@@ -165,6 +166,16 @@ def find_fault(reply: Reply, rows: int) -> str:
         return next(filter(None, map(find_fault_in_row, predictions)), "")
     except (ValueError, KeyError, TypeError) as error:
         return f"another form than label, probability and probabilities ({error!r})"
+
+
+def error_in(content: bytes) -> str:
+    """What MLflow's error says, and what the model raised, without the way there."""
+    try:
+        error = json.loads(content)
+        raised = error.get("stack_trace", "").strip().splitlines()[-1:]
+        return " ".join([str(error["message"]), *raised])
+    except (ValueError, KeyError, AttributeError):
+        return content[:500].decode(errors="replace")
 
 
 def find_fault_in_row(row: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from typing import IO, Any
 from signdigits.startup import CHATTER
 
 PR_SET_CHILD_SUBREAPER = 36  # from Linux' prctl.h
-TAIL = 50  # lines of output that are kept, for the reason of a failure
+TAIL = 200  # lines of output that are kept, for the reason of a failure
 
 
 def adopt_orphans() -> None:

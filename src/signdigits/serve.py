@@ -45,7 +45,7 @@ def serve(parameters: ServeParameters) -> None:
             f"{register.REGISTERED_MODEL} has no {parameters.alias} in {tracking.address()}; run scripts/quickstart"
         )
     check_port(parameters)
-    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    nginx = shutil.which("nginx")
     if nginx is None:
         serve_alone(parameters, version)
     else:
@@ -90,7 +90,7 @@ def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
     if unmet:
         raise ServingError(f"{', '.join(unmet)}: needs nginx; install it (Debian: apt install nginx-light)")
     log.warning(
-        "nginx is not installed: version %s is served by itself on http://%s:%d. Without it there is no page, no limit, no "
+        "nginx is not installed, or not in PATH: version %s is served by itself on http://%s:%d. Without it there is no page, no limit, no "
         "time-out for slow clients, and a promotion needs a restart. Debian: apt install nginx-light",
         version.version, parameters.host, parameters.port,
     )  # fmt: skip
@@ -181,7 +181,7 @@ class Supervisor:
         version = self.find_alias()
         self.looked = time.monotonic()
         assert self.live is not None
-        if version is None or version.version == self.refused:
+        if version is None or str(version.version) == self.refused:
             return
         self.refused = ""
         if version.version != self.live.version.version:
