@@ -33,8 +33,12 @@ ENTRY_POINTS: dict[str, tuple[type, ...]] = {
     "register": (hp.ModelParameters, hp.VersionParameters),
 }
 
-# Commands that only look, and so are no entry points.
-PARAMETERS = ENTRY_POINTS | {"show": (), "links": (hp.LinkParameters,)}
+# Commands that make no run, and so are no entry points.
+PARAMETERS = ENTRY_POINTS | {
+    "show": (),
+    "links": (hp.LinkParameters,),
+    "serve": (hp.ServeParameters,),
+}
 
 SUMMARIES = {
     "main": "prepare, search, refit, evaluate and register: the whole job",
@@ -45,6 +49,7 @@ SUMMARIES = {
     "register": "register a model, or move its alias to another version",
     "show": "say which version is the champion",
     "links": "print the addresses in the MLflow UI that matter",
+    "serve": "serve the champion, and every one that follows it, without a gap",
 }
 
 
@@ -233,6 +238,12 @@ def run_links(parameters: hp.LinkParameters) -> None:
         log.info("%s", line)
 
 
+def run_serve(parameters: hp.ServeParameters) -> None:
+    from signdigits import serve
+
+    serve.serve(parameters)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "main": run_main,
     "prepare": run_prepare,
@@ -242,4 +253,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "register": run_register,
     "show": run_show,
     "links": run_links,
+    "serve": run_serve,
 }

@@ -2,11 +2,14 @@
 
 python -m signdigits.client photograph.jpg another.png
 scripts/predict photograph.jpg another.png
+
+A server that asks for a token is given the one in the environment variable SIGN_DIGITS_TOKEN, or in --token_file.
 """
 
 import argparse
 import base64
 import json
+import os
 import re
 import sys
 import urllib.error
@@ -18,6 +21,7 @@ from typing import Any
 from signdigits.errors import SignDigitsError
 
 URL = "http://127.0.0.1:5001"  # where scripts/serve listens
+TOKEN = "SIGN_DIGITS_TOKEN"
 ROWS = 32  # photographs in one request
 
 
@@ -31,11 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="predict", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a JPEG or PNG photograph")
     parser.add_argument("--url", default=URL, help="where the model is served (default: %(default)s)")
+    parser.add_argument("--token_file", type=Path, help="file with the token, where the server asks for one")
     parsed = parser.parse_args(arguments)
     width = max(len(str(file)) for file in parsed.files)
     try:
+        token = read(parsed.token_file).decode().strip() if parsed.token_file else os.environ.get(TOKEN, "")
         print(f"{'file':{width}}  label  probability  next")
-        for file, answer in predict(parsed.files, parsed.url):
+        for file, answer in predict(parsed.files, parsed.url, token):
             others = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[1:2]
             then = "".join(f"{label} {probability:.4f}" for label, probability in others)
             print(f"{file!s:{width}}  {answer['label']:5}  {answer['probability']:11.4f}  {then}", flush=True)
@@ -45,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def predict(files: Sequence[Path], url: str = URL) -> Iterator[tuple[Path, dict[str, Any]]]:
+def predict(files: Sequence[Path], url: str = URL, token: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
     """Each file with the server's answer: `label`, `probability` and `probabilities`.
 
     Raises ClientError for a file that cannot be read, a server that does not answer, and a photograph it refuses.
@@ -55,7 +61,7 @@ def predict(files: Sequence[Path], url: str = URL) -> Iterator[tuple[Path, dict[
         chunk = files[start : start + ROWS]
         rows = [{"image": base64.b64encode(content).decode()} for content in contents[start : start + ROWS]]
         try:
-            answers = post(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows})["predictions"]
+            answers = post(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows}, token)["predictions"]
         except ClientError as error:
             raise ClientError(name_rows(str(error), chunk)) from error
         yield from zip(chunk, answers, strict=True)
@@ -73,10 +79,11 @@ def read(file: Path) -> bytes:
         raise ClientError(f"{file}: {error.strerror}") from error
 
 
-def post(url: str, body: Any) -> Any:
+def post(url: str, body: Any, token: str = "") -> Any:
     """Send `body` as JSON and return the reply."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:

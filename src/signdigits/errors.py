@@ -50,3 +50,9 @@ class DownloadError(SignDigitsError):
 
 class TrainingDiverged(SignDigitsError):
     """The training loss is no longer a number."""
+
+
+class ServingError(SignDigitsError):
+    """The model cannot be served under the given settings."""
+
+    exit_code = 2

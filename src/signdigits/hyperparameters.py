@@ -20,6 +20,8 @@ Value = Number | str
 
 
 SPACES = ("notebook", "extended")
+# MLflow's own rule, which it would only apply at the end of the work.
+ALIAS = (r"(?![vV][0-9]+$|latest$)[A-Za-z0-9_-]{1,255}", "letters, digits, - and _, but not latest or v1, v2")
 AUTO = "auto"  # given for a hyperparameter: what the chosen search space says
 
 
@@ -261,8 +263,7 @@ class RegistryParameters(Checked):
     alias: str = parameter(
         "champion",
         "alias to give: champion is what is served",
-        # MLflow's own rule, which it would only apply at the end of the work.
-        pattern=(r"(?![vV][0-9]+$|latest$)[A-Za-z0-9_-]{1,255}", "letters, digits, - and _, but not latest or v1, v2"),
+        pattern=ALIAS,
     )
     significance_level: float = parameter(
         0.05,
@@ -285,6 +286,38 @@ class LinkParameters(Checked):
     """Where the UI of a local store is served."""
 
     port: int = parameter(5000, "port that the MLflow UI listens on", low=1, high=65_535)
+
+
+@dataclass(frozen=True)
+class ServeParameters(Checked):
+    """What is served, where, by how many processes, and what the front before them lets through."""
+
+    host: str = parameter(
+        "127.0.0.1",
+        "address to listen on: this machine only, unless told otherwise; 0.0.0.0 for every network it is in",
+        pattern=(r"[0-9A-Za-z:.-]+", "a host name or an address"),
+    )
+    port: int = parameter(5001, "port to listen on", low=1, high=65_535)
+    alias: str = parameter("champion", "alias of the version that is served", pattern=ALIAS)
+    processes: int = parameter(1, "processes that answer for a version", low=1, high=256)
+    poll: float = parameter(2.0, "seconds between two looks at the alias", above=0)
+    start_timeout: float = parameter(120.0, "seconds that a version has to start in", above=0)
+    timeout: int = parameter(60, "seconds after which a request is given up", low=1)
+    drain: float = parameter(60.0, "seconds that the version before has to finish its requests in", low=0)
+    client_timeout: int = parameter(10, "seconds that a client may be silent while it sends or takes", low=1)
+    max_body: int = parameter(64, "megabytes that a request may have", low=1)
+    requests_per_second: int = parameter(0, "requests of one client's address a second; 0: no limit", low=0)
+    burst: int = parameter(20, "requests that a client may be ahead of that rate", low=0)
+    connections_per_client: int = parameter(0, "requests of one client's address at once; 0: no limit", low=0)
+    token_file: str = parameter("", "file with the token that a request must bear; empty: none is asked for")
+    certificate: str = parameter("", "file with the certificate for HTTPS, and those up to the root (PEM)")
+    key: str = parameter("", "file with the certificate's key (PEM)")
+    access_log: str = parameter("", "file that gets a line for every request; empty: none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.certificate) != bool(self.key):
+            raise ParameterError(f"certificate={self.certificate!r}, key={self.key!r}: give both, or neither")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,358 @@
+// Takes a photograph from a file, a drop or the camera, asks /invocations about it, and shows the answer or the trouble.
+
+const LONGEST_SIDE = 1024; // pixels; the network sees a tenth of it, and a telephone's photograph has 4000
+const MOST_BYTES = 20_000_000; // what the model takes in one photograph
+const PATIENCE = 30_000; // milliseconds that an answer may take
+const SENT_AS_THEY_ARE = ["image/jpeg", "image/png"]; // what the model decodes
+const TOKEN = "token"; // its name in the tab's storage
+const EMPTY = "Drop a photograph here";
+
+const NO_MODEL = "No model answers at the moment; it may just be starting. Wait a moment, then send it again.";
+const WORDS = {
+  401: "This server answers only those who know its token.",
+  413: "The photograph is too large for this server. Choose a smaller one.",
+  429: "Too many photographs in a short time. Wait a moment, then send it again.",
+  502: NO_MODEL,
+  503: NO_MODEL,
+  504: "The model did not answer in time. Wait a moment, then send it again.",
+};
+
+const CAMERA_WORDS = {
+  NotAllowedError: "The camera was refused. Allow it for this page in the browser's settings, or choose a photograph.",
+  NotFoundError: "No camera was found. Choose a photograph instead.",
+  NotReadableError: "The camera is used by another program. Close that one, or choose a photograph.",
+};
+
+const page = (id) => document.getElementById(id);
+
+let photograph = null; // the Blob that was sent last, for another attempt
+let work = new AbortController(); // what is under way: whatever the visitor does next ends it
+let stream = null; // the camera's
+
+/** What went wrong, in words for the visitor. */
+class Trouble extends Error {
+  constructor(words, { again = false, asksForToken = false } = {}) {
+    super(words);
+    this.again = again; // whether the same photograph may pass another time
+    this.asksForToken = asksForToken;
+  }
+}
+
+/* What the visitor does */
+
+page("choose").addEventListener("click", () => page("file").click());
+page("file").addEventListener("change", (event) => {
+  const [file] = event.target.files;
+  event.target.value = ""; // so that the same file can be chosen again
+  if (file) take(file);
+});
+
+// Anywhere on the page: a browser would leave it for a file that misses the frame.
+for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
+  document.addEventListener(name, (event) => {
+    event.preventDefault();
+    const gone = name === "drop" || (name === "dragleave" && event.relatedTarget === null);
+    page("frame").classList.toggle("over", !gone);
+  });
+}
+
+document.addEventListener("drop", (event) => {
+  const [file] = event.dataTransfer.files;
+  if (file) take(file);
+  else showTrouble(new Trouble("That was no file. Save the photograph first, then drop the file."));
+});
+
+page("open-camera").addEventListener("click", openCamera);
+page("take").addEventListener("click", takePicture);
+page("close-camera").addEventListener("click", () => {
+  closeCamera();
+  clearReading("No photograph yet.");
+  page("advice").hidden = false;
+  page("open-camera").focus();
+});
+
+page("again").addEventListener("click", () => ask(photograph, begin("Reading …")));
+
+page("access").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN, page("token").value.trim());
+  page("token").value = "";
+  ask(photograph, begin("Reading …"));
+  page("choose").focus(); // the form has gone
+});
+
+/** End what is under way and begin something else; what awaits must stop when this signal is aborted. */
+function begin(words) {
+  work.abort();
+  work = new AbortController();
+  clearReading(words);
+  return work.signal;
+}
+
+/* Files */
+
+/** Show a file's photograph, and ask about it. */
+async function take(file) {
+  closeCamera();
+  const signal = begin("Reading …");
+  try {
+    const prepared = await prepare(file);
+    if (signal.aborted) return;
+    photograph = prepared.blob;
+    if (prepared.shown) showPhotograph(photograph);
+    else showEmpty("This file cannot be shown");
+    await ask(photograph, signal);
+  } catch (trouble) {
+    if (!signal.aborted) showTrouble(trouble);
+  }
+}
+
+/**
+ * What is sent for a file: a smaller JPEG if it is large, or of a kind that only the browser can read. A file that the
+ * browser cannot read either goes as it is: the server says what is wrong with it.
+ */
+async function prepare(file) {
+  let picture;
+  try {
+    picture = await createImageBitmap(file); // upright: the browser follows the EXIF orientation
+  } catch {
+    if (file.size > MOST_BYTES) throw new Trouble("This file is no photograph, or is larger than 20 megabytes.");
+    return { blob: file, shown: false };
+  }
+  const { width, height } = picture;
+  const small = Math.max(width, height) <= LONGEST_SIDE && file.size <= MOST_BYTES;
+  const kept = small && SENT_AS_THEY_ARE.includes(file.type);
+  const blob = kept ? file : await draw(picture, { left: 0, top: 0, width, height });
+  picture.close();
+  return { blob, shown: true };
+}
+
+/** A part of a picture as a JPEG, no longer than LONGEST_SIDE. */
+function draw(picture, { left, top, width, height }) {
+  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.fillStyle = "white"; // behind what is transparent, as the model has it
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(picture, left, top, width, height, 0, 0, canvas.width, canvas.height);
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
+}
+
+/* The camera */
+
+async function openCamera() {
+  const signal = begin("Opening the camera …");
+  try {
+    const opened = await getCamera();
+    if (signal.aborted) return stop(opened);
+    showCamera(opened);
+  } catch (trouble) {
+    if (!signal.aborted) showTrouble(trouble);
+  }
+}
+
+/** The camera's stream, the one away from the visitor where there are two. Throws Trouble. */
+async function getCamera() {
+  if (!navigator.mediaDevices) {
+    throw new Trouble("Browsers open the camera only for an address that begins with https. Choose a photograph.");
+  }
+  try {
+    return await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  } catch (error) {
+    throw new Trouble(CAMERA_WORDS[error.name] ?? `The camera cannot be opened (${error.message}).`);
+  }
+}
+
+function showCamera(opened) {
+  stream = opened;
+  stream.getVideoTracks()[0].addEventListener("ended", () => {
+    closeCamera();
+    showTrouble(new Trouble("The camera has gone. Connect it again, or choose a photograph."));
+  });
+  page("video").srcObject = stream;
+  showInFrame("video");
+  page("sources").hidden = true;
+  page("shutter").hidden = false;
+  page("summary").textContent = "The camera is open: hold the hand into the square, then take the picture.";
+  page("advice").hidden = false;
+  page("take").focus();
+}
+
+/** Ask about the square that the frame shows. */
+async function takePicture() {
+  const video = page("video");
+  if (!video.videoWidth) return; // the first picture has yet to come
+  const side = Math.min(video.videoWidth, video.videoHeight);
+  const [left, top] = [(video.videoWidth - side) / 2, (video.videoHeight - side) / 2];
+  const signal = begin("Reading …");
+  photograph = await draw(video, { left, top, width: side, height: side });
+  closeCamera();
+  showPhotograph(photograph);
+  page("open-camera").focus(); // for the next one; the button that was pressed has gone
+  await ask(photograph, signal);
+}
+
+function closeCamera() {
+  if (!stream) return;
+  stop(stream);
+  stream = null;
+  page("video").srcObject = null;
+  page("sources").hidden = false;
+  page("shutter").hidden = true;
+  showEmpty(EMPTY);
+}
+
+function stop(opened) {
+  for (const track of opened.getTracks()) track.stop();
+}
+
+/* The question */
+
+/** Ask the server about a photograph and show what it says, unless something else has begun by then. */
+async function ask(blob, signal) {
+  try {
+    const answer = await post(blob, signal);
+    if (!signal.aborted) showAnswer(answer);
+  } catch (trouble) {
+    if (!signal.aborted) showTrouble(trouble);
+  }
+}
+
+/** The server's answer: { label, probability, probabilities, version }. Throws Trouble. */
+async function post(blob, signal) {
+  const token = sessionStorage.getItem(TOKEN);
+  const headers = { "Content-Type": "application/json" };
+  if (token) headers.Authorization = `Bearer ${token}`;
+  const body = JSON.stringify({ dataframe_records: [{ image: await base64(blob) }] });
+  const { reply, text } = await send({ method: "POST", headers, body }, signal);
+  if (!reply.ok) throw refusal(reply.status, text, token);
+  try {
+    return { ...JSON.parse(text).predictions[0], version: reply.headers.get("Model-Version") };
+  } catch {
+    throw new Trouble("The server's answer cannot be understood.", { again: true });
+  }
+}
+
+async function send(options, signal) {
+  const limit = new AbortController();
+  setTimeout(() => limit.abort(), PATIENCE);
+  try {
+    const reply = await fetch("invocations", { ...options, signal: AbortSignal.any([signal, limit.signal]) });
+    return { reply, text: await reply.text() };
+  } catch {
+    const words = limit.signal.aborted
+      ? `No answer within ${PATIENCE / 1000} seconds. Wait a moment, then send it again.`
+      : "The server does not answer. Perhaps it is not running, or the network is down.";
+    throw new Trouble(words, { again: true });
+  }
+}
+
+/** What a reply other than 200 means. */
+function refusal(status, text, token) {
+  if (status === 401) {
+    sessionStorage.removeItem(TOKEN);
+    return new Trouble(token ? "The server does not know this token." : WORDS[401], { asksForToken: true });
+  }
+  if (status === 400) return new Trouble(`The photograph cannot be read: ${reason(text)}.`);
+  const words = WORDS[status] ?? `The server refused the photograph (${status}): ${reason(text)}.`;
+  return new Trouble(words, { again: status === 429 || status >= 500 });
+}
+
+/** What the server says, without the row, which is the only one, and without what MLflow puts before it. */
+function reason(text) {
+  try {
+    return JSON.parse(text).message.split("Error: ").pop().replace(/^row 0: /, "").replace(/\.$/, "");
+  } catch {
+    return "the server gives no reason";
+  }
+}
+
+function base64(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(new Trouble("The file cannot be read. Choose it again."));
+    reader.readAsDataURL(blob);
+  });
+}
+
+/* What the page shows */
+
+/** Show one of the frame's contents: `empty`, `photograph` or `video`. */
+function showInFrame(id) {
+  for (const name of ["empty", "photograph", "video"]) page(name).hidden = name !== id;
+  page("frame").classList.toggle("filled", id !== "empty");
+}
+
+function showEmpty(words) {
+  page("invitation").textContent = words;
+  page("kinds").hidden = words !== EMPTY;
+  showInFrame("empty");
+}
+
+function showPhotograph(blob) {
+  const image = page("photograph");
+  URL.revokeObjectURL(image.src);
+  image.src = URL.createObjectURL(blob);
+  showInFrame("photograph");
+}
+
+function clearReading(words) {
+  for (const id of ["digit", "advice", "result", "trouble", "again", "access"]) page(id).hidden = true;
+  page("summary").textContent = words;
+}
+
+function showTrouble(trouble) {
+  clearReading("Not read.");
+  page("words").textContent = trouble.message;
+  page("trouble").hidden = false;
+  page("again").hidden = !trouble.again;
+  page("access").hidden = !trouble.asksForToken;
+  if (trouble.asksForToken) page("token").focus();
+  comeIntoView();
+}
+
+function showAnswer({ label, probability, probabilities, version }) {
+  const signs = probability < 0.5 ? "may sign" : "signs";
+  const share = percent(probability).replace("> ", "more than ");
+  clearReading(`The hand ${signs} ${label}, with a probability of ${share}.`);
+  page("digit").textContent = label;
+  page("digit").hidden = false;
+  page("probabilities").replaceChildren(
+    ...Object.entries(probabilities).map(([name, share]) => line(name, share, name === label)),
+  );
+  page("version").textContent = version ? `Answered by version ${version} of the model.` : "";
+  page("result").hidden = false;
+  comeIntoView();
+}
+
+/** On a telephone the reading stands below the photograph. */
+function comeIntoView() {
+  page("reading").scrollIntoView({ block: "nearest" });
+}
+
+/** A line of the table: the digit, its bar, its probability. */
+function line(name, share, best) {
+  const [row, head, track, bar] = ["tr", "th", "div", "div"].map((tag) => document.createElement(tag));
+  row.classList.toggle("best", best);
+  head.scope = "row";
+  head.textContent = name;
+  track.className = "track";
+  bar.className = "bar";
+  bar.style.width = `${100 * share}%`; // set from here: the content policy allows no style attribute
+  track.append(bar);
+  row.append(head);
+  row.insertCell().append(track);
+  row.insertCell().textContent = percent(share);
+  return row;
+}
+
+/** A share as a visitor reads it: never rounded to certainty. */
+function percent(share) {
+  if (share < 0.001) return "< 0.1 %";
+  if (share > 0.999) return "> 99.9 %";
+  return `${(100 * share).toFixed(1)} %`;
+}

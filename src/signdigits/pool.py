@@ -1,0 +1,187 @@
+"""The processes that answer for one version: `mlflow models serve`, as often as asked for."""
+
+import http.client
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+
+from signdigits import front
+from signdigits.hyperparameters import ServeParameters
+from signdigits.processes import Process, Reply, ask
+
+log = logging.getLogger(__name__)
+
+VERSION_HEADER = "Model-Version"
+WARMING = 3  # times that every process is asked before it counts
+PING_EVERY = 2.0  # seconds
+LONGEST_PAUSE = 30.0  # seconds between two starts of a process that keeps ending
+
+
+class Refused(Exception):
+    """A version that must not be served; the message says why."""
+
+
+def command(version: ModelVersion, parameters: ServeParameters) -> list[str]:
+    uri = f"models:/{version.name}/{version.version}"
+    serve = ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "--timeout", str(parameters.timeout)]
+    return [sys.executable, "-m", *serve]
+
+
+def environment(version: ModelVersion) -> dict[str, str]:
+    """What MLflow passes on to uvicorn, which reads its options from the environment too.
+
+    The process itself says which version it is: whoever passes its replies on cannot say anything else.
+    """
+    return {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where MLflow looks for uvicorn
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "UVICORN_HEADERS": f"{VERSION_HEADER}:{version.version}",
+        "UVICORN_LOG_LEVEL": "warning",
+        "UVICORN_ACCESS_LOG": "false",
+        "UVICORN_TIMEOUT_KEEP_ALIVE": str(front.KEEP_ALIVE + 15),
+    }
+
+
+class Member:
+    """One place in a pool: a socket, and the process that listens there, started again when it ends."""
+
+    def __init__(self, path: Path, line: list[str], settings: Mapping[str, str]) -> None:
+        self.path = path
+        self.line = line
+        self.settings = {**settings, "UVICORN_UDS": str(path)}
+        self.starts = 0
+        self.start()
+
+    def start(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.process = Process(self.path.stem, self.line, self.settings)
+        self.starts += 1
+        self.answered = self.asked = time.monotonic()
+
+    def answers(self) -> bool:
+        self.asked = time.monotonic()
+        try:
+            found = ask(self.path, "GET", "/ping", timeout=1).status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        if found:
+            self.answered = time.monotonic()
+        return found
+
+    def revive(self, silence: float) -> None:
+        """Start the process again if it ended, or if it did not answer for `silence` seconds."""
+        now = time.monotonic()
+        if self.process.running:
+            silent = now - self.asked > PING_EVERY and not self.answers()
+            if silent and now - self.answered > silence:
+                log.warning("%s does not answer for %.0f seconds: ended", self.path.stem, silence)
+                self.process.signal(signal.SIGKILL)
+            return
+        # What is left of it would take the new one's socket along when it ends.
+        self.process.signal(signal.SIGKILL)
+        if self.process.gone() and now - self.process.started >= self.pause():
+            log.warning("%s ended (%s): started again", self.path.stem, self.process.reason())
+            self.start()
+
+    def pause(self) -> float:
+        """Seconds from one start to the next: none at first, more if it keeps ending soon after it answers."""
+        if self.answered - self.process.started > LONGEST_PAUSE:
+            self.starts = 1
+        return min(LONGEST_PAUSE, 2.0**self.starts) if self.starts > 1 else 0
+
+
+class Pool:
+    """The processes of one version."""
+
+    def __init__(self, name: str, version: ModelVersion, parameters: ServeParameters, home: Path) -> None:
+        self.name = name
+        self.version = version
+        self.parameters = parameters
+        line, settings = command(version, parameters), environment(version)
+        paths = [front.socket_path(home, name, number) for number in range(1, parameters.processes + 1)]
+        self.members = [Member(path, line, settings) for path in paths]
+
+    def ready(self) -> bool:
+        """Whether every process answers. Raises Refused if one has ended instead."""
+        for member in self.members:
+            if not member.process.running:
+                raise Refused(f"it does not start: {member.process.reason()}")
+        return all(member.answers() for member in self.members)
+
+    def check(self) -> None:
+        """Ask every process for the model's own input example, which warms it. Raises Refused unless it is answered."""
+        body, rows = input_example(self.version)
+        for member in self.members:
+            for _ in range(WARMING):
+                try:
+                    reply = ask(member.path, "POST", "/invocations", body, self.parameters.timeout)
+                except (OSError, http.client.HTTPException) as error:
+                    raise Refused(f"it does not answer its own input example ({error})") from error
+                if fault := find_fault(reply, rows):
+                    raise Refused(f"it answers its own input example with {fault}")
+
+    def revive(self) -> None:
+        for member in self.members:
+            member.revive(self.parameters.timeout)
+
+    def signal(self, number: signal.Signals) -> None:
+        for member in self.members:
+            member.process.signal(number)
+
+    def gone(self) -> bool:
+        return all(member.process.gone() for member in self.members)
+
+
+def input_example(version: ModelVersion) -> tuple[bytes, int]:
+    """The version's own input example, as a request, and its number of rows. Raises Refused if it has none."""
+    uri = f"models:/{version.name}/{version.version}/serving_input_example.json"
+    try:
+        text = mlflow.artifacts.load_text(uri)
+        rows = len(json.loads(text)["dataframe_split"]["data"])
+    except Exception as error:  # whatever the store, the network or the file have to say
+        raise Refused(f"it has no input example that it could be checked with ({error})") from error
+    return text.encode(), rows
+
+
+def find_fault(reply: Reply, rows: int) -> str:
+    """What is wrong with a reply to so many rows; nothing, if it is right."""
+    if reply.status != 200:
+        return f"{reply.status}: {error_in(reply.content)}"
+    try:
+        predictions = json.loads(reply.content)["predictions"]
+        if len(predictions) != rows:
+            return f"{len(predictions)} predictions for {rows} rows"
+        return next(filter(None, map(find_fault_in_row, predictions)), "")
+    except (ValueError, KeyError, TypeError) as error:
+        return f"another form than label, probability and probabilities ({error!r})"
+
+
+def error_in(content: bytes) -> str:
+    """What MLflow's error says, and what the model raised, without the way there."""
+    try:
+        error = json.loads(content)
+        raised = error.get("stack_trace", "").strip().splitlines()[-1:]
+        return " ".join([str(error["message"]), *raised])
+    except (ValueError, KeyError, AttributeError):
+        return content[:500].decode(errors="replace")
+
+
+def find_fault_in_row(row: Mapping[str, Any]) -> str:
+    probabilities = row["probabilities"]
+    if row["label"] not in probabilities:
+        return f"the label {row['label']!r}, which is none of its classes"
+    if not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3):
+        return f"probabilities that add up to {sum(probabilities.values()):.3f}"
+    return ""

@@ -1,0 +1,118 @@
+"""Processes that a supervisor starts, listens to, asks over a Unix socket, and stops."""
+
+import collections
+import contextlib
+import ctypes
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from signdigits.startup import CHATTER
+
+PR_SET_CHILD_SUBREAPER = 36  # from Linux' prctl.h
+TAIL = 200  # lines of output that are kept, for the reason of a failure
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of what its children leave behind, so that it can tell when that has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+class Process:
+    """A command in a session of its own, so that Ctrl-C reaches only who started it; it does not outlive that one.
+
+    What it writes goes to this process's standard error, without start-up chatter. Start it in the main thread: Linux
+    takes the end of the thread that started it for the end of the parent.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.started = time.monotonic()
+        self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "signdigits.tether", str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        threading.Thread(target=self.listen, args=(self.popen.stdout,), daemon=True).start()
+
+    def listen(self, output: IO[str]) -> None:
+        for line in output:
+            if not re.search(CHATTER, line):
+                self.tail.append(line.rstrip())
+                with contextlib.suppress(OSError):  # nobody reads any more
+                    print(f"{self.name}: {line.rstrip()}", file=sys.stderr, flush=True)
+
+    @property
+    def running(self) -> bool:
+        return self.popen.poll() is None
+
+    def reason(self) -> str:
+        """Why it ended, as far as can be told: the last that it wrote before it ended."""
+        if not self.tail:
+            return f"exit code {self.popen.returncode}, without a word"
+        errors = [line for line in self.tail if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        own = [line for line in errors if "returned non zero return code" not in line]  # MLflow's, of its child
+        return (own or list(self.tail))[-1].strip()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and to all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, number)
+
+    def gone(self) -> bool:
+        """Whether neither the process nor any that it started is left."""
+        if self.running:
+            return False
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-self.popen.pid, os.WNOHANG)  # those that it left to this process
+        try:
+            os.killpg(self.popen.pid, 0)  # signal 0 only asks
+        except ProcessLookupError:
+            return True
+        return False
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self.path))
+
+
+def ask(path: Path, method: str, target: str, body: bytes | None = None, timeout: float = 60) -> Reply:
+    """What the server at the Unix socket replies. Raises OSError or HTTPException if it does not."""
+    with contextlib.closing(UnixConnection(path, timeout)) as connection:
+        headers: dict[str, Any] = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(method, target, body, headers)
+        reply = connection.getresponse()
+        return Reply(reply.status, dict(reply.getheaders()), reply.read())

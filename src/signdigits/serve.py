@@ -1,0 +1,296 @@
+"""Serve the champion behind a front, and every version that follows it, without a gap.
+
+python -m signdigits serve
+scripts/serve
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+
+from signdigits import front, register, tracking
+from signdigits.errors import ModelError, ServingError
+from signdigits.hyperparameters import ServeParameters
+from signdigits.pool import Pool, Refused, command, environment
+from signdigits.processes import Process, adopt_orphans
+
+log = logging.getLogger(__name__)
+
+TICK = 0.2  # seconds between two looks at the processes
+
+# Tags of a version: what became of it here, why, and when.
+STATE, REASON, TIME = "serving_state", "serving_reason", "serving_time"
+LIVE, RETIRED, REFUSED = "live", "retired", "refused"
+
+
+def serve(parameters: ServeParameters) -> None:
+    """Serve until interrupted. Raises ServingError or ModelError if that cannot begin."""
+    version = register.find_alias(parameters.alias)
+    if version is None:
+        raise ModelError(
+            f"{register.REGISTERED_MODEL} has no {parameters.alias} in {tracking.address()}; run scripts/quickstart"
+        )
+    check_port(parameters)
+    nginx = shutil.which("nginx")
+    if nginx is None:
+        serve_alone(parameters, version)
+    else:
+        with home() as folder:
+            lay_out(parameters, folder)
+            Supervisor(parameters, nginx, folder).run(version)
+
+
+def lay_out(parameters: ServeParameters, home: Path) -> None:
+    """Write what nginx needs, which holds the token, and let it read it. Raises ServingError if it finds fault."""
+    token = front.read_token(parameters.token_file) if parameters.token_file else ""
+    for name in ("certificate", "key"):
+        file = getattr(parameters, name)
+        if file and not os.access(file, os.R_OK):
+            raise ServingError(f"{name}={file}: cannot be read")
+    front.make_home(home)
+    configuration = home / "nginx.conf"
+    configuration.touch(mode=0o600)
+    configuration.write_text(front.configuration(parameters, home, token))
+
+
+def check_port(parameters: ServeParameters) -> None:
+    """Raise ServingError unless the port can be listened on."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(parameters.host, parameters.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nginx does
+            probe.bind(address)
+    except OSError as error:
+        raise ServingError(
+            f"{parameters.host}:{parameters.port}: {error.strerror}; stop what listens there, or give another --port"
+        ) from error
+
+
+def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
+    """Become `mlflow models serve`: without nginx that is all there is."""
+    unmet = [
+        f"{name}={value}"
+        for name in ("token_file", "certificate", "requests_per_second", "connections_per_client")
+        if (value := getattr(parameters, name))
+    ]
+    if unmet:
+        raise ServingError(f"{', '.join(unmet)}: needs nginx; install it (Debian: apt install nginx-light)")
+    log.warning(
+        "nginx is not installed, or not in PATH: version %s is served by itself on http://%s:%d. Without it there is no page, no limit, no "
+        "time-out for slow clients, and a promotion needs a restart. Debian: apt install nginx-light",
+        version.version, parameters.host, parameters.port,
+    )  # fmt: skip
+    os.environ.update(environment(version))
+    line = [*command(version, parameters), "--host", parameters.host, "--port", str(parameters.port)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdout.flush()
+    os.execvp(line[0], line)
+
+
+@contextlib.contextmanager
+def home() -> Iterator[Path]:
+    """A folder for sockets, configuration and what nginx writes, gone afterwards.
+
+    It is locked, which keeps systemd's daily cleaning of /tmp from it.
+    """
+    with tempfile.TemporaryDirectory(prefix="sign-digits-") as name:
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield Path(name).resolve()
+        finally:
+            os.close(descriptor)
+
+
+class Supervisor:
+    """Keeps a front and a pool of processes alive, and brings in another pool when the alias moves."""
+
+    def __init__(self, parameters: ServeParameters, nginx: str, home: Path) -> None:
+        self.parameters = parameters
+        self.home = home
+        self.nginx = [nginx, "-p", str(home), "-c", str(home / "nginx.conf")]
+        self.front: Process | None = None
+        self.live: Pool | None = None
+        self.refused = ""  # the version that the alias names, if it was turned away
+        self.said = ""  # what was logged last of the registry
+        self.looked = 0.0
+
+    def run(self, version: ModelVersion) -> None:
+        adopt_orphans()
+        started = time.monotonic()
+        try:
+            self.begin(version)
+            log.info("ready after %.1f s: %s", time.monotonic() - started, address(self.parameters))
+            while True:
+                self.tick()
+                self.look()
+        except KeyboardInterrupt:
+            log.info("stopping")
+        finally:
+            self.stop()
+
+    def begin(self, version: ModelVersion) -> None:
+        """Bring in the version, or the one that was served before if it is refused, and then open the port."""
+        for candidate in [version, *served_before(version)]:
+            if self.bring_in(candidate):
+                break
+        else:
+            raise ServingError(
+                f"{self.parameters.alias}: version {version.version} cannot be served, and none was served before"
+            )
+        self.front = self.start_front()
+        deadline = time.monotonic() + self.parameters.start_timeout
+        while not listening(self.parameters):
+            if not self.front.running or time.monotonic() > deadline:
+                raise ServingError(f"nginx does not start: {self.front.reason()}")
+            time.sleep(TICK / 10)
+
+    def start_front(self) -> Process:
+        return Process("nginx", self.nginx)
+
+    def tick(self) -> None:
+        """Wait a moment, and start again what has ended."""
+        time.sleep(TICK)
+        if self.live:
+            self.live.revive()
+        if self.front and not self.front.running:
+            self.front.signal(signal.SIGKILL)  # its workers, who hold the port
+            if self.front.gone():
+                log.warning("nginx ended (%s): started again", self.front.reason())
+                self.front = self.start_front()
+
+    def look(self) -> None:
+        """Ask the registry for the alias, every now and then, and follow it where it moved."""
+        if time.monotonic() - self.looked < self.parameters.poll:
+            return
+        version = self.find_alias()
+        self.looked = time.monotonic()
+        assert self.live is not None
+        if version is None or str(version.version) == self.refused:
+            return
+        self.refused = ""
+        if version.version != self.live.version.version:
+            self.bring_in(version)
+
+    def find_alias(self) -> ModelVersion | None:
+        """The version to serve; None, and a word about it, if the registry cannot say."""
+        try:
+            version = register.find_alias(self.parameters.alias)
+            said = "" if version else f"{self.parameters.alias} is no version's alias any more: left as it is"
+        except Exception as error:  # whatever MLflow, a driver or the network have to say; the next look may succeed
+            version, said = None, f"{tracking.address()} does not answer ({str(error).splitlines()[0]}): left as it is"
+        if said and said != self.said:
+            log.warning("%s", said)
+        self.said = said
+        return version
+
+    def bring_in(self, version: ModelVersion) -> bool:
+        """Start the version beside the one that is live, check it, and only then send the requests to it."""
+        log.info("starting version %s", version.version)
+        idle = "green" if self.live and self.live.name == "blue" else "blue"
+        pool = Pool(idle, version, self.parameters, self.home)
+        try:
+            self.examine(pool)
+        except Refused as refusal:
+            log.warning("version %s is not served: %s", version.version, refusal)
+            note(version, REFUSED, str(refusal))
+            self.refused = str(version.version)
+            self.end(pool, seconds=0)
+            return False
+        except BaseException:
+            self.end(pool, seconds=0)
+            raise
+        before, self.live = self.live, pool
+        front.point_live(self.home, pool.name)
+        log.info("version %s is live%s", version.version, f"; version {before.version.version} ends" if before else "")
+        note(version, LIVE)
+        if before:
+            note(before.version, RETIRED, f"version {version.version} follows it")
+            self.end(before, seconds=self.parameters.drain)
+        return True
+
+    def examine(self, pool: Pool) -> None:
+        """Raise Refused unless the pool starts in time and answers its model's input example."""
+        deadline = time.monotonic() + self.parameters.start_timeout
+        while not pool.ready():
+            if time.monotonic() > deadline:
+                raise Refused(f"it does not start within {self.parameters.start_timeout:g} seconds")
+            self.tick()
+        with ThreadPoolExecutor(1) as thread:  # it may take its time, while others need to be looked after
+            checking = thread.submit(pool.check)
+            while not checking.done():
+                self.tick()
+            checking.result()
+
+    def end(self, pool: Pool, seconds: float) -> None:
+        """Let the pool finish what it has begun, for so long at most, and end it.
+
+        What nginx has begun to read for it, a slow upload say, nginx will bring to the pool that is live then.
+        """
+        pool.signal(signal.SIGTERM)  # uvicorn's word for "finish, then end"
+        deadline = time.monotonic() + max(seconds, 2 * TICK)
+        while not pool.gone() and time.monotonic() < deadline:
+            self.tick()
+        pool.signal(signal.SIGKILL)
+        while not pool.gone():
+            self.tick()
+
+    def stop(self) -> None:
+        """End the front, which finishes its requests, and then the processes that answer them."""
+        live, self.live = self.live, None
+        last, self.front = self.front, None
+        if last:
+            last.signal(signal.SIGQUIT)  # nginx's word for "finish, then end"
+            deadline = time.monotonic() + self.parameters.drain
+            while not last.gone() and time.monotonic() < deadline:
+                time.sleep(TICK / 4)
+            last.signal(signal.SIGKILL)
+        if live:
+            self.end(live, seconds=self.parameters.drain)
+
+
+def served_before(version: ModelVersion) -> list[ModelVersion]:
+    """The other version that was live last, if one was: it was not retired, only the machine or the command ended."""
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{version.name}'")
+    live = [other for other in found if other.tags.get(STATE) == LIVE and other.version != version.version]
+    return sorted(live, key=lambda other: other.tags.get(TIME, ""))[-1:]
+
+
+def note(version: ModelVersion, state: str, reason: str = "") -> None:
+    """Write on the version what became of it. A registry that does not answer keeps nobody from serving."""
+    facts = {STATE: state, REASON: reason[:5000], TIME: datetime.now(UTC).isoformat(timespec="milliseconds")}
+    try:
+        for name, value in facts.items():
+            mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
+    except Exception as error:
+        log.warning(
+            "version %s is %s, which could not be written to %s (%s)", version.version, state, tracking.address(), error
+        )
+
+
+def listening(parameters: ServeParameters) -> bool:
+    try:
+        with socket.create_connection((parameters.host, parameters.port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def address(parameters: ServeParameters) -> str:
+    host = f"[{parameters.host}]" if ":" in parameters.host else parameters.host
+    return f"http{'s' if parameters.certificate else ''}://{host}:{parameters.port}"

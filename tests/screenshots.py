@@ -1,0 +1,58 @@
+"""Make the pictures in docs/ from a store and a model that are shown at this moment.
+
+scripts/ui                             # in one terminal
+scripts/serve                          # in another
+scripts/screenshots PHOTOGRAPH         # in a third
+"""
+
+import argparse
+from pathlib import Path
+
+from playwright.sync_api import Browser
+
+from signdigits import links, tracking
+from signdigits.hyperparameters import LinkParameters
+
+from . import browser
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="screenshots", description=__doc__.splitlines()[0])
+    parser.add_argument("photograph", type=Path, help="what the page is shown reading")
+    parser.add_argument("--ui_port", type=int, default=5000, help="where scripts/ui listens (default: %(default)s)")
+    parser.add_argument("--url", default="http://127.0.0.1:5001", help="where the page is (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=DOCS, help="where the pictures go (default: docs)")
+    given = parser.parse_args()
+    tracking.connect()
+    runs, study, trials, _ = (line.rpartition(" ")[2] for line in links.latest(LinkParameters(port=given.ui_port)))
+    with browser.chromium() as chromium:
+        show_runs(chromium, runs, study.partition("/runs/")[2].partition("?")[0], given.folder / "runs.png")
+        show_trials(chromium, trials, given.folder / "compare.png")
+        show_page(chromium, given.url, given.photograph, given.folder / "page.png")
+
+
+def show_runs(chromium: Browser, address: str, study: str, picture: Path) -> None:
+    """The latest study with what is nested under it."""
+    with browser.opened(chromium, address, viewport={"width": 1400, "height": 900}) as page:
+        browser.expand(page, study)
+        page.screenshot(path=picture)
+
+
+def show_trials(chromium: Browser, address: str, picture: Path) -> None:
+    """The parallel coordinates of its trials."""
+    with browser.opened(chromium, address, viewport={"width": 1280, "height": 640}) as page:
+        browser.plot(page, "val_accuracy")
+        page.screenshot(path=picture)
+
+
+def show_page(chromium: Browser, address: str, photograph: Path, picture: Path) -> None:
+    page = chromium.new_page(viewport={"width": 1280, "height": 840})
+    page.goto(address)
+    browser.read(page, photograph)
+    page.screenshot(path=picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""The page in a real Chromium, before a real model: a network trained for a few epochs on the generated bars."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import mlflow
+import pytest
+from PIL import Image
+
+from signdigits import data, register, train
+from signdigits.hyperparameters import Hyperparameters
+
+from .conftest import answers, free_port, use_store, wait_until
+
+pytest.importorskip("playwright", reason="needs the extra .[browser]")
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, FilePayload, Page, expect
+
+from . import browser
+
+pytestmark = [
+    pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Chromium"),
+    pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx"),
+]
+
+TOKEN = "a-token-of-the-tests"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A champion in a store, and the photographs it was trained on."""
+
+    folder: Path
+    store: str
+    photographs: Path
+
+
+@dataclass(frozen=True)
+class Front:
+    """`python -m signdigits serve`, and the address it listens on."""
+
+    url: str
+    supervisor: int
+
+    def signal_model(self, number: signal.Signals) -> None:
+        """Send a signal to the model's processes, behind the back of who would start them again."""
+        os.kill(self.supervisor, signal.SIGSTOP)
+        children = Path(f"/proc/{self.supervisor}/task/{self.supervisor}/children").read_text().split()
+        (model,) = (child for child in children if b"mlflow" in Path(f"/proc/{child}/cmdline").read_bytes())
+        os.killpg(int(model), number)
+
+    def go_on(self) -> None:
+        os.kill(self.supervisor, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Made]:
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store:
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            patch.delenv(name)
+        run_id = train.train(loaded, Hyperparameters(epochs=8, batch_size=8, initial_learning_rate=0.003))
+        model_uri = f"models:/{mlflow.get_run(run_id).outputs.model_outputs[0].model_id}"
+        version = mlflow.register_model(model_uri, register.REGISTERED_MODEL)
+        mlflow.MlflowClient().set_registered_model_alias(version.name, register.CHAMPION, version.version)
+        yield Made(folder, store, loaded.dataset.folder)
+
+
+@contextmanager
+def front(made: Made, *options: str) -> Iterator[Front]:
+    url = f"http://127.0.0.1:{free_port()}"
+    line = [sys.executable, "-m", "signdigits", "serve", "--port", url.rpartition(":")[2], "--drain", "1", *options]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": made.store}
+    log = made.folder / "serve.log"
+    with log.open("w") as output:
+        supervisor = subprocess.Popen(line, cwd=made.folder, env=environment, stdout=output, stderr=output)
+    try:
+        wait_until(lambda: answers(f"{url}/ping") or supervisor.poll() is not None, seconds=180)
+        assert supervisor.poll() is None, log.read_text()
+        yield Front(url, supervisor.pid)
+    finally:
+        supervisor.send_signal(signal.SIGCONT)
+        supervisor.terminate()
+        supervisor.wait(60)
+
+
+@pytest.fixture(scope="module")
+def url(made: Made) -> Iterator[str]:
+    with front(made) as opened:
+        yield opened.url
+
+
+@pytest.fixture(scope="module")
+def window(made: Made) -> Iterator[Browser]:
+    """A Chromium whose camera sees a photograph of class 1, wider than high as cameras are."""
+    film = made.folder / "camera.mjpeg"
+    film.write_bytes(jpeg(beside(made.photographs / "1" / "IMG_0003.JPG")) * 3)
+    with browser.chromium("--use-fake-device-for-media-stream", f"--use-file-for-fake-video-capture={film}") as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(window: Browser, url: str) -> Iterator[Page]:
+    with visit(window, url) as opened:
+        yield opened
+
+
+@contextmanager
+def visit(window: Browser, url: str, camera: bool = True, **options: Any) -> Iterator[Page]:
+    """The page in a window of its own; afterwards, nothing may stand in its console, and no other host was asked."""
+    context = window.new_context(**options)
+    if camera:
+        context.grant_permissions(["camera"], origin=url)
+    page = context.new_page()
+    complaints: list[str] = []
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if is_complaint(message) else None)
+    page.goto(url)
+    try:
+        yield page
+    finally:
+        context.close()
+    assert complaints == []
+    assert {urlsplit(address).netloc for address in asked if not address.startswith("blob:")} == {urlsplit(url).netloc}
+
+
+def is_complaint(message: Any) -> bool:
+    """Chromium notes every refused request in the console; those of photographs belong to the tests."""
+    return message.type in ("error", "warning") and not message.location["url"].endswith("/invocations")
+
+
+def beside(path: Path) -> Image.Image:
+    """The photographed square in the middle of a camera's picture, with black on either side."""
+    picture = Image.new("RGB", (640, 480))
+    picture.paste(Image.open(path).resize((480, 480)), (80, 0))
+    return picture
+
+
+def jpeg(picture: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def expect_answer(page: Page, label: str) -> None:
+    """The reading of a photograph, everything that belongs to it, and nothing else."""
+    expect(page.get_by_role("status")).to_contain_text(f"The hand signs {label}, with a probability of")
+    expect(page.locator("#digit")).to_have_text(label)
+    rows = page.get_by_role("table", name="Probability of each digit").locator("tbody tr")
+    expect(rows).to_have_count(3)
+    expect(rows.locator("th")).to_have_text(["0", "1", "2"])
+    expect(rows.filter(has_text="%")).to_have_count(3)
+    expect(page.locator("tr.best th")).to_have_text(label)
+    expect(page.get_by_text("Answered by version 1 of the model.")).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def expect_trouble(page: Page, words: str) -> None:
+    expect(page.get_by_role("alert")).to_contain_text(words)
+    expect(page.get_by_role("status")).to_have_text("Not read.")
+    expect(page.get_by_role("table")).to_be_hidden()
+
+
+def choose(page: Page, file: Path | FilePayload) -> None:
+    page.locator("#file").set_input_files(file)
+
+
+def send_again(page: Page) -> None:
+    """Press the button for as long as the page offers it."""
+    again = page.get_by_role("button", name="Send it again")
+    while again.is_visible():
+        again.click()
+        expect(page.get_by_role("status")).not_to_have_text("Reading …")
+
+
+def file(name: str, content: bytes, kind: str = "image/jpeg") -> FilePayload:
+    return FilePayload(name=name, mimeType=kind, buffer=content)
+
+
+def drop(page: Page, content: bytes | None) -> None:
+    """Drop a file, or for None a piece of text, on the frame."""
+    data = page.evaluate_handle(
+        """content => {
+            const data = new DataTransfer();
+            if (content === null) data.setData("text/plain", "a word");
+            else data.items.add(new File([Uint8Array.from(atob(content), c => c.charCodeAt(0))], "hand.jpg", {type: "image/jpeg"}));
+            return data;
+        }""",
+        None if content is None else base64.b64encode(content).decode(),
+    )
+    for event in ("dragenter", "dragover", "drop"):
+        page.dispatch_event("#frame", event, {"dataTransfer": data})
+
+
+def sent(page: Page, act: Callable[[], None]) -> Image.Image:
+    """The photograph that is sent to the model after `act`."""
+    with page.expect_request("**/invocations") as request:
+        act()
+    (record,) = json.loads(request.value.post_data or "")["dataframe_records"]
+    return Image.open(io.BytesIO(base64.b64decode(record["image"])))
+
+
+def test_a_chosen_photograph_is_shown_and_read(page: Page, made: Made) -> None:
+    expect(page.get_by_role("status")).to_have_text("No photograph yet.")
+    choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect_answer(page, "2")
+    expect(page.get_by_alt_text("The photograph that is read")).to_be_visible()
+    choose(page, made.photographs / "0" / "IMG_0000.JPG")
+    expect_answer(page, "0")
+
+
+def test_the_bars_are_as_long_as_the_probabilities(page: Page, made: Made) -> None:
+    with page.expect_response("**/invocations") as response:
+        choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect_answer(page, "2")
+    (answer,) = response.value.json()["predictions"]
+    shares = page.eval_on_selector_all(
+        ".bar", "bars => bars.map(bar => bar.getBoundingClientRect().width / bar.parentElement.clientWidth)"
+    )
+    assert shares == pytest.approx(list(answer["probabilities"].values()), abs=0.01)
+
+
+def test_a_small_photograph_is_sent_as_it_is(page: Page, made: Made) -> None:
+    path = made.photographs / "1" / "IMG_0002.JPG"
+    with page.expect_request("**/invocations") as request:
+        choose(page, path)
+    (record,) = json.loads(request.value.post_data or "")["dataframe_records"]
+    assert base64.b64decode(record["image"]) == path.read_bytes()
+    expect_answer(page, "1")
+
+
+def test_a_large_photograph_is_sent_smaller_and_upright(page: Page, made: Made) -> None:
+    """Held on its side: the bar of class 0, on top, is stored at the left with the EXIF orientation 6."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = Image.open(made.photographs / "0" / "IMG_0001.JPG").resize((3000, 4000))
+    stored = jpeg(upright.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    picture = sent(page, lambda: choose(page, file("telephone.jpg", stored)))
+    assert picture.size == (768, 1024)
+    assert 1 not in picture.getexif().values()
+    expect_answer(page, "0")
+
+
+def test_what_only_the_browser_can_read_is_sent_as_jpeg(page: Page, made: Made) -> None:
+    buffer = io.BytesIO()
+    Image.open(made.photographs / "2" / "IMG_0004.JPG").resize((96, 96)).save(buffer, "WEBP", quality=95)
+    picture = sent(page, lambda: choose(page, file("hand.webp", buffer.getvalue(), "image/webp")))
+    assert (picture.format, picture.size) == ("JPEG", (96, 96))
+    expect_answer(page, "2")
+
+
+def test_a_dropped_photograph_is_read(page: Page, made: Made) -> None:
+    drop(page, (made.photographs / "1" / "IMG_0005.JPG").read_bytes())
+    expect_answer(page, "1")
+
+
+def test_what_is_dropped_but_no_file_is_told(page: Page) -> None:
+    drop(page, None)
+    expect_trouble(page, "That was no file.")
+
+
+def test_the_camera_is_read_as_the_square_that_the_frame_shows(page: Page) -> None:
+    page.get_by_role("button", name="Use the camera").click()
+    expect(page.get_by_label("Live view of the camera")).to_be_visible()
+    page.wait_for_function("document.querySelector('video').videoWidth > 0")
+    picture = sent(page, page.get_by_role("button", name="Take the picture").click)
+    assert picture.size == (480, 480)
+    expect_answer(page, "1")
+    expect(page.get_by_label("Live view of the camera")).to_be_hidden()
+    assert page.evaluate("document.querySelector('video').srcObject") is None, "the camera is off"
+
+
+def test_a_camera_can_be_closed_again(page: Page) -> None:
+    page.get_by_role("button", name="Use the camera").click()
+    page.get_by_role("button", name="Close the camera").click()
+    expect(page.get_by_role("status")).to_have_text("No photograph yet.")
+    expect(page.get_by_role("button", name="Use the camera")).to_be_focused()
+
+
+def test_a_refused_camera_is_told(window: Browser, url: str) -> None:
+    with visit(window, url, camera=False) as page:
+        page.get_by_role("button", name="Use the camera").click()
+        expect_trouble(page, "The camera was refused.")
+
+
+def test_a_missing_camera_is_told(window: Browser, url: str) -> None:
+    flag = "--use-fake-device-for-media-stream=device-count=0"
+    with browser.launch(window.browser_type, flag) as blind, visit(blind, url) as page:
+        page.get_by_role("button", name="Use the camera").click()
+        expect_trouble(page, "No camera was found.")
+
+
+def test_what_is_no_photograph_is_refused_in_the_words_of_the_model(page: Page, made: Made) -> None:
+    choose(page, file("notes.txt", b"no photograph", "text/plain"))
+    expect_trouble(page, "The photograph cannot be read: not an image.")
+    expect(page.get_by_role("button", name="Send it again")).to_be_hidden()
+    choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect_answer(page, "2")
+
+
+def test_too_large_and_too_many_photographs_are_told(window: Browser, made: Made) -> None:
+    limits = ("--max_body", "1", "--requests_per_second", "1", "--burst", "1")
+    with front(made, *limits) as opened, visit(window, opened.url) as page:
+        choose(page, file("noise.jpg", os.urandom(2_000_000)))
+        expect_trouble(page, "The photograph is too large for this server.")
+        page.evaluate("() => { window.flood = setInterval(() => fetch('invocations', {method: 'POST'}), 50) }")
+        wait_until(lambda: refused_as_too_many(page, made.photographs / "1" / "IMG_0000.JPG"), seconds=60)
+        page.evaluate("clearInterval(flood)")
+        send_again(page)
+        expect_answer(page, "1")
+
+
+def refused_as_too_many(page: Page, photograph: Path) -> bool:
+    """Whether the photograph was; now and then, one is let through beside the flood."""
+    choose(page, photograph)
+    expect(page.get_by_role("status")).not_to_have_text("Reading …")
+    return page.get_by_text("Too many photographs in a short time.").is_visible()
+
+
+def test_a_token_is_asked_for_and_kept_for_the_tab(window: Browser, made: Made) -> None:
+    kept = made.folder / "token"
+    kept.write_text(TOKEN)
+    with front(made, "--token_file", str(kept)) as opened, visit(window, opened.url) as page:
+        expect(page.get_by_label("Token")).to_be_hidden()
+        choose(page, made.photographs / "2" / "IMG_0000.JPG")
+        expect_trouble(page, "This server answers only those who know its token.")
+        expect(page.get_by_label("Token")).to_be_focused()
+        page.keyboard.type("a guess")
+        page.keyboard.press("Enter")
+        expect_trouble(page, "The server does not know this token.")
+        page.keyboard.type(TOKEN)
+        page.keyboard.press("Enter")
+        expect_answer(page, "2")
+        expect(page.get_by_label("Token")).to_be_hidden()
+        page.reload()
+        choose(page, made.photographs / "0" / "IMG_0000.JPG")
+        expect_answer(page, "0")
+
+
+def test_a_server_that_cannot_be_reached_is_told(page: Page, made: Made) -> None:
+    page.context.set_offline(True)
+    choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect_trouble(page, "The server does not answer.")
+    page.context.set_offline(False)
+    send_again(page)
+    expect_answer(page, "2")
+
+
+def test_a_model_that_hangs_or_dies_is_told_and_answers_when_it_is_back(window: Browser, made: Made) -> None:
+    with front(made) as opened, visit(window, opened.url) as page:
+        opened.signal_model(signal.SIGSTOP)
+        page.clock.install()
+        with page.expect_request("**/invocations"):
+            choose(page, made.photographs / "2" / "IMG_0000.JPG")
+        expect(page.get_by_role("status")).to_have_text("Reading …")
+        page.clock.fast_forward(30_000)
+        expect_trouble(page, "No answer within 30 seconds.")
+        opened.signal_model(signal.SIGKILL)
+        page.get_by_role("button", name="Send it again").click()
+        expect_trouble(page, "No model answers at the moment")
+        opened.go_on()
+        send_again(page)
+        expect_answer(page, "2")
+
+
+def test_the_last_photograph_is_the_one_that_is_read(page: Page, made: Made) -> None:
+    for label in ("0", "1", "2", "1", "0", "2"):
+        choose(page, made.photographs / label / "IMG_0006.JPG")
+    expect_answer(page, "2")
+
+
+def test_a_keyboard_is_enough(page: Page, made: Made) -> None:
+    with page.expect_file_chooser() as chooser:  # from the start: Playwright does not wait until it is set up
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Choose a photograph")).to_be_focused()
+        page.keyboard.press("Enter")
+    chooser.value.set_files(made.photographs / "0" / "IMG_0007.JPG")
+    expect_answer(page, "0")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Use the camera")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Take the picture")).to_be_focused()
+    page.wait_for_function("document.querySelector('video').videoWidth > 0")
+    page.keyboard.press("Enter")
+    expect_answer(page, "1")
+    expect(page.get_by_role("button", name="Use the camera")).to_be_focused()
+
+
+def test_the_focus_can_be_seen(page: Page) -> None:
+    for _ in range(2):
+        page.keyboard.press("Tab")
+        focused = page.locator(":focus")
+        expect(focused).to_have_css("outline-style", "solid")
+        expect(focused).to_have_css("outline-width", "3px")
+
+
+STATES = ("empty", "answer", "trouble", "camera")
+
+
+def bring(page: Page, state: str, made: Made) -> None:
+    """Lead the page to one of its states."""
+    if state == "answer":
+        choose(page, made.photographs / "2" / "IMG_0000.JPG")
+        expect_answer(page, "2")
+    elif state == "trouble":
+        choose(page, file("notes.txt", b"no photograph", "text/plain"))
+        expect_trouble(page, "not an image")
+    elif state == "camera":
+        page.get_by_role("button", name="Use the camera").click()
+        expect(page.get_by_role("button", name="Take the picture")).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [360, 768, 1400])
+def test_nothing_is_wider_than_the_window(window: Browser, url: str, made: Made, width: int) -> None:
+    with visit(window, url, viewport={"width": width, "height": 740}) as page:
+        for state in STATES:
+            bring(page, state, made)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, state
+
+
+def test_the_reading_comes_into_view_on_a_telephone(window: Browser, url: str, made: Made) -> None:
+    with visit(window, url, viewport={"width": 360, "height": 640}) as page:
+        bring(page, "answer", made)
+        expect(page.locator("#digit")).to_be_in_viewport(ratio=1)
+
+
+def test_it_is_dark_for_who_prefers_that(window: Browser, url: str) -> None:
+    lightness = {}
+    for scheme in ("light", "dark"):
+        with visit(window, url, color_scheme=scheme) as page:
+            color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            lightness[scheme] = sum(int(part) for part in color.strip("rgb()").split(","))
+    assert lightness["dark"] < 150 < 600 < lightness["light"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("state", STATES)
+def test_axe_finds_nothing_to_complain_of(window: Browser, url: str, made: Made, state: str, scheme: str) -> None:
+    with visit(window, url, color_scheme=scheme, viewport={"width": 360, "height": 740}) as page:
+        bring(page, state, made)
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()

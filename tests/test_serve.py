@@ -1,0 +1,374 @@
+"""The supervisor for real: nginx, `mlflow models serve`, versions that follow each other, and what survives a kill."""
+
+import base64
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.models import ModelSignature
+from mlflow.types.schema import ColSpec, DataType, Schema
+
+from signdigits import data, register, serve, train
+from signdigits.hyperparameters import Hyperparameters, ServeParameters
+
+from .conftest import free_port, use_store, wait_until
+
+pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
+
+JSON = {"Content-Type": "application/json"}
+
+# Models that must not be served: one raises, one cannot be loaded by a server.
+RAISES = """
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+class Raises(PythonModel):
+    def predict(self, context, model_input, params=None):
+        raise ValueError("six fingers")
+
+set_model(Raises())
+"""
+DOES_NOT_START = """
+import os
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+class DoesNotStart(PythonModel):
+    def load_context(self, context):
+        if "UVICORN_UDS" in os.environ:
+            import no_such_module
+
+    def predict(self, context, model_input, params=None):
+        return model_input
+
+set_model(DoesNotStart())
+"""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A store with two versions that can be served, 1 and 2, and two that cannot, 3 and 4; and a photograph."""
+
+    store: str
+    folder: Path
+    request: bytes
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Registry]:
+    folder = tmp_path_factory.mktemp("serve")
+    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store:
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            patch.delenv(name)
+        patch.setenv("MLFLOW_TRACKING_URI", store)
+        for seed in (1, 2):
+            chosen = Hyperparameters(epochs=1, batch_size=8, initial_learning_rate=0.003, seed=seed)
+            output = mlflow.get_run(train.train(loaded, chosen)).outputs.model_outputs[0]
+            mlflow.register_model(f"models:/{output.model_id}", register.REGISTERED_MODEL)
+        for code in (RAISES, DOES_NOT_START):
+            register_broken(folder, code)
+        photograph = next(loaded.dataset.folder.rglob("*.JPG")).read_bytes()
+        request = {"dataframe_records": [{"image": base64.b64encode(photograph).decode()}]}
+        yield Registry(store, folder, json.dumps(request).encode())
+
+
+def register_broken(folder: Path, code: str) -> None:
+    (folder / "broken.py").write_text(code)
+    signature = ModelSignature(inputs=Schema([ColSpec(DataType.string, "image")]))
+    with mlflow.start_run():
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(folder / "broken.py"),
+            signature=signature,
+            input_example=pd.DataFrame({"image": ["five"]}),
+            pip_requirements=["mlflow"],
+        )
+    mlflow.register_model(info.model_uri, register.REGISTERED_MODEL)
+
+
+def move(version: int) -> None:
+    mlflow.MlflowClient().set_registered_model_alias(register.REGISTERED_MODEL, "champion", str(version))
+
+
+def tags(version: int) -> dict[str, str]:
+    return dict(mlflow.MlflowClient().get_model_version(register.REGISTERED_MODEL, str(version)).tags)
+
+
+@dataclass
+class Server:
+    """`python -m signdigits serve` on a free port."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def ask(self, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and JSON of the reply to a POST."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", "/invocations", body, JSON if headers is None else headers)
+        reply = connection.getresponse()
+        content = reply.read()
+        connection.close()
+        return reply.status, {name.lower(): value for name, value in reply.getheaders()}, json.loads(content)
+
+    def version(self, body: bytes) -> str:
+        status, headers, reply = self.ask(body)
+        assert status == 200, reply
+        return headers["model-version"]
+
+    def processes(self, name: str) -> list[int]:
+        """The processes below the supervisor whose command line holds `name`."""
+        return [pid for pid in descendants(self.process.pid) if name in command_line(pid)]
+
+
+@contextmanager
+def started(registry: Registry, log: Path, *options: str, **environment: str) -> Iterator[Server]:
+    port = free_port()
+    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--poll", "0.2", *options]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            line, stdout=file, stderr=file, cwd=registry.folder, env=os.environ | environment, start_new_session=True
+        )
+    server = Server(process, port, log)
+    try:
+        wait_until(lambda: "ready after" in server.said() or process.poll() is not None, seconds=240)
+        assert process.poll() is None, server.said()
+        yield server
+    finally:
+        process.terminate()
+        process.wait(90)
+
+
+@pytest.fixture(scope="module")
+def server(registry: Registry) -> Iterator[Server]:
+    move(1)
+    with started(registry, registry.folder / "server.log", "--processes", "2") as found:
+        yield found
+
+
+@pytest.fixture
+def first(server: Server, registry: Registry) -> Server:
+    """The server, with version 1 live."""
+    promote(server, registry, 1)
+    return server
+
+
+def promote(server: Server, registry: Registry, version: int) -> None:
+    """Move the alias and wait until its version answers and the one before has ended."""
+    move(version)
+    wait_until(lambda: server.version(registry.request) == str(version), seconds=180)
+    wait_until(lambda: len(server.processes("mlflow models serve")) == 2, seconds=90)
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> set[int]:
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":  # dead, only not asked for yet
+            parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+    found, waiting = set(), [pid]
+    while waiting:
+        for child in parents.get(waiting.pop(), []):
+            found.add(child)
+            waiting.append(child)
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    def lives(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return {pid for pid in pids if lives(pid)}
+
+
+class Load:
+    """Threads that ask without a pause, each over a connection of its own that stays open."""
+
+    def __init__(self, server: Server, body: bytes, threads: int = 4) -> None:
+        self.server, self.body = server, body
+        self.ended = threading.Event()
+        self.replies: list[tuple[float, int, str]] = []  # when it was sent, status, version
+        self.failures: list[str] = []
+        self.threads = [threading.Thread(target=self.work) for _ in range(threads)]
+
+    def __enter__(self) -> "Load":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            thread.join()
+
+    def work(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=90)
+        while not self.ended.wait(0.02):
+            sent = time.monotonic()
+            try:
+                connection.request("POST", "/invocations", self.body, JSON)
+                reply = connection.getresponse()
+                reply.read()
+                self.replies.append((sent, reply.status, reply.getheader("Model-Version", "")))
+            except (OSError, http.client.HTTPException) as error:
+                self.failures.append(repr(error))
+                connection.close()
+
+    def statuses(self) -> Counter[int]:
+        return Counter(status for _, status, _ in self.replies)
+
+
+def test_every_reply_says_which_version_answered(first: Server, registry: Registry) -> None:
+    status, headers, reply = first.ask(registry.request)
+    assert (status, headers["model-version"]) == (200, "1")
+    assert set(reply["predictions"][0]) == {"label", "probability", "probabilities"}
+    assert first.ask(b'{"dataframe_records": [{"image": "?"}]}')[1]["model-version"] == "1"
+    assert first.ask(b"[" * 100_000)[1]["model-version"] == "1"
+
+
+def test_a_promotion_and_the_way_back_fail_no_request_and_no_old_version_answers_afterwards(
+    first: Server, registry: Registry
+) -> None:
+    with Load(first, registry.request) as load:
+        for version in (2, 1):
+            promote(first, registry, version)
+            switched = time.monotonic()
+            time.sleep(1)
+            after = {answered for sent, _, answered in load.replies.copy() if sent > switched}
+            assert after == {str(version)}
+    assert load.failures == []
+    assert set(load.statuses()) == {200}
+    assert tags(2)[serve.STATE] == "retired"
+    assert tags(1)[serve.STATE] == "live"
+
+
+def test_an_upload_that_began_before_a_promotion_is_answered_after_it(first: Server, registry: Registry) -> None:
+    blank = 1000  # JSON may begin with spaces, sent one by one here, so that the client does not count as silent
+    with socket.create_connection(("127.0.0.1", first.port)) as slow:
+        head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {blank + len(registry.request)}\r\n"
+        slow.sendall(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode())
+        moving = threading.Thread(target=promote, args=(first, registry, 2))
+        moving.start()
+        while moving.is_alive():
+            slow.sendall(b" ")
+            blank -= 1
+            time.sleep(1)
+        slow.sendall(b" " * blank + registry.request)
+        reply = slow.makefile("rb").read()
+    assert reply.startswith(b"HTTP/1.1 200 ")
+    assert b"model-version: 2" in reply
+
+
+@pytest.mark.parametrize(("version", "reason"), [(3, "six fingers"), (4, "No module named 'no_such_module'")])
+def test_a_broken_version_never_takes_over_and_that_is_recorded(
+    first: Server, registry: Registry, version: int, reason: str
+) -> None:
+    with Load(first, registry.request) as load:
+        move(version)
+        wait_until(lambda: tags(version).get(serve.STATE) == "refused", seconds=180)
+        wait_until(lambda: len(first.processes("mlflow models serve")) == 2, seconds=60)
+        time.sleep(2)
+    assert reason in tags(version)[serve.REASON]
+    assert {answered for _, _, answered in load.replies} == {"1"}
+    assert set(load.statuses()) == {200}
+    assert first.said().count(f"starting version {version}\n") == 1, "it is not tried again and again"
+
+
+def test_a_killed_process_comes_back_and_the_other_answers_meanwhile(first: Server, registry: Registry) -> None:
+    victim = first.processes("uvicorn --host")[0]
+    with Load(first, registry.request) as load:
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: len(set(first.processes("uvicorn --host")) - {victim}) == 2, seconds=120)
+        time.sleep(1)
+    assert load.failures == []
+    assert set(load.statuses()) == {200}
+
+
+def test_nginx_comes_back_when_it_is_killed(first: Server, registry: Registry) -> None:
+    (master,) = first.processes("nginx: master")
+    os.kill(master, signal.SIGKILL)
+    wait_until(lambda: set(first.processes("nginx: master")) - {master}, seconds=60)
+    wait_until(lambda: serve.listening(ServeParameters(port=first.port)), seconds=60)
+    assert first.version(registry.request) == "1"
+
+
+def test_a_port_that_is_taken_is_told(first: Server, registry: Registry) -> None:
+    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(first.port)]
+    second = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=registry.folder)
+    assert second.returncode == 2
+    assert f"127.0.0.1:{first.port}: Address already in use; stop what listens there" in second.stderr
+
+
+def test_a_killed_supervisor_leaves_nobody_behind_and_the_next_serves_what_was_served(
+    registry: Registry, tmp_path: Path
+) -> None:
+    move(2)
+    with started(registry, tmp_path / "killed.log") as server:
+        below = descendants(server.process.pid)
+        assert len(below) >= 4  # nginx and its worker, MLflow and its uvicorn
+        server.process.kill()
+        wait_until(lambda: not alive(below), seconds=30)
+    move(3)
+    with started(registry, tmp_path / "again.log") as server:
+        assert server.version(registry.request) == "2"
+        assert "version 3 is not served" in server.said()
+
+
+def test_without_nginx_the_model_is_served_and_what_is_missing_is_said(registry: Registry, tmp_path: Path) -> None:
+    move(1)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "env"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    refused = run_without_nginx(registry, programs, "--requests_per_second", "5")
+    assert refused.wait(120) == 2
+    port = free_port()
+    alone = run_without_nginx(registry, programs, "--port", str(port))
+    try:
+        wait_until(lambda: serve.listening(ServeParameters(port=port)) or alone.poll() is not None, seconds=120)
+        server = Server(alone, port, tmp_path / "none")
+        assert server.version(registry.request) == "1"
+    finally:
+        alone.terminate()
+        output, _ = alone.communicate(timeout=60)
+    assert "nginx is not installed, or not in PATH" in output.decode()
+
+
+def run_without_nginx(registry: Registry, programs: Path, *options: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PATH": str(programs)}
+    line = [sys.executable, "-m", "signdigits", "serve", *options]
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=registry.folder, env=environment
+    )
