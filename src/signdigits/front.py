@@ -185,6 +185,7 @@ http {{
     server {{
         listen {listen(parameters)};
         {tls(parameters)}
+        recursive_error_pages on; # of `@again`, too
         {errors(parameters)}
         client_header_timeout {parameters.client_timeout}s;
         client_body_timeout {parameters.client_timeout}s;
@@ -220,7 +221,6 @@ http {{
             proxy_pass http://$pool;
         }}
         location @again {{
-            recursive_error_pages on;
             {intercepted(parameters)}
             error_page 502 = /.front/502;
             proxy_pass http://$pool_now;
