@@ -31,10 +31,14 @@ ENTRY_POINTS: dict[str, tuple[type, ...]] = {
     "search": (hp.DataParameters, hp.Space, hp.StudyParameters),
     "evaluate": (hp.SourceParameters, hp.ModelParameters),
     "register": (hp.ModelParameters, hp.VersionParameters),
+    "predict": (hp.PredictParameters,),
 }
 
 # Commands that only look, and so are no entry points.
 PARAMETERS = ENTRY_POINTS | {"show": (), "links": (hp.LinkParameters,)}
+
+# Commands that an interruption costs nothing but what was in the works.
+RESUMED = ("main", "search", "predict")
 
 SUMMARIES = {
     "main": "prepare, search, refit, evaluate and register: the whole job",
@@ -43,6 +47,7 @@ SUMMARIES = {
     "search": "search the hyperparameters, every trial a nested run",
     "evaluate": "score a model on the test images",
     "register": "register a model, or move its alias to another version",
+    "predict": "read a folder of photographs, or a table of paths, with the champion",
     "show": "say which version is the champion",
     "links": "print the addresses in the MLflow UI that matter",
 }
@@ -64,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"signdigits {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it was" if command in ("main", "search") else ""
+        goes_on = "; the same command goes on where it was" if command in RESUMED else ""
         print(f"signdigits {command}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
@@ -220,6 +225,12 @@ def run_register(which: hp.ModelParameters, version: hp.VersionParameters) -> No
     register.register(which, version)
 
 
+def run_predict(parameters: hp.PredictParameters) -> None:
+    from signdigits import predict
+
+    predict.predict(parameters)
+
+
 def run_show() -> None:
     from signdigits import register
 
@@ -240,6 +251,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": run_search,
     "evaluate": run_evaluate,
     "register": run_register,
+    "predict": run_predict,
     "show": run_show,
     "links": run_links,
 }

@@ -280,6 +280,26 @@ class VersionParameters(RegistryParameters):
     version: int = parameter(0, "registered version to move the alias to, forwards or back; 0: register run_id", low=0)
 
 
+SERVED_MODEL = "models:/sign-digits@champion"
+
+
+@dataclass(frozen=True)
+class PredictParameters(Checked):
+    """What a prediction reads, with which model, and who does it."""
+
+    images: str = parameter(
+        "",
+        "a folder of photographs, with its subfolders, or a CSV or Parquet table with a column path",
+        pattern=(r"(?s).+", "a folder of photographs, or a CSV or Parquet table with a column path"),
+    )
+    output: str = parameter("predictions", "the folder that the tables are written to", pattern=(r"(?s).+", "a folder"))
+    model_uri: str = parameter(SERVED_MODEL, "the model's address")
+    workers: int = parameter(
+        1, "processes that work at once, each with one processor, started by Ray; 1: this process, in threads", low=1
+    )
+    ray_address: str = parameter("", "the Ray cluster to run them on, such as auto or HOST:6379; empty: this machine")
+
+
 @dataclass(frozen=True)
 class LinkParameters(Checked):
     """Where the UI of a local store is served."""
