@@ -32,6 +32,7 @@ ENTRY_POINTS: dict[str, tuple[type, ...]] = {
     "evaluate": (hp.SourceParameters, hp.ModelParameters),
     "register": (hp.ModelParameters, hp.VersionParameters),
     "predict": (hp.PredictParameters,),
+    "monitor": (hp.MonitorParameters,),
 }
 
 # Commands that only look, and so are no entry points.
@@ -48,13 +49,17 @@ SUMMARIES = {
     "evaluate": "score a model on the test images",
     "register": "register a model, or move its alias to another version",
     "predict": "read a folder of photographs, or a table of paths, with the champion",
+    "monitor": "say whether what the endpoint is sent, and answers, is still like the test images",
     "show": "say which version is the champion",
     "links": "print the addresses in the MLflow UI that matter",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for a failure, 2 for a misuse, 130 when interrupted."""
+    """Run one command and return its exit code: 0, 1 for a failure, 2 for a misuse, 130 when interrupted.
+
+    `monitor` also has 3 for drift, and 4 for too few answers.
+    """
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -231,6 +236,12 @@ def run_predict(parameters: hp.PredictParameters) -> None:
     predict.predict(parameters)
 
 
+def run_monitor(parameters: hp.MonitorParameters) -> None:
+    from signdigits import monitor
+
+    monitor.monitor(parameters)
+
+
 def run_show() -> None:
     from signdigits import register
 
@@ -252,6 +263,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": run_evaluate,
     "register": run_register,
     "predict": run_predict,
+    "monitor": run_monitor,
     "show": run_show,
     "links": run_links,
 }

@@ -301,6 +301,28 @@ class PredictParameters(Checked):
 
 
 @dataclass(frozen=True)
+class MonitorParameters(Checked):
+    """Which answers are compared with the test images, and what counts as drift."""
+
+    answers: str = parameter(
+        "answers", "the folder of the endpoint's log (SIGN_DIGITS_ANSWERS)", pattern=(r"(?s).+", "a folder")
+    )
+    model_uri: str = parameter(SERVED_MODEL, "the model whose answers and test images are compared")
+    last: int = parameter(1000, "answers that are compared, at most: the latest", low=1, high=1_000_000)
+    hours: float = parameter(0.0, "only answers of the last hours; 0: no limit", low=0)
+    min_answers: int = parameter(100, "answers below which nothing can be said (exit code 4)", low=2)
+    drift_distance: float = parameter(
+        0.25,
+        "a column has drifted that lies so far from the test images: of numbers, in their standard deviations "
+        "(Wasserstein); of labels, from 0 to 1 (Jensen-Shannon)",
+        above=0,
+    )
+    drift_share: float = parameter(
+        0.3, "share of drifted columns from which on it counts as drift (exit code 3)", above=0, high=1
+    )
+
+
+@dataclass(frozen=True)
 class LinkParameters(Checked):
     """Where the UI of a local store is served."""
 

@@ -41,7 +41,7 @@ def predict(parameters: PredictParameters) -> Output:
     folder = Path(parameters.output)
     found = listing.find(parameters.images, folder)
     model = tracking.find_model("", parameters.model_uri)
-    job = Job(model.model_id, version_of(model), parameters.images, found.digest, len(found.paths))
+    job = Job(model.model_id, register.version_of(model), parameters.images, found.digest, len(found.paths))
     with parts.hold(folder, job) as output:
         if output.is_finished:
             tracking.retire_launching_run(output.job.run_id)
@@ -50,12 +50,6 @@ def predict(parameters: PredictParameters) -> Output:
             output = complete(output, found, model, parameters)
         output.clear()
         return output
-
-
-def version_of(model: LoggedModel) -> str:
-    """The registered version of `model`, or its id where it is not registered."""
-    version = register.find_version(model)
-    return model.model_id if version is None else str(version.version)
 
 
 def complete(output: Output, found: Listing, model: LoggedModel, parameters: PredictParameters) -> Output:

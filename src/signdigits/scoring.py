@@ -1,6 +1,7 @@
 """Paths to answers, in chunks: by this process in threads, or by workers that Ray starts here or on a cluster."""
 
 import os
+import queue
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import mlflow.pyfunc
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
-from signdigits import startup
+from signdigits import answers, startup
 from signdigits.cluster import cluster, is_distributed
 from signdigits.errors import ClusterError, DataError, SignDigitsError
 from signdigits.hyperparameters import PredictParameters
@@ -31,12 +32,17 @@ class Chunk:
     paths: tuple[str, ...]
 
 
+def load(model_uri: str) -> mlflow.pyfunc.PyFuncModel:
+    """A model as its endpoint would load it, but without the endpoint's log of answers."""
+    with startup.filtered_stderr(), answers.switched_off():
+        return mlflow.pyfunc.load_model(model_uri)
+
+
 class Scorer:
-    """A served model, loaded as its endpoint would load it."""
+    """A served model, asked about files."""
 
     def __init__(self, model_uri: str) -> None:
-        with startup.filtered_stderr():
-            self.served = mlflow.pyfunc.load_model(model_uri)
+        self.served = load(model_uri)
         self.class_names: list[str] = self.served.unwrap_python_model().class_names
 
     def score(self, chunk: Chunk) -> pd.DataFrame:
@@ -49,26 +55,26 @@ class Scorer:
             raise DataError(
                 f"{folder}: no such folder on {os.uname().nodename}; every worker needs it at the same path"
             )
-        answers = []
+        found: list[dict[str, Any] | str] = []
         for start in range(0, len(chunk.paths), TOGETHER):
-            answers += self.answer([read(folder / path) for path in chunk.paths[start : start + TOGETHER]])
-        rows = [row(path, answer) for path, answer in zip(chunk.paths, answers, strict=True)]
+            found += self.answer([read(folder / path) for path in chunk.paths[start : start + TOGETHER]])
+        rows = [row(path, answer) for path, answer in zip(chunk.paths, found, strict=True)]
         columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), "reason"]
         return pd.DataFrame(rows, columns=columns)
 
     def answer(self, contents: Sequence[bytes | str]) -> list[dict[str, Any] | str]:
         """The model's answer to each photograph, or the reason why there is none."""
         readable = [content for content in contents if isinstance(content, bytes)]
-        answers = iter(self.ask(readable) if readable else [])
-        return [next(answers) if isinstance(content, bytes) else content for content in contents]
+        given = iter(self.ask(readable) if readable else [])
+        return [next(given) if isinstance(content, bytes) else content for content in contents]
 
     def ask(self, contents: list[bytes]) -> list[dict[str, Any] | str]:
         """The model refuses a table for a single bad row: then its halves are asked, down to the row at fault."""
         try:
-            answers: list[dict[str, Any] | str] = self.served.predict(pd.DataFrame({"image": contents})).to_dict(
+            given: list[dict[str, Any] | str] = self.served.predict(pd.DataFrame({"image": contents})).to_dict(
                 "records"
             )
-            return answers
+            return given
         except MlflowException as error:
             if len(contents) == 1:
                 return [error.message.removeprefix("row 0: ")]
@@ -103,17 +109,28 @@ def answered(
 ) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     """Each chunk with its rows, as they come. Raises ClusterError if the workers cannot be had, or keep dying."""
     if not is_distributed(parameters):
-        yield from in_threads(Scorer(str(model_folder)), chunks)
+        yield from in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
         return
     with cluster(parameters, cpus=1):
         yield from on_workers(model_folder, chunks, parameters.workers)
 
 
-def in_threads(scorer: Scorer, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
-    """Reading, decoding and the network release Python's lock, so that threads use all processors."""
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+def in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+    """A thread for each scorer: a model answers one at a time, but decoder and network release Python's lock."""
+    free = queue.SimpleQueue[Scorer]()
+    for scorer in scorers:
+        free.put(scorer)
+
+    def score(chunk: Chunk) -> pd.DataFrame:
+        scorer = free.get()
         try:
-            yield from zip(chunks, threads.map(scorer.score, chunks), strict=True)
+            return scorer.score(chunk)
+        finally:
+            free.put(scorer)
+
+    with ThreadPoolExecutor(len(scorers)) as threads:
+        try:
+            yield from zip(chunks, threads.map(score, chunks), strict=True)
         finally:
             threads.shutdown(cancel_futures=True)
 
