@@ -124,13 +124,15 @@ def hold(folder: Path, job: Job) -> Iterator[Output]:
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except filelock.Timeout:
-        raise OutputError(f"output={folder}: another process is writing there; wait for it, or pass another") from None
+        raise OutputError(
+            f"output={folder}: another process is writing there; wait for it, or pass another --output"
+        ) from None
     except OSError as error:
         raise unwritable(folder, error) from error
     with lock:
         found = find_job(folder)
         if found is not None and not found.is_of(job):
-            raise OutputError(f"output={folder}: {differing(found, job)}; pass another, or remove the folder")
+            raise OutputError(f"output={folder}: {differing(found, job)}; pass another --output, or remove the folder")
         yield Output(folder, found or job)
 
 
@@ -142,22 +144,21 @@ def find_job(folder: Path) -> Job | None:
         if strange is None:
             return None
         raise OutputError(
-            f"output={folder}: {strange} is there, but not what it is of; pass another, or remove it"
+            f"output={folder}: {strange} is there, but not what it is of; pass another --output, or remove it"
         ) from None
     except (OSError, ValueError, TypeError) as error:
-        raise OutputError(f"output={folder}: job.json cannot be read ({error}); pass another, or remove it") from error
+        raise OutputError(
+            f"output={folder}: job.json cannot be read ({error}); pass another --output, or remove it"
+        ) from error
 
 
 def differing(found: Job, job: Job) -> str:
     """What sets two jobs apart, in words."""
     if found.model != job.model:
         return (
-            f"begun with version {found.version}, not {job.version}; to go on, pass the --model_uri of the former, "
-            "to read the images with the latter"
+            f"begun with version {found.version}, not {job.version} (--model_uri models:/{found.model} goes on with it)"
         )
-    return (
-        f"begun with the {found.count} images of {found.images} as they were then, which are not these; to read these"
-    )
+    return f"begun with the {found.count} images of {found.images} as they were then, which are not these"
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
