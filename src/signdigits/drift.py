@@ -16,49 +16,51 @@ import pandas as pd
 import pandas.core.dtypes.common as pandas_types
 
 from signdigits.errors import ParameterError
+from signdigits.hyperparameters import MonitorParameters
 
 MISSING = "infer_dtype_from_object"
 
 
 @dataclass(frozen=True)
 class Drift:
-    """The distance of every column, and which count as drifted."""
+    """The distance of every column, and those from which on it counts as drifted."""
 
     distances: dict[str, float]
-    limit: float
+    limits: dict[str, float]
 
     @property
     def drifted(self) -> list[str]:
-        return [name for name, distance in self.distances.items() if distance >= self.limit]
+        return [name for name, distance in self.distances.items() if distance >= self.limits[name]]
 
     @property
     def share(self) -> float:
         return len(self.drifted) / len(self.distances)
 
 
-def compare(reference: pd.DataFrame, window: pd.DataFrame, limit: float, share: float, report: Path) -> Drift:
+def compare(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters, report: Path) -> Drift:
     """Compare two tables of the same columns, numbers but for `label`, and write evidently's report (HTML).
 
     Raises ParameterError if evidently is not installed.
     """
+    numbers = [str(name) for name in reference if name != "label"]
+    limits = dict.fromkeys(numbers, parameters.drift_distance) | {"label": parameters.drift_labels}
     with without_notice():
         evidently = load()
         from evidently.presets import DataDriftPreset
 
-        numbers = [name for name in reference if name != "label"]
         columns = evidently.DataDefinition(numerical_columns=numbers, categorical_columns=["label"])
         preset = DataDriftPreset(
+            drift_share=parameters.drift_share,
             num_method="wasserstein",
-            num_threshold=limit,
+            num_threshold=parameters.drift_distance,
             cat_method="jensenshannon",
-            cat_threshold=limit,
-            drift_share=share,
+            cat_threshold=parameters.drift_labels,
         )
         then, now = (evidently.Dataset.from_pandas(table, data_definition=columns) for table in (reference, window))
         found = evidently.Report([preset]).run(now, then)
         found.save_html(str(report))
     told = {metric["config"].get("column"): metric["value"] for metric in found.dict()["metrics"]}
-    return Drift({str(name): float(told[name]) for name in reference}, limit)
+    return Drift({name: float(told[name]) for name in limits}, limits)
 
 
 def load() -> ModuleType:

@@ -129,20 +129,24 @@ def table(window: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def compared(found: pd.DataFrame) -> pd.DataFrame:
-    """What is compared: the statistics, the label, and how probable the model found it."""
+    """What is compared: the statistics, the label, and how probable the model found it.
+
+    Width and height become one `size`, so that another camera is one column that drifts and not two.
+    """
     shares = found.filter(regex=r"^p\(")
-    columns = found[list(answers.STATISTICS)].astype(float)
-    return columns.assign(probability=shares.max(axis=1), label=shares.idxmax(axis=1).str[2:-1])
+    seen = found[list(answers.STATISTICS)].astype(float)
+    seen.insert(0, "size", (seen.pop("width") * seen.pop("height")) ** 0.5)
+    return seen.assign(probability=shares.max(axis=1), label=shares.idxmax(axis=1).str[2:-1])
 
 
 def compare(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
     """The distances, which go to the active run with the report and its figures."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "drift.html")
-        found = drift.compare(reference, window, parameters.drift_distance, parameters.drift_share, report)
+        found = drift.compare(reference, window, parameters, report)
         mlflow.log_artifact(str(report))
     mlflow.log_metrics({f"drift_{name}": distance for name, distance in found.distances.items()})
-    mlflow.log_figure(plots.drift(reference, window, found.distances, found.limit), "drift.png")
+    mlflow.log_figure(plots.drift(reference, window, found), "drift.png")
     return found
 
 

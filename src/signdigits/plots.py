@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from signdigits.calibrate import Reliability
+    from signdigits.drift import Drift
 
 
 def learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
@@ -58,15 +59,13 @@ def reliability(found: "Reliability") -> Figure:
     return figure
 
 
-def drift(
-    reference: "pd.DataFrame", window: "pd.DataFrame", distances: Mapping[str, float], limit: float, bins: int = 30
-) -> Figure:
+def drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bins: int = 30) -> Figure:
     """The columns of two tables over each other, numbers but for `label`; a title in bold where they lie too far apart."""
-    rows = -(-len(distances) // 3)
+    rows = -(-len(found.distances) // 3)
     figure = Figure(figsize=(12, 3 * rows), layout="constrained")
     for axes in figure.subplots(rows, 3, squeeze=False).flat:
         axes.axis("off")
-    for axes, (name, distance) in zip(figure.axes, distances.items(), strict=False):
+    for axes, (name, distance) in zip(figure.axes, found.distances.items(), strict=False):
         axes.axis("on")
         both = {"test images": reference[name], "answers": window[name]}
         if name == "label":
@@ -79,9 +78,9 @@ def drift(
             ends = np.histogram_bin_edges(np.concatenate(list(both.values())), bins)
             for part, column in both.items():
                 axes.hist(column, ends.tolist(), weights=np.full(len(column), 1 / len(column)), alpha=0.6, label=part)
-        axes.set_title(f"{name}: {distance:.3f}", fontweight="bold" if distance >= limit else "normal")
+        axes.set_title(f"{name}: {distance:.3f}", fontweight="bold" if name in found.drifted else "normal")
     figure.axes[0].legend()
-    figure.suptitle(f"Shares of the test images and of the answers; drifted from a distance of {limit:g} on")
+    figure.suptitle("Shares of the test images and of the answers, with their distance; bold where it counts as drift")
     return figure
 
 
