@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits import data, package, startup, tracking
-from signdigits.hyperparameters import DataParameters, Hyperparameters
+from signdigits import data, evaluate, package, register, startup, tracking, train
+from signdigits.hyperparameters import DataParameters, Hyperparameters, ModelParameters, VersionParameters
 
 PROJECT = Path(__file__).parents[1]
 SIZE = 16  # pixels: the smallest network that still has its three poolings
@@ -99,13 +99,36 @@ def use_store(folder: Path) -> Iterator[str]:
 @pytest.fixture
 def store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A tracking store and a working directory of the test's own; yields the store's address."""
+    yield from store_like(empty_store, tmp_path, monkeypatch)
+
+
+def store_like(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         monkeypatch.delenv(name)
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    shutil.copy(database, tmp_path / "mlflow.db")
     with use_store(tmp_path) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         mlflow.set_experiment("tests")
         yield uri
+
+
+@pytest.fixture(scope="session")
+def champion_store(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, empty_store: Path) -> Path:
+    """An MLflow database, to copy, with a network that was trained for a few epochs, evaluated and registered."""
+    folder = tmp_path_factory.mktemp("champion")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    with use_store(folder):
+        mlflow.set_experiment("tests")
+        run_id = train.train(loaded, Hyperparameters(epochs=8, batch_size=8, initial_learning_rate=0.003))
+        evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
+        register.register(ModelParameters(run_id=run_id), VersionParameters())
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def champion(tmp_path: Path, champion_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As `store`, with version 1 of the registered model, the champion, in it."""
+    yield from store_like(champion_store, tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ ENTRY_POINTS: dict[str, tuple[type, ...]] = {
     "search": (hp.DataParameters, hp.Space, hp.StudyParameters),
     "evaluate": (hp.SourceParameters, hp.ModelParameters),
     "register": (hp.ModelParameters, hp.VersionParameters),
+    "predict": (hp.PredictParameters,),
+    "monitor": (hp.MonitorParameters,),
 }
 
 # Commands that make no run, and so are no entry points.
@@ -40,6 +42,9 @@ PARAMETERS = ENTRY_POINTS | {
     "serve": (hp.ServeParameters,),
 }
 
+# Commands that an interruption costs nothing but what was in the works.
+RESUMED = ("main", "search", "predict")
+
 SUMMARIES = {
     "main": "prepare, search, refit, evaluate and register: the whole job",
     "prepare": "report on a folder of photographs",
@@ -47,6 +52,8 @@ SUMMARIES = {
     "search": "search the hyperparameters, every trial a nested run",
     "evaluate": "score a model on the test images",
     "register": "register a model, or move its alias to another version",
+    "predict": "read a folder of photographs, or a table of paths, with the champion",
+    "monitor": "say whether what the endpoint is sent, and answers, is still like the test images",
     "show": "say which version is the champion",
     "links": "print the addresses in the MLflow UI that matter",
     "serve": "serve the champion, and every one that follows it, without a gap",
@@ -54,7 +61,10 @@ SUMMARIES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for a failure, 2 for a misuse, 130 when interrupted."""
+    """Run one command and return its exit code: 0, 1 for a failure, 2 for a misuse, 130 when interrupted.
+
+    `monitor` also has 3 for drift, and 4 for too few answers.
+    """
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -69,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"signdigits {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it was" if command in ("main", "search") else ""
+        goes_on = "; the same command goes on where it was" if command in RESUMED else ""
         print(f"signdigits {command}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
@@ -225,6 +235,18 @@ def run_register(which: hp.ModelParameters, version: hp.VersionParameters) -> No
     register.register(which, version)
 
 
+def run_predict(parameters: hp.PredictParameters) -> None:
+    from signdigits import predict
+
+    predict.predict(parameters)
+
+
+def run_monitor(parameters: hp.MonitorParameters) -> None:
+    from signdigits import monitor
+
+    monitor.monitor(parameters)
+
+
 def run_show() -> None:
     from signdigits import register
 
@@ -251,6 +273,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": run_search,
     "evaluate": run_evaluate,
     "register": run_register,
+    "predict": run_predict,
+    "monitor": run_monitor,
     "show": run_show,
     "links": run_links,
     "serve": run_serve,

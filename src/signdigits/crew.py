@@ -8,7 +8,6 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import optuna
 from optuna.storages import RDBStorage, fail_stale_trials
 
 from signdigits import fetch, sources, startup, storage
+from signdigits.cluster import cluster, is_distributed
 from signdigits.errors import SignDigitsError, StudyError
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 from signdigits.trial import FAILED, Outcome, Task, run_trial
@@ -42,7 +42,7 @@ class Crew(Protocol):
 
 @contextlib.contextmanager
 def of(task: Task, study: optuna.Study, parameters: StudyParameters) -> Iterator[Crew]:
-    """The crew that the parameters ask for. Raises StudyError if it cannot be had."""
+    """The crew that the parameters ask for. Raises ClusterError if it cannot be had."""
     if not is_distributed(parameters):
         yield Alone(task)
         return
@@ -51,10 +51,6 @@ def of(task: Task, study: optuna.Study, parameters: StudyParameters) -> Iterator
         if parameters.ray_address:
             fetch.publish(task.data, task.run_id)
         yield Workers(job(task, study, parameters, cpus), study, parameters)
-
-
-def is_distributed(parameters: StudyParameters) -> bool:
-    return parameters.workers > 1 or bool(parameters.ray_address)
 
 
 def check(parameters: StudyParameters) -> None:
@@ -72,32 +68,6 @@ def check(parameters: StudyParameters) -> None:
             f"{mlflow.get_tracking_uri()}, {asked}: workers log to a tracking server; set MLFLOW_TRACKING_URI to its "
             "address (scripts/cluster up starts one), or give workers=1"
         )
-
-
-@contextlib.contextmanager
-def cluster(parameters: StudyParameters, cpus: int) -> Iterator[None]:
-    """The cluster at `ray_address`, or one of this machine's own, which ends with the block."""
-    try:
-        import ray
-    except ImportError as error:
-        raise StudyError(f"workers={parameters.workers}: needs Ray; uv pip install -e '.[cluster]'") from error
-    here = {
-        "num_cpus": parameters.workers * cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1",
-    }  # fmt: skip
-    place = {"address": parameters.ray_address} if parameters.ray_address else here
-    interrupted = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
-        signal.signal(signal.SIGTERM, interrupted)  # Ray takes it for itself, and ends the process by it
-    except Exception as error:
-        raise StudyError(
-            f"ray_address={parameters.ray_address}: {str(error).splitlines()[0]}; is it up, and is its token in "
-            "RAY_AUTH_TOKEN_PATH?"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def job(task: Task, study: optuna.Study, parameters: StudyParameters, cpus: int) -> "Job":

@@ -28,6 +28,12 @@ class StudyError(SignDigitsError):
     exit_code = 2
 
 
+class ClusterError(SignDigitsError):
+    """The processes that should share the work cannot be had."""
+
+    exit_code = 2
+
+
 class StorageError(SignDigitsError):
     """The study's database went away, and stayed away."""
 
@@ -56,3 +62,21 @@ class ServingError(SignDigitsError):
     """The model cannot be served under the given settings."""
 
     exit_code = 2
+
+
+class OutputError(SignDigitsError):
+    """A folder cannot take the tables of a prediction: it holds another's, or cannot be written."""
+
+    exit_code = 2
+
+
+class DriftFound(SignDigitsError):
+    """What is sent to the endpoint, or what it answers, is no longer like the test images."""
+
+    exit_code = 3
+
+
+class TooFewAnswers(SignDigitsError):
+    """There are not enough answers in the log to say whether they have drifted."""
+
+    exit_code = 4

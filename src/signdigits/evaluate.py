@@ -17,7 +17,7 @@ from mlflow.entities import LoggedModel
 from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 
-from signdigits import calibrate, images, plots, split, startup, tracking
+from signdigits import answers, calibrate, images, plots, scoring, split, tracking
 from signdigits.dataset import Dataset, scan
 from signdigits.errors import ModelError
 from signdigits.hyperparameters import SourceParameters
@@ -71,10 +71,10 @@ def score(model: LoggedModel, dataset: Dataset) -> Scores:
     tags = tracking.data_tags(dataset, made)
     mlflow.set_tags(tags)
     mlflow.log_input(tracking.dataset_input(dataset, made.testing), context="testing")
-    with startup.filtered_stderr():
-        served = mlflow.pyfunc.load_model(model.model_uri)
+    served = scoring.load(model.model_uri)
     table = predict(served, dataset, made.testing)
     mlflow.log_text(table.to_csv(index=False), tracking.PREDICTIONS)
+    mlflow.log_text(reference(served, dataset, table).to_csv(index=False), tracking.REFERENCE)
     scores = measure(table, dataset.class_names, float(model.tags.get("temperature", "1")))
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
     per_class = class_table(table)
@@ -99,15 +99,27 @@ def predict(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.nda
         chosen = [dataset.photographs[i] for i in indices[start : start + CHUNK]]
         encoded = [base64.b64encode((dataset.folder / photograph.path).read_bytes()).decode() for photograph in chosen]
         reply = served.predict(pd.DataFrame({"image": encoded}))
-        answers = {
+        given = {
             "path": [photograph.path for photograph in chosen],
             "label": [dataset.class_names[photograph.label] for photograph in chosen],
             "prediction": reply["label"],
             "probability": reply["probability"],
         }
         each = {f"p({name})": [row[name] for row in reply["probabilities"]] for name in dataset.class_names}
-        chunks.append(pd.DataFrame(answers | each))
+        chunks.append(pd.DataFrame(given | each))
     return pd.concat(chunks, ignore_index=True)
+
+
+def reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
+    """The test images as the endpoint's log of answers would have them: what `monitor` compares later ones with."""
+    model = served.unwrap_python_model()
+
+    def look(path: str) -> dict[str, float]:
+        image = images.open_image((dataset.folder / path).read_bytes())
+        return answers.statistics(image.size, images.to_array(image, model.image_size, model.color_mode))
+
+    seen = pd.DataFrame(map(look, table["path"]))
+    return seen.join(table.filter(regex=r"^p\("))
 
 
 def measure(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:
@@ -144,10 +156,10 @@ def class_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def log_mlflow_evaluation(table: pd.DataFrame) -> None:
     """MLflow's own evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
-    answers = table[["label", "prediction"]]
+    read = table[["label", "prediction"]]
     with matplotlib.rc_context():  # MLflow leaves its style behind
         mlflow.models.evaluate(
-            data=mlflow.data.from_pandas(answers, name="predictions", targets="label", predictions="prediction"),
+            data=mlflow.data.from_pandas(read, name="predictions", targets="label", predictions="prediction"),
             model_type="classifier",
             evaluators="default",
             evaluator_config={"metric_prefix": "test_", "log_model_explainability": False},

@@ -281,6 +281,55 @@ class VersionParameters(RegistryParameters):
     version: int = parameter(0, "registered version to move the alias to, forwards or back; 0: register run_id", low=0)
 
 
+SERVED_MODEL = "models:/sign-digits@champion"
+
+
+@dataclass(frozen=True)
+class PredictParameters(Checked):
+    """What a prediction reads, with which model, and who does it."""
+
+    images: str = parameter(
+        "",
+        "a folder of photographs, with its subfolders, or a CSV or Parquet table with a column path",
+        pattern=(r"(?s).+", "a folder of photographs, or a CSV or Parquet table with a column path"),
+    )
+    output: str = parameter("predictions", "the folder that the tables are written to", pattern=(r"(?s).+", "a folder"))
+    model_uri: str = parameter(SERVED_MODEL, "the model's address")
+    workers: int = parameter(
+        1, "processes that work at once, each with one processor, started by Ray; 1: this process, in threads", low=1
+    )
+    ray_address: str = parameter("", "the Ray cluster to run them on, such as auto or HOST:6379; empty: this machine")
+
+
+@dataclass(frozen=True)
+class MonitorParameters(Checked):
+    """Which answers are compared with the test images, and what counts as drift."""
+
+    answers: str = parameter(
+        "answers", "the folder of the endpoint's log (SIGN_DIGITS_ANSWERS)", pattern=(r"(?s).+", "a folder")
+    )
+    model_uri: str = parameter(SERVED_MODEL, "the model whose answers and test images are compared")
+    last: int = parameter(1000, "answers that are compared, at most: the latest", low=1, high=1_000_000)
+    hours: float = parameter(0.0, "only answers of the last hours; 0: no limit", low=0)
+    min_answers: int = parameter(100, "answers below which nothing can be said (exit code 4)", low=2)
+    # Of the Sign Language Digits, a hundred at random lie up to 0.3 from the 412 test images in one column, and up to
+    # 0.1 in their labels; 150 of a few students, under one light, 0.4 to 1. A photograph made 15 % darker: 2.8.
+    drift_distance: float = parameter(
+        0.5,
+        "how far from the test images a number counts as drifted: Wasserstein's distance, in their standard deviations",
+        above=0,
+    )
+    drift_labels: float = parameter(
+        0.25, "how far from them the labels do: Jensen and Shannon's distance, 0 to 1", above=0, high=1
+    )
+    drift_share: float = parameter(
+        0.3,
+        "share of the six columns from which on it counts as drift: 0.3 is two of them (exit code 3)",
+        above=0,
+        high=1,
+    )
+
+
 @dataclass(frozen=True)
 class LinkParameters(Checked):
     """Where the UI of a local store is served."""

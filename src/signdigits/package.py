@@ -41,8 +41,8 @@ SIGNATURE = ModelSignature(
 def log_model(network: "keras.Sequential", temperature: float, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     """Log the network with the active run as a model that takes photographs as they are.
 
-    The model is code (served_model.py) with the network, the decoder that training used (images.py) and the
-    settings as its files: nothing is pickled. What answers is the network as LiteRT runs it; the same as Keras saves it
+    The model is code (served_model.py) with the network, the decoder that training used (images.py), the
+    log of answers (answers.py) and the settings as its files: nothing is pickled. What answers is the network as LiteRT runs it; the same as Keras saves it
     lies beside it, for whoever wants to train on. Its logits are divided by `temperature`. `facts` become tags that
     follow the model into the registry.
     """
@@ -64,6 +64,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
                 "keras": str(keras_file),
                 "settings": str(settings_file),
                 "images": str(here / "images.py"),
+                "answers": str(here / "answers.py"),
             },
             signature=SIGNATURE,
             input_example=input_example(data),

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     import optuna
+    import pandas as pd
 
     from signdigits.calibrate import Reliability
+    from signdigits.drift import Drift
 
 
 def learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
@@ -54,6 +56,31 @@ def reliability(found: "Reliability") -> Figure:
     above.legend(loc="upper left")
     below.bar(centres, found.counts, width * 0.9, color="gray")
     below.set(xlabel="confidence", ylabel="images", yscale="symlog")
+    return figure
+
+
+def drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bins: int = 30) -> Figure:
+    """The columns of two tables over each other, numbers but for `label`; a title in bold where they lie too far apart."""
+    rows = -(-len(found.distances) // 3)
+    figure = Figure(figsize=(12, 3 * rows), layout="constrained")
+    for axes in figure.subplots(rows, 3, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (name, distance) in zip(figure.axes, found.distances.items(), strict=False):
+        axes.axis("on")
+        both = {"test images": reference[name], "answers": window[name]}
+        if name == "label":
+            labels = sorted(set(reference[name]) | set(window[name]))
+            for offset, (part, column) in zip((-0.2, 0.2), both.items(), strict=True):
+                shares = [(column == label).mean() for label in labels]
+                axes.bar(np.arange(len(labels)) + offset, shares, 0.4, label=part)
+            axes.set_xticks(range(len(labels)), labels)
+        else:
+            ends = np.histogram_bin_edges(np.concatenate(list(both.values())), bins)
+            for part, column in both.items():
+                axes.hist(column, ends.tolist(), weights=np.full(len(column), 1 / len(column)), alpha=0.6, label=part)
+        axes.set_title(f"{name}: {distance:.3f}", fontweight="bold" if name in found.drifted else "normal")
+    figure.axes[0].legend()
+    figure.suptitle("Shares of the test images and of the answers, with their distance; bold where it counts as drift")
     return figure
 
 

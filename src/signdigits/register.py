@@ -244,6 +244,12 @@ def find_version(model: LoggedModel) -> ModelVersion | None:
     return next((version for version in found if version.source == f"models:/{model.model_id}"), None)
 
 
+def version_of(model: LoggedModel) -> str:
+    """The registered version of `model`, or its id where it is not registered."""
+    version = find_version(model)
+    return str(model.model_id) if version is None else str(version.version)
+
+
 def find_alias(alias: str) -> ModelVersion | None:
     """The version that has `alias`, if one has."""
     client = mlflow.MlflowClient()

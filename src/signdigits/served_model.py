@@ -1,14 +1,15 @@
 """The model that is served: photographs in, digits with probabilities out.
 
 MLflow copies this file into every model and runs it from there ("models from code"), so it imports nothing of
-the project. The decoder comes with the model as a file, under a module name of its own: two versions of the model
-can be loaded into one process, and each reads photographs as it was trained to.
+the project. The decoder and the log of answers come with the model as files, under module names of their own: two
+versions of the model can be loaded into one process, and each reads photographs as it was trained to.
 """
 
 import base64
 import binascii
 import importlib.util
 import json
+import os
 import threading
 import uuid
 from pathlib import Path
@@ -40,6 +41,8 @@ class SignDigits(PythonModel):
         self.color_mode: str = settings["color_mode"]
         self.temperature: float = settings["temperature"]
         self.images = load_module(context.artifacts["images"])
+        # Off unless the environment asks for it, which is the only thing that reaches `mlflow models serve`.
+        self.answers = load_module(context.artifacts["answers"]).Answers.of_surroundings(os.environ)
         self.interpreter = Interpreter(context.artifacts["network"], num_threads=1)
         self.interpreter.allocate_tensors()
         # The server answers requests in threads, and an interpreter has one set of tensors.
@@ -54,14 +57,17 @@ class SignDigits(PythonModel):
         """
         if not len(model_input):
             raise refusal("no rows: send one photograph or more in the column 'image'")
-        x = self.read(model_input["image"].tolist())
+        sizes, x = self.read(model_input["image"].tolist())
         probabilities = softmax(self.forward(x) / self.temperature)
+        by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
+        if self.answers is not None:
+            self.answers.add(sizes, x, by_class)
         best = probabilities.argmax(axis=1)
         return pd.DataFrame(
             {
                 "label": [self.class_names[index] for index in best],
                 "probability": probabilities.max(axis=1),
-                "probabilities": [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()],
+                "probabilities": by_class,
             }
         )
 
@@ -79,18 +85,20 @@ class SignDigits(PythonModel):
                 logits.append(self.interpreter.get_tensor(given["index"])[0])
         return np.array(logits, float)
 
-    def read(self, values: list[Any]) -> np.ndarray:
-        """Decode every value; float32 of shape (n, image_size, image_size, channels)."""
-        arrays, faults = [], []
+    def read(self, values: list[Any]) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """Decode every value; widths and heights, and float32 of shape (n, image_size, image_size, channels)."""
+        sizes, arrays, faults = [], [], []
         for row, value in enumerate(values):
             try:
                 data = to_bytes(value)
-                arrays.append(self.images.decode(data, self.image_size, self.color_mode, FORMATS, MAX_PIXELS))
+                image = self.images.open_image(data, FORMATS, MAX_PIXELS)
+                arrays.append(self.images.to_array(image, self.image_size, self.color_mode))
+                sizes.append(image.size)
             except ValueError as error:  # ImageError among them
                 faults.append(f"row {row}: {error}")
         if faults:
             raise refusal("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
-        return np.stack(arrays).astype(np.float32)
+        return sizes, np.stack(arrays).astype(np.float32)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -122,7 +130,7 @@ def refusal(message: str) -> MlflowException:
 
 def load_module(path: str) -> ModuleType:
     """The Python file at `path` as a module that no other import can meet."""
-    spec = importlib.util.spec_from_file_location(f"images_{uuid.uuid4().hex}", path)
+    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_{uuid.uuid4().hex}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

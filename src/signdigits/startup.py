@@ -26,6 +26,7 @@ CHATTER = "|".join(
 
 MLFLOW_SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # bars of a millisecond
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # nobody is told what is done here
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a server's store prints two lines a run
     # Autologging writes metrics from a thread that, without this, sleeps a second at the end of every fit; with it,
     # the epochs of a second are written at once, and the end wakes it.

@@ -41,6 +41,9 @@ PROCESS = "process"
 # Where a run keeps what a model made of the test images; the gate between champion and challenger reads it.
 PREDICTIONS = "test/predictions.csv"
 
+# Where it keeps the same images as the endpoint's log of answers would have them; `monitor` reads it.
+REFERENCE = "test/reference.csv"
+
 # MLflow's own invention for a run that nobody named: adjective-animal-number.
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 

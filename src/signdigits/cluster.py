@@ -1,0 +1,52 @@
+"""Ray: a cluster that is up, or one of this machine's own. Imported by whoever has work for several processes."""
+
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+from typing import Protocol
+
+from signdigits.errors import ClusterError
+
+
+class Wanted(Protocol):
+    """How many processes should work at once, and on which cluster: parameters of a search, or of a prediction."""
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def ray_address(self) -> str: ...
+
+
+def is_distributed(parameters: Wanted) -> bool:
+    return parameters.workers > 1 or bool(parameters.ray_address)
+
+
+@contextlib.contextmanager
+def cluster(parameters: Wanted, cpus: int) -> Iterator[None]:
+    """The cluster at `ray_address`, or one of this machine's own, which ends with the block.
+
+    Raises ClusterError if it cannot be had.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError(f"workers={parameters.workers}: needs Ray; uv pip install -e '.[cluster]'") from error
+    here = {
+        "num_cpus": parameters.workers * cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1",
+    }  # fmt: skip
+    place = {"address": parameters.ray_address} if parameters.ray_address else here
+    interrupted = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
+        signal.signal(signal.SIGTERM, interrupted)  # Ray takes it for itself, and ends the process by it
+    except Exception as error:
+        raise ClusterError(
+            f"ray_address={parameters.ray_address}: {str(error).splitlines()[0]}; is it up, and is its token in "
+            "RAY_AUTH_TOKEN_PATH?"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,163 @@
+"""Say whether what is sent to the endpoint, and what it answers, is still like the test images.
+
+python -m signdigits monitor --answers FOLDER      # exits with 3 if not, with 4 if there are too few answers to say
+mlflow run . -e monitor -P answers=FOLDER -P hours=24
+"""
+
+import datetime
+import heapq
+import io
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
+
+from signdigits import answers, drift, plots, register, tracking
+from signdigits.drift import Drift
+from signdigits.errors import DataError, DriftFound, ModelError, TooFewAnswers
+from signdigits.hyperparameters import MonitorParameters
+
+log = logging.getLogger(__name__)
+
+
+def monitor(parameters: MonitorParameters) -> Drift:
+    """Compare the latest answers of a model with its test images, in a run of its own.
+
+    Raises DriftFound, once all is written, if so many columns have drifted; TooFewAnswers, before, if there are not
+    enough; DataError if there is no log, and ModelError if the model is none, or was not evaluated.
+    """
+    folder = Path(parameters.answers)
+    if not folder.is_dir():
+        raise DataError(f"answers={folder}: no such folder; serve with {answers.FOLDER}={folder} in the environment")
+    model = tracking.find_model("", parameters.model_uri)
+    version = register.version_of(model)
+    reference = compared(read_reference(model))
+    window = read_window(folder, version, parameters)
+    tags = {"model_id": model.model_id, "model_version": version}
+    with tracking.run("monitor", f"monitor version {version}", tags=tags):
+        tracking.log_params(asdict(parameters))
+        found = compare(reference, compared(table(window)), parameters)
+        share, drifted = found.share, ", ".join(found.drifted) or "none"
+        outcome = (
+            f"{len(found.drifted)} of {len(found.distances)} columns have drifted ({drifted}), from the test images of "
+            f"version {version} to its {len(window)} answers from {window[0]['time']} to {window[-1]['time']}"
+        )
+        mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
+        mlflow.log_metrics({"answers": len(window), "drifted_columns": len(found.drifted), "drifted_share": share})
+        tracking.describe(f"{outcome}.\n\n{distances(reference, compared(table(window)), found)}")
+    if share >= parameters.drift_share:
+        raise DriftFound(f"{outcome}; look at the run, and evaluate the model on photographs such as these")
+    log.info("no drift: %s", outcome)
+    return found
+
+
+def read_reference(model: LoggedModel) -> pd.DataFrame:
+    """The test images of `model`, as `evaluate` left them. Raises ModelError if it did not."""
+    again = (
+        f"run `python -m signdigits evaluate --model_uri models:/{model.model_id}` with the --data it was trained on"
+    )
+    if "test_run_id" not in model.tags:
+        raise ModelError(f"model {model.model_id}: not evaluated yet; {again}")
+    try:
+        text = mlflow.artifacts.load_text(f"runs:/{model.tags['test_run_id']}/{tracking.REFERENCE}")
+    except (MlflowException, OSError) as error:
+        raise ModelError(f"model {model.model_id}: no reference in run {model.tags['test_run_id']}; {again}") from error
+    return pd.read_csv(io.StringIO(text))
+
+
+def read_window(folder: Path, version: str, parameters: MonitorParameters) -> list[dict[str, Any]]:
+    """The latest answers, in the order of their time. Raises TooFewAnswers.
+
+    An answer without a version is taken for one of `version`: whoever served it did not say.
+    """
+    since = ""
+    if parameters.hours:
+        begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.hours)
+        since = begin.isoformat(timespec="milliseconds")
+    versions: Counter[str] = Counter()
+
+    def wanted() -> Iterator[tuple[str, int, dict[str, Any]]]:
+        for number, record in enumerate(read(folder)):
+            if record["time"] >= since:
+                versions[record["version"]] += 1
+                if record["version"] in ("", version):
+                    yield record["time"], number, record
+
+    found = [record for _, _, record in sorted(heapq.nlargest(parameters.last, wanted()))]
+    if len(found) < parameters.min_answers:
+        held = ", ".join(f"{count} of version {name or 'unknown'}" for name, count in versions.items()) or "none"
+        recent = f" of the last {parameters.hours:g} hours" if parameters.hours else ""
+        raise TooFewAnswers(
+            f"answers={folder}: {len(found)} answers{recent} of version {version}, {parameters.min_answers} needed "
+            f"(it holds {held}); wait for more, or lower --min_answers"
+        )
+    return found
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line of the log; a process that was killed, or a full disk, may have left half of one."""
+    for file in answers.files(folder):
+        try:
+            lines = file.read_text(errors="replace").splitlines()
+        except FileNotFoundError:  # removed meanwhile, to make room
+            continue
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and {"time", "version", "probabilities", *answers.STATISTICS} <= set(record):
+                yield record
+
+
+def table(window: list[dict[str, Any]]) -> pd.DataFrame:
+    """The answers in the columns of the reference."""
+    return pd.DataFrame(
+        {name: record[name] for name in answers.STATISTICS}
+        | {f"p({name})": probability for name, probability in record["probabilities"].items()}
+        for record in window
+    )
+
+
+def compared(found: pd.DataFrame) -> pd.DataFrame:
+    """What is compared: the statistics, the label, and how probable the model found it.
+
+    Width and height become one `size`, so that another camera is one column that drifts and not two.
+    """
+    shares = found.filter(regex=r"^p\(")
+    seen = found[list(answers.STATISTICS)].astype(float)
+    seen.insert(0, "size", (seen.pop("width") * seen.pop("height")) ** 0.5)
+    return seen.assign(probability=shares.max(axis=1), label=shares.idxmax(axis=1).str[2:-1])
+
+
+def compare(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
+    """The distances, which go to the active run with the report and its figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "drift.html")
+        found = drift.compare(reference, window, parameters, report)
+        mlflow.log_artifact(str(report))
+    mlflow.log_metrics({f"drift_{name}": distance for name, distance in found.distances.items()})
+    mlflow.log_figure(plots.drift(reference, window, found), "drift.png")
+    return found
+
+
+def distances(reference: pd.DataFrame, window: pd.DataFrame, found: Drift) -> str:
+    rows: list[tuple[Any, ...]] = [("column", "distance", "drifted", "test images", "answers")]
+    for name, distance in found.distances.items():
+        ends = [shown(part[name]) for part in (reference, window)]
+        rows.append((name, f"{distance:.3f}", "yes" if name in found.drifted else "no", *ends))
+    return tracking.markdown(rows)
+
+
+def shown(column: pd.Series) -> str:
+    """The middle of a column: its mean, or its most frequent label."""
+    return f"mostly {column.mode()[0]}" if column.name == "label" else f"{column.mean():.3f} ± {column.std():.3f}"

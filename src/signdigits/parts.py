@@ -1,0 +1,165 @@
+"""The folder that a prediction fills: finished chunks as part files, in the end two tables; each whole or not there.
+
+OUTPUT/job.json              what the tables are of: model, photographs, the MLflow run
+OUTPUT/parts/000000.parquet  the rows of a chunk; gone when all is done
+OUTPUT/predictions.parquet   all rows, in the order of the photographs
+OUTPUT/predictions.csv       the same
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import filelock
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from signdigits.errors import OutputError
+
+TABLES = ("predictions.parquet", "predictions.csv")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the tables of a folder are made of."""
+
+    model: str  # the logged model's id
+    version: str
+    images: str  # what the photographs were named by
+    digest: str
+    count: int
+    run_id: str = ""
+    finished: bool = False
+
+    def is_of(self, other: "Job") -> bool:
+        return (self.model, self.digest) == (other.model, other.digest)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The folder, held by this process alone."""
+
+    folder: Path
+    job: Job
+
+    @property
+    def is_finished(self) -> bool:
+        return self.job.finished and all((self.folder / name).is_file() for name in TABLES)
+
+    @property
+    def tables(self) -> tuple[Path, Path]:
+        parquet, csv = (self.folder / name for name in TABLES)
+        return parquet, csv
+
+    def part(self, number: int) -> Path:
+        return self.folder / "parts" / f"{number:06d}.parquet"
+
+    def note(self, **changes: str | bool) -> "Output":
+        """The same folder, with changes to its job that are on disk."""
+        job = replace(self.job, **changes)  # type: ignore[arg-type]
+        write(self.folder / "job.json", lambda path: path.write_text(json.dumps(asdict(job), indent=1) + "\n"))
+        return replace(self, job=job)
+
+    def keep(self, number: int, rows: pd.DataFrame) -> None:
+        """Write the rows of a chunk."""
+        self.part(number).parent.mkdir(exist_ok=True)
+        table = pa.Table.from_pandas(rows, schema_of(rows.columns.tolist()), preserve_index=False)
+        write(self.part(number), lambda path: pq.write_table(table, path))
+
+    def assemble(self, count: int) -> None:
+        """Write both tables out of `count` parts, one part in memory at a time."""
+        parts = [self.part(number) for number in range(count)]
+        parquet, csv = self.tables
+        write(parquet, lambda path: join_parquet(parts, path))
+        write(csv, lambda path: join_csv(parts, path))
+
+    def clear(self) -> None:
+        """Remove the parts, once the tables are there."""
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+
+
+def schema_of(columns: Sequence[str]) -> pa.Schema:
+    """Text, but for `probability` and each `p(class)`; a chunk without a readable photograph has no type of its own."""
+    numbers = {name for name in columns if name == "probability" or name.startswith("p(")}
+    return pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in columns])
+
+
+def join_parquet(parts: Sequence[Path], target: Path) -> None:
+    with pq.ParquetWriter(target, pq.read_schema(parts[0])) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part))
+
+
+def join_csv(parts: Sequence[Path], target: Path) -> None:
+    with target.open("w", newline="") as file:
+        for part in parts:
+            pd.read_parquet(part).to_csv(file, index=False, header=part is parts[0], lineterminator="\n")
+
+
+def write(target: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a file, and give it its name when it is whole on disk. Raises OutputError if it cannot be."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        fill(unfinished)
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+
+
+@contextlib.contextmanager
+def hold(folder: Path, job: Job) -> Iterator[Output]:
+    """The folder for `job` alone, new or as an earlier start has left it.
+
+    Raises OutputError if it is another job's, if it holds tables of unknown origin, or if another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise OutputError(
+            f"output={folder}: another process is writing there; wait for it, or pass another --output"
+        ) from None
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with lock:
+        found = find_job(folder)
+        if found is not None and not found.is_of(job):
+            raise OutputError(f"output={folder}: {differing(found, job)}; pass another --output, or remove the folder")
+        yield Output(folder, found or job)
+
+
+def find_job(folder: Path) -> Job | None:
+    try:
+        return Job(**json.loads((folder / "job.json").read_text()))
+    except FileNotFoundError:
+        strange = next((name for name in TABLES if (folder / name).exists()), None)
+        if strange is None:
+            return None
+        raise OutputError(
+            f"output={folder}: {strange} is there, but not what it is of; pass another --output, or remove it"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(
+            f"output={folder}: job.json cannot be read ({error}); pass another --output, or remove it"
+        ) from error
+
+
+def differing(found: Job, job: Job) -> str:
+    """What sets two jobs apart, in words."""
+    if found.model != job.model:
+        return (
+            f"begun with version {found.version}, not {job.version} (--model_uri models:/{found.model} goes on with it)"
+        )
+    return f"begun with the {found.count} images of {found.images} as they were then, which are not these"
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path}: {error.strerror}; make room, or a place that can be written: the same command goes on")

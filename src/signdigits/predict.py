@@ -1,0 +1,151 @@
+"""Read a folder of photographs, or a table of paths, with a served model: one row a photograph, as Parquet and CSV.
+
+python -m signdigits predict --images FOLDER --output predictions
+mlflow run . -e predict -P images=TABLE.csv -P workers=8 -P ray_address=auto
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.sources import LocalArtifactDatasetSource
+from mlflow.entities import LoggedModel
+from tqdm import tqdm
+
+from signdigits import images, listing, parts, plots, register, scoring, tracking
+from signdigits.hyperparameters import PredictParameters
+from signdigits.listing import Listing
+from signdigits.parts import Job, Output
+from signdigits.scoring import Chunk
+
+log = logging.getLogger(__name__)
+
+CHUNK = 256  # photographs that a kill costs at most, for each that works
+LEAST_CERTAIN = 12  # photographs that are shown
+SMALL = 5_000_000  # bytes of the CSV that are worth a second copy in the run
+SILENCE = 60  # seconds between two lines of progress where there is no terminal
+
+
+def predict(parameters: PredictParameters) -> Output:
+    """Write the tables, in a run of its own, which the same command goes on with after a kill.
+
+    Does nothing if they are there. Raises DataError if there are no photographs, ModelError if there is no such model,
+    and OutputError if the folder is in use or another job's.
+    """
+    folder = Path(parameters.output)
+    found = listing.find(parameters.images, folder)
+    model = tracking.find_model("", parameters.model_uri)
+    job = Job(model.model_id, register.version_of(model), parameters.images, found.digest, len(found.paths))
+    with parts.hold(folder, job) as output:
+        if output.is_finished:
+            tracking.retire_launching_run(output.job.run_id)
+            log.info("finished before, in run %s; the tables: %s and %s", output.job.run_id, *output.tables)
+        else:
+            output = complete(output, found, model, parameters)
+        output.clear()
+        return output
+
+
+def complete(output: Output, found: Listing, model: LoggedModel, parameters: PredictParameters) -> Output:
+    job = output.job
+    tags = {"model_id": model.model_id, "model_version": job.version, "images_digest": job.digest}
+    name = f"predict {found.name} with version {job.version}"
+    with tracking.run("predict", name, run_id=job.run_id or None, tags=tags) as run:
+        output = output.note(run_id=run.info.run_id)
+        tracking.log_params(asdict(parameters))
+        mlflow.log_input(
+            MetaDataset(LocalArtifactDatasetSource(str(found.folder)), found.name, job.digest), "prediction"
+        )
+        chunks = divide(found)
+        began = time.monotonic()
+        scored = score(output, chunks, model, parameters)
+        seconds = time.monotonic() - began
+        output.assemble(len(chunks))
+        report(output, found, scored, seconds)
+    return output.note(finished=True)
+
+
+def divide(found: Listing) -> list[Chunk]:
+    starts = range(0, len(found.paths), CHUNK)
+    return [Chunk(number, str(found.folder), found.paths[start : start + CHUNK]) for number, start in enumerate(starts)]
+
+
+def score(output: Output, chunks: Sequence[Chunk], model: LoggedModel, parameters: PredictParameters) -> int:
+    """Answer the chunks that no part file holds yet; returns the number of photographs in them."""
+    missing = [chunk for chunk in chunks if not output.part(chunk.number).exists()]
+    if not missing:
+        return 0
+    total, left = count(chunks), count(missing)
+    model_folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
+    told = began = time.monotonic()
+    with tqdm(total=total, initial=total - left, unit=" images", disable=None) as bar:
+        for chunk, rows in scoring.answered(model_folder, missing, parameters):
+            output.keep(chunk.number, rows.assign(model_version=output.job.version)[order(rows)])
+            bar.update(len(rows))
+            left -= len(rows)
+            if bar.disable and time.monotonic() - told > SILENCE:
+                told = time.monotonic()
+                rate = (count(missing) - left) / (told - began)
+                time_left = tqdm.format_interval(left / rate)
+                log.info("%d of %d images, %.0f a second, about %s left", total - left, total, rate, time_left)
+    return count(missing)
+
+
+def count(chunks: Sequence[Chunk]) -> int:
+    return sum(len(chunk.paths) for chunk in chunks)
+
+
+def order(rows: pd.DataFrame) -> list[str]:
+    """The columns of the tables."""
+    return [*rows.columns.drop("reason"), "model_version", "reason"]
+
+
+def report(output: Output, found: Listing, scored: int, seconds: float) -> None:
+    """Write on the active run what the tables hold.
+
+    `seconds` and `images_per_second` are of the `scored` photographs; the others were answered before an interruption.
+    """
+    parquet, csv = output.tables
+    table = pd.read_parquet(parquet, columns=["path", "label", "probability", "reason"])
+    unreadable = table[table["label"].isna()]
+    facts = {
+        "images": len(table), "readable": len(table) - len(unreadable), "unreadable": len(unreadable),
+        "repeated_paths": found.repeated, "resumed_images": len(table) - scored, "seconds": seconds,
+    }  # fmt: skip
+    if scored:
+        facts["images_per_second"] = scored / seconds
+    mlflow.log_metrics(facts)
+    if csv.stat().st_size <= SMALL:
+        mlflow.log_artifact(str(csv))
+    show_least_certain(table, found)
+    tracking.describe(description(output, found, table, unreadable))
+    log.info(
+        "%d images read with version %s, %d unreadable; the tables: %s and %s",
+        len(table) - len(unreadable), output.job.version, len(unreadable), parquet, csv,
+    )  # fmt: skip
+
+
+def description(output: Output, found: Listing, table: pd.DataFrame, unreadable: pd.DataFrame) -> str:
+    counts = table["label"].value_counts().sort_index()
+    reasons = unreadable["reason"].value_counts().head(10)
+    tables = [tracking.markdown([("label", "images"), *counts.items()])]
+    if len(reasons):
+        tables.append(tracking.markdown([("unreadable because", "images"), *reasons.items()]))
+    return "\n\n".join([f"{len(table)} images of `{found.name}`, read with version {output.job.version}.", *tables])
+
+
+def show_least_certain(table: pd.DataFrame, found: Listing) -> None:
+    chosen = table.nsmallest(LEAST_CERTAIN, "probability")
+    pictures, titles = [], []
+    for path, label, probability in zip(chosen["path"], chosen["label"], chosen["probability"], strict=True):
+        with contextlib.suppress(OSError, images.ImageError):  # gone meanwhile
+            pictures.append(images.decode((found.folder / path).read_bytes(), 200, "rgb"))
+            titles.append(f"{label} with {probability:.0%}\n{Path(path).name}")
+    if pictures:
+        mlflow.log_figure(plots.photographs(pictures, titles, "Least certain", columns=4), "least_certain.png")

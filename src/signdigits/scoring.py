@@ -1,0 +1,176 @@
+"""Paths to answers, in chunks: by this process in threads, or by workers that Ray starts here or on a cluster."""
+
+import os
+import queue
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+import pandas as pd
+from mlflow.exceptions import MlflowException
+
+from signdigits import answers, startup
+from signdigits.cluster import cluster, is_distributed
+from signdigits.errors import ClusterError, DataError, SignDigitsError
+from signdigits.hyperparameters import PredictParameters
+
+TOGETHER = 32  # photographs that one thread holds in memory
+MAX_FILE = 100_000_000  # bytes; the model itself accepts fewer, but is not handed everything
+ATTEMPTS = 3  # that a chunk has if a worker dies over it
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Photographs that are answered together, and kept together once they are."""
+
+    number: int
+    folder: str  # what the paths are relative to
+    paths: tuple[str, ...]
+
+
+def load(model_uri: str) -> mlflow.pyfunc.PyFuncModel:
+    """A model as its endpoint would load it, but without the endpoint's log of answers."""
+    with startup.filtered_stderr(), answers.switched_off():
+        return mlflow.pyfunc.load_model(model_uri)
+
+
+class Scorer:
+    """A served model, asked about files."""
+
+    def __init__(self, model_uri: str) -> None:
+        self.served = load(model_uri)
+        self.class_names: list[str] = self.served.unwrap_python_model().class_names
+
+    def score(self, chunk: Chunk) -> pd.DataFrame:
+        """One row a photograph: path, label, probability, `p(class)` of every class, reason (of an unreadable one).
+
+        Raises DataError if the folder is not there, which would make all its photographs unreadable.
+        """
+        folder = Path(chunk.folder)
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such folder on {os.uname().nodename}; every worker needs it at the same path"
+            )
+        found: list[dict[str, Any] | str] = []
+        for start in range(0, len(chunk.paths), TOGETHER):
+            found += self.answer([read(folder / path) for path in chunk.paths[start : start + TOGETHER]])
+        rows = [row(path, answer) for path, answer in zip(chunk.paths, found, strict=True)]
+        columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), "reason"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def answer(self, contents: Sequence[bytes | str]) -> list[dict[str, Any] | str]:
+        """The model's answer to each photograph, or the reason why there is none."""
+        readable = [content for content in contents if isinstance(content, bytes)]
+        given = iter(self.ask(readable) if readable else [])
+        return [next(given) if isinstance(content, bytes) else content for content in contents]
+
+    def ask(self, contents: list[bytes]) -> list[dict[str, Any] | str]:
+        """The model refuses a table for a single bad row: then its halves are asked, down to the row at fault."""
+        try:
+            given: list[dict[str, Any] | str] = self.served.predict(pd.DataFrame({"image": contents})).to_dict(
+                "records"
+            )
+            return given
+        except MlflowException as error:
+            if len(contents) == 1:
+                return [error.message.removeprefix("row 0: ")]
+            half = len(contents) // 2
+            return self.ask(contents[:half]) + self.ask(contents[half:])
+
+
+def read(path: Path) -> bytes | str:
+    """What a file holds, or the reason why that cannot be said."""
+    try:
+        if path.exists() and not path.is_file():
+            return "cannot be read (not a file)"
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    if not content:
+        return "empty"
+    return content if len(content) <= MAX_FILE else f"more than {MAX_FILE:,} bytes"
+
+
+def row(path: str, answer: dict[str, Any] | str) -> dict[str, Any]:
+    told = path.encode("utf-8", "backslashreplace").decode()  # a file name may hold bytes that are no text
+    if isinstance(answer, str):
+        return {"path": told, "reason": answer}
+    each = {f"p({name})": value for name, value in answer["probabilities"].items()}
+    return {"path": told, "label": answer["label"], "probability": answer["probability"], **each}
+
+
+def answered(
+    model_folder: Path, chunks: Sequence[Chunk], parameters: PredictParameters
+) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+    """Each chunk with its rows, as they come. Raises ClusterError if the workers cannot be had, or keep dying."""
+    if not is_distributed(parameters):
+        yield from in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
+        return
+    with cluster(parameters, cpus=1):
+        yield from on_workers(model_folder, chunks, parameters.workers)
+
+
+def in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+    """A thread for each scorer: a model answers one at a time, but decoder and network release Python's lock."""
+    free = queue.SimpleQueue[Scorer]()
+    for scorer in scorers:
+        free.put(scorer)
+
+    def score(chunk: Chunk) -> pd.DataFrame:
+        scorer = free.get()
+        try:
+            return scorer.score(chunk)
+        finally:
+            free.put(scorer)
+
+    with ThreadPoolExecutor(len(scorers)) as threads:
+        try:
+            yield from zip(chunks, threads.map(score, chunks), strict=True)
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def on_workers(model_folder: Path, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util import ActorPool
+
+    files = {path.relative_to(model_folder).as_posix(): path.read_bytes() for path in files_in(model_folder)}
+    hire = ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS).remote
+    sent = ray.put(files)
+    pool = ActorPool([hire(sent) for _ in range(min(workers, len(chunks)))])
+    try:
+        yield from pool.map_unordered(lambda worker, chunk: worker.score.remote(chunk), chunks)
+    except RayTaskError as error:
+        if isinstance(error.cause, SignDigitsError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise ClusterError(
+            f"the workers keep dying ({str(error).splitlines()[0]}); the same command goes on where it was"
+        ) from error
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+class Worker:
+    """A process that Ray starts, and starts again when it dies. It is sent the model, and needs no tracking store."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        startup.set_up_mlflow()
+        self.folder = tempfile.TemporaryDirectory()  # as long as the process
+        for name, content in files.items():
+            path = Path(self.folder.name, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        self.scorer = Scorer(self.folder.name)
+
+    def score(self, chunk: Chunk) -> tuple[Chunk, pd.DataFrame]:
+        return chunk, self.scorer.score(chunk)

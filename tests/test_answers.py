@@ -1,0 +1,189 @@
+"""The endpoint's log of answers: in this process, in processes with a limit on what they may write, and behind HTTP."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+from signdigits import answers, predict
+from signdigits.answers import Answers, statistics
+from signdigits.hyperparameters import PredictParameters
+
+from .conftest import serving
+from .test_served_model import post, records, text
+
+RANDOM = np.random.default_rng(0)
+PHOTOGRAPH = RANDOM.integers(0, 256, (16, 16, 3)).astype(np.float32)
+SHARES = {"0": 0.25, "1": 0.75}
+KEYS = {"time", "version", "width", "height", "brightness", "contrast", "sharpness", "probabilities"}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in answers.files(folder) for line in file.read_text().splitlines()]
+
+
+def test_it_is_off_unless_the_environment_names_a_folder() -> None:
+    assert Answers.of_surroundings({}) is None
+    assert Answers.of_surroundings({"SIGN_DIGITS_ANSWERS": "", "SIGN_DIGITS_VERSION": "3"}) is None
+
+
+@pytest.mark.parametrize("limit", ["many", "0", "-1", "nan", "inf"])
+def test_a_limit_that_is_none_is_refused_by_name(limit: str) -> None:
+    with pytest.raises(ValueError, match=f"SIGN_DIGITS_ANSWERS_MB={limit}: must be a number of megabytes"):
+        Answers.of_surroundings({"SIGN_DIGITS_ANSWERS": "log", "SIGN_DIGITS_ANSWERS_MB": limit})
+
+
+def test_a_line_says_when_which_and_what_but_holds_no_picture(tmp_path: Path) -> None:
+    Answers(tmp_path, 64_000_000, "3").add([(640, 480)], [PHOTOGRAPH], [SHARES])
+    (line,) = lines(tmp_path)
+    assert set(line) == KEYS
+    assert line["time"].endswith("+00:00")
+    assert (line["version"], line["width"], line["height"]) == ("3", 640, 480)
+    assert line["probabilities"] == SHARES
+    assert all(isinstance(line[name], int | float) for name in answers.STATISTICS)
+
+
+def test_the_statistics_are_those_of_the_picture() -> None:
+    """Of known pictures, worked out by hand; gray ones are inverted as the network sees them."""
+    half = np.zeros((10, 10, 3), np.uint8)
+    half[:, 5:] = 255
+    assert statistics((1, 2), half) == {
+        "width": 1, "height": 2, "brightness": 0.5, "contrast": 0.5, "sharpness": round((1 / 9) ** 0.5, 5),
+    }  # fmt: skip
+    gray = (1 - half[..., :1] / 255).astype(np.float32)
+    assert statistics((1, 2), gray) == statistics((1, 2), half)
+    assert statistics((1, 2), half.astype(np.float32)) == statistics((1, 2), half)
+
+
+def test_however_much_is_answered_the_folder_stays_within_its_limit(tmp_path: Path) -> None:
+    limit = 200_000
+    first, second = Answers(tmp_path, limit, "1"), Answers(tmp_path, limit, "1")
+    for _ in range(400):
+        for log in (first, second):
+            log.add([(1, 1)] * 4, [PHOTOGRAPH] * 4, [SHARES] * 4)
+        assert sum(file.stat().st_size for file in answers.files(tmp_path)) <= limit
+    assert len(answers.files(tmp_path)) == answers.FILES
+    assert sum(file.stat().st_size for file in answers.files(tmp_path)) > limit / 2
+    assert all(set(line) == KEYS for line in lines(tmp_path))
+
+
+def test_other_files_of_the_folder_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("mine")
+    log = Answers(tmp_path, 100_000, "1")
+    for _ in range(2000):
+        log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+
+
+def test_threads_do_not_write_into_each_others_lines(tmp_path: Path) -> None:
+    log = Answers(tmp_path, 64_000_000, "1")
+
+    def ask(number: int) -> None:
+        for _ in range(200):
+            log.add([(number, number)] * 3, [PHOTOGRAPH] * 3, [SHARES] * 3)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    widths = [line["width"] for line in lines(tmp_path)]
+    assert sorted(widths) == sorted(number for number in range(8) for _ in range(600))
+
+
+def test_a_folder_that_cannot_be_written_costs_the_log_and_not_the_answer(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    log = Answers(tmp_path / "file", 64_000_000, "1")
+    log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
+    assert log.silent_until > time.monotonic(), "it is left alone for a while"
+    log.silent_until = 0.0
+    log.folder = tmp_path / "folder"
+    log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
+    assert len(lines(tmp_path / "folder")) == 1
+
+
+def test_a_full_disk_leaves_no_glued_lines(tmp_path: Path) -> None:
+    """A process that may write no more than 1,000 bytes to a file, as where a disk is full: the last line is cut."""
+    script = f"""
+import resource, signal
+import numpy as np
+from pathlib import Path
+from signdigits.answers import Answers
+log = Answers(Path({str(tmp_path)!r}), 64_000_000, "1")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+for number in range(20):
+    log.add([(number, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+log.silent_until = 0.0
+log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("pauses for") == 1
+    first, second = answers.files(tmp_path)
+    whole, cut = first.read_text().splitlines()[:-1], first.read_text().splitlines()[-1]
+    assert [json.loads(line)["width"] for line in whole] == list(range(len(whole)))
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(cut)
+    assert [line["width"] for line in map(json.loads, second.read_text().splitlines())] == [77]
+
+
+def test_a_file_that_somebody_removed_is_begun_anew(tmp_path: Path) -> None:
+    log = Answers(tmp_path, 64_000_000, "1")
+    log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
+    answers.files(tmp_path)[0].unlink()
+    log.add([(2, 1)], [PHOTOGRAPH], [SHARES])
+    assert [line["width"] for line in lines(tmp_path)] == [2]
+
+
+def test_what_evaluate_and_predict_ask_is_not_logged(
+    champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(answers.FOLDER, str(tmp_path / "log"))
+    predict.predict(PredictParameters(images=str(photographs)))
+    assert not (tmp_path / "log").exists()
+    assert os.environ[answers.FOLDER] == str(tmp_path / "log")
+    mlflow.pyfunc.load_model("models:/sign-digits@champion").predict(
+        pd.DataFrame({"image": [(photographs / "0" / "IMG_0000.JPG").read_bytes()]})
+    )
+    assert len(lines(tmp_path / "log")) == 1
+
+
+def test_the_endpoint_logs_every_photograph_that_it_answered(
+    champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(answers.FOLDER, str(tmp_path / "log"))
+    monkeypatch.setenv(answers.VERSION, "1")
+    content = (photographs / "2" / "IMG_0000.JPG").read_bytes()
+    with serving("models:/sign-digits@champion", tmp_path / "server.log") as url:
+        status, reply = post(url, records(text(content), text(content)))
+        assert status == 200
+        assert post(url, records(text(content), "not base64!"))[0] == 400
+        monkeypatch.undo()
+    first, second = lines(tmp_path / "log")
+    assert set(first) == KEYS
+    assert (first["version"], first["width"], first["height"]) == ("1", 24, 24)
+    answered = reply["predictions"][0]["probabilities"]
+    assert first["probabilities"] == {name: round(share, 6) for name, share in answered.items()}
+    assert {**first, "time": ""} == {**second, "time": ""}
+    assert text(content)[:40] not in answers.files(tmp_path / "log")[0].read_text()
+
+
+def test_an_endpoint_whose_log_cannot_be_written_answers_all_the_same(
+    champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv(answers.FOLDER, str(tmp_path / "file"))
+    model = mlflow.pyfunc.load_model("models:/sign-digits@champion")
+    reply = model.predict(pd.DataFrame({"image": [(photographs / "0" / "IMG_0000.JPG").read_bytes()]}))
+    assert len(reply) == 1

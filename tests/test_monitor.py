@@ -1,0 +1,192 @@
+"""Drift, from the real command line, in logs that a served model wrote."""
+
+import importlib.util
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.entities import Run
+from PIL import Image, ImageOps
+
+from signdigits import answers, data, drift, model, package, tracking
+from signdigits.errors import ModelError
+from signdigits.hyperparameters import MonitorParameters
+from signdigits.monitor import monitor
+
+from .conftest import command
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("evidently"), reason="needs the extra .[monitor]")
+
+ENOUGH = 120
+COLUMNS = ["size", "brightness", "contrast", "sharpness", "probability", "label"]
+
+
+@contextmanager
+def logging_to(folder: Path, version: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(answers.FOLDER, str(folder))
+        patch.setenv(answers.VERSION, version)
+        yield
+
+
+def ask(loaded: data.Data, folder: Path, change: Callable[[Image.Image], Image.Image], version: str = "1") -> None:
+    """Let the champion answer the test photographs, changed, some times over, and log it."""
+    contents = []
+    for index in loaded.split.testing:
+        with Image.open(loaded.dataset.folder / loaded.dataset.photographs[index].path) as photograph:
+            changed = io.BytesIO()
+            change(photograph.convert("RGB")).save(changed, "PNG")
+        contents.append(changed.getvalue())
+    with logging_to(folder, version):
+        served = mlflow.pyfunc.load_model("models:/sign-digits@champion")
+    for _ in range(ENOUGH // len(contents)):
+        served.predict(pd.DataFrame({"image": contents}))
+
+
+def same(image: Image.Image) -> Image.Image:
+    return image
+
+
+def noisy(image: Image.Image) -> Image.Image:
+    noise = np.random.default_rng(0).normal(0, 60, (image.height, image.width, 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+def the_run() -> Run:
+    (run,) = mlflow.search_runs(
+        search_all_experiments=True, filter_string="tags.role = 'monitor'", output_format="list"
+    )
+    return run
+
+
+def test_the_same_photographs_have_not_drifted(champion: str, loaded: data.Data, tmp_path: Path) -> None:
+    ask(loaded, tmp_path / "log", same)
+    done = command("monitor", "--answers", "log", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no drift: 0 of 6 columns have drifted (none)" in done.stdout
+    assert done.stderr == ""
+    run = the_run()
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["outcome"] == "no drift"
+    assert run.data.tags["model_version"] == "1"
+    assert run.data.metrics["answers"] == ENOUGH
+    assert run.data.metrics["drifted_share"] == 0
+    assert {f"drift_{name}" for name in COLUMNS} <= set(run.data.metrics)
+    assert all(run.data.metrics[f"drift_{name}"] < 0.01 for name in COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("change", "columns"),
+    [(ImageOps.invert, {"brightness", "label"}), (noisy, {"contrast", "sharpness"})],
+    ids=["inverted", "noisy"],
+)
+def test_changed_photographs_have_drifted(
+    champion: str, loaded: data.Data, tmp_path: Path, change: Callable[[Image.Image], Image.Image], columns: set[str]
+) -> None:
+    ask(loaded, tmp_path / "log", change)
+    done = command("monitor", "--answers", "log", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "columns have drifted" in done.stderr
+    assert "Traceback" not in done.stderr
+    run = the_run()
+    assert run.info.status == "FINISHED", "the monitoring did not fail"
+    assert run.data.tags["outcome"] == "drift"
+    assert run.data.metrics["drifted_share"] >= 0.3
+    drifted = {name for name in COLUMNS if run.data.metrics[f"drift_{name}"] >= (0.25 if name == "label" else 0.5)}
+    assert columns <= drifted
+    assert run.data.metrics["drifted_columns"] == len(drifted)
+    files = {item.path: item.file_size for item in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
+    assert set(files) == {"drift.html", "drift.png"}
+    report = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="drift.html")).read_text()
+    assert "brightness" in report
+    assert "<script src=" not in report, "the report asks nobody for anything"
+
+
+def test_too_few_answers_are_told_and_are_not_drift(champion: str, loaded: data.Data, tmp_path: Path) -> None:
+    ask(loaded, tmp_path / "log", ImageOps.invert, version="7")
+    done = command("monitor", "--answers", "log", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "0 answers of version 1, 100 needed (it holds 120 of version 7)" in done.stderr
+    assert not mlflow.search_runs(
+        search_all_experiments=True, filter_string="tags.role = 'monitor'", output_format="list"
+    )
+
+
+def test_a_log_that_is_not_there_is_a_misuse(champion: str, tmp_path: Path) -> None:
+    done = command("monitor", "--answers", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "answers=nowhere: no such folder; serve with SIGN_DIGITS_ANSWERS=nowhere" in done.stderr
+
+
+def test_only_the_latest_answers_count(champion: str, loaded: data.Data, tmp_path: Path) -> None:
+    ask(loaded, tmp_path / "log", noisy)
+    ask(loaded, tmp_path / "log", same)
+    found = monitor(MonitorParameters(answers="log", last=ENOUGH))
+    assert found.share == 0
+    assert the_run().data.metrics["answers"] == ENOUGH
+
+
+def test_answers_of_other_hours_other_versions_and_cut_lines_are_passed_over(
+    champion: str, loaded: data.Data, tmp_path: Path
+) -> None:
+    ask(loaded, tmp_path / "log", same)
+    (file,) = answers.files(tmp_path / "log")
+    lines = file.read_text().splitlines()
+    old = [json.dumps({**json.loads(line), "time": "2026-01-01T00:00:00.000+00:00"}) for line in lines]
+    other = [json.dumps({**json.loads(line), "version": "2"}) for line in lines]
+    unnamed = [json.dumps({**json.loads(line), "version": ""}) for line in lines[:5]]
+    strange = ["[]", "{}", "five fingers", lines[0][:50]]
+    file.write_text("\n".join([*old, *other, *lines, *unnamed, *strange]))
+    monitor(MonitorParameters(answers="log", hours=24))
+    assert the_run().data.metrics["answers"] == ENOUGH + 5
+
+
+def test_a_model_without_a_reference_names_the_remedy(
+    champion: str, loaded: data.Data, tmp_path: Path, log_another: Callable[[], str]
+) -> None:
+    ask(loaded, tmp_path / "log", same)
+    with pytest.raises(ModelError, match="not evaluated yet; run `python -m signdigits evaluate --model_uri"):
+        monitor(MonitorParameters(answers="log", model_uri=log_another()))
+
+
+@pytest.fixture
+def log_another(champion: str, loaded: data.Data) -> Callable[[], str]:
+    """A function that logs an untrained network, and returns its address."""
+
+    def log() -> str:
+        with tracking.run("train", "train"):
+            return str(package.log_model(model.build(loaded.training.shape, 3), 1.0, loaded, {}).model_uri)
+
+    return log
+
+
+def test_nobody_is_called_and_pandas_is_left_as_it_was(champion: str, loaded: data.Data, tmp_path: Path) -> None:
+    """Python itself tells of every connection and every name that is looked up, in whatever library."""
+    ask(loaded, tmp_path / "log", same)
+    calls = tmp_path / "calls"
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def watch(event, arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        f"        open({str(calls)!r}, 'a').write(f'{{event}} {{arguments}}\\n')\n"
+        "sys.addaudithook(watch)\n"
+        f"open({str(calls)!r}, 'a').close()\n"
+    )
+    watched = os.environ | {"PYTHONPATH": str(tmp_path / "watch"), "HOME": str(tmp_path)}
+    watched.pop("DO_NOT_TRACK", None)
+    done = command("monitor", "--answers", "log", cwd=tmp_path, env=watched)
+    assert done.returncode == 0, done.stderr
+    assert calls.read_text() == ""
+    assert not list(tmp_path.rglob("*telemetry*")), "no identity was made either"
+
+    drift.load()
+    assert not hasattr(sys.modules["pandas.core.dtypes.common"], drift.MISSING)

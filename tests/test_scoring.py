@@ -1,0 +1,80 @@
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from signdigits import scoring
+from signdigits.errors import DataError
+from signdigits.hyperparameters import PredictParameters
+from signdigits.scoring import Chunk, Scorer
+
+
+@pytest.fixture
+def scorer(champion: str) -> Scorer:
+    return Scorer("models:/sign-digits@champion")
+
+
+def test_one_bad_photograph_among_many_does_not_change_the_others(scorer: Scorer, photographs: Path) -> None:
+    good = (photographs / "1" / "IMG_0000.JPG").read_bytes()
+    alone = scorer.answer([good])[0]
+    mixed = scorer.answer([good, b"five fingers", good, "cannot be read (gone)", good[:-100], good])
+    assert [mixed[index] for index in (0, 2, 5)] == [alone] * 3
+    assert mixed[1] == "not an image"
+    assert mixed[3] == "cannot be read (gone)"
+    assert str(mixed[4]).startswith("truncated or damaged")
+
+
+def test_more_bad_photographs_than_the_model_names_in_one_answer_all_have_their_reason(scorer: Scorer) -> None:
+    assert scorer.answer([b"five fingers"] * 32) == ["not an image"] * 32
+
+
+def test_what_is_no_file_or_too_long_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert scoring.read(tmp_path / "pipe") == "cannot be read (not a file)"
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(scoring.MAX_FILE + 1)
+    assert scoring.read(tmp_path / "large") == "more than 100,000,000 bytes"
+    assert scoring.read(tmp_path / ("n" * 300)) == "cannot be read (File name too long)"
+
+
+def test_a_folder_that_is_not_there_makes_no_row(scorer: Scorer) -> None:
+    with pytest.raises(DataError, match=r"/nowhere: no such folder on .*; every worker needs it at the same path"):
+        scorer.score(Chunk(0, "/nowhere", ("a.jpg",)))
+
+
+def test_a_worker_that_dies_is_replaced_and_its_chunk_is_answered(
+    champion: str, photographs: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="needs the extra .[cluster]")
+    paths = tuple(path.relative_to(photographs).as_posix() for path in sorted(photographs.rglob("*.JPG")))
+    chunks = [Chunk(number, str(photographs), paths * 10) for number in range(6)]
+    folder = Path(mlflow.artifacts.download_artifacts("models:/sign-digits@champion"))
+    killer = threading.Thread(target=kill_a_worker)
+    found = {}
+    for chunk, rows in scoring.answered(folder, chunks, PredictParameters(images="some", workers=2)):
+        found[chunk.number] = rows
+        if len(found) == 1:
+            killer.start()
+    killer.join()
+    assert sorted(found) == list(range(6))
+    assert all(rows["path"].tolist() == list(paths * 10) for rows in found.values())
+
+
+def kill_a_worker() -> None:
+    """Kill one of the processes that Ray started for this one, while it works."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for status in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = status.read_bytes()
+            except OSError:
+                continue
+            if line.startswith(b"ray::Worker"):
+                os.kill(int(status.parent.name), signal.SIGKILL)
+                return
+        time.sleep(0.01)
+    raise AssertionError("no worker was found")
