@@ -18,7 +18,7 @@ import psutil
 from optuna.trial import TrialState
 
 from benchmarks.measure import Row
-from signdigits import crew, data, search, tracking
+from signdigits import cluster, crew, data, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 from signdigits.trial import Outcome
 
@@ -103,7 +103,7 @@ def measure(loaded: data.Data, workers: int) -> Carried:
         ray_address=os.environ["RAY_ADDRESS"], n_trials=workers,
     )  # fmt: skip
     tracking.open_experiment("benchmark")
-    with search.open_study(loaded, Space.of("notebook"), parameters) as opened, crew.cluster(parameters, cpus=0):
+    with search.open_study(loaded, Space.of("notebook"), parameters) as opened, cluster.cluster(parameters, cpus=0):
         job = crew.job(opened.task, opened.study, parameters, cpus=0)
         sleepers = crew.Workers(job, opened.study, parameters, kind=Sleeper)
         search.hand_out(opened, sleepers)

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 
 from benchmarks.measure import Row
-from signdigits import crew, data, search, tracking
+from signdigits import cluster, crew, data, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 
 EPOCHS = 8  # the notebook's second and third run
@@ -41,7 +41,7 @@ def trials_an_hour(loaded: data.Data, workers: int, cpus: int) -> float:
     )  # fmt: skip
     tracking.open_experiment("benchmark")
     space = Space.of("notebook", epochs=EPOCHS)
-    with search.open_study(loaded, space, parameters) as opened, crew.cluster(parameters, cpus):
+    with search.open_study(loaded, space, parameters) as opened, cluster.cluster(parameters, cpus):
         job = crew.job(opened.task, opened.study, parameters, cpus)
         working = crew.Workers(job, opened.study, parameters)
         search.hand_out(opened, working)

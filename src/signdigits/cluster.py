@@ -34,6 +34,7 @@ def cluster(parameters: Wanted, cpus: int) -> Iterator[None]:
     except ImportError as error:
         raise ClusterError(f"workers={parameters.workers}: needs Ray; uv pip install -e '.[cluster]'") from error
     here = {
+        "address": "local",  # else Ray would look for one that somebody has started on this machine, and want its token
         "num_cpus": parameters.workers * cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1",
     }  # fmt: skip
     place = {"address": parameters.ray_address} if parameters.ray_address else here
@@ -42,10 +43,9 @@ def cluster(parameters: Wanted, cpus: int) -> Iterator[None]:
         ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
         signal.signal(signal.SIGTERM, interrupted)  # Ray takes it for itself, and ends the process by it
     except Exception as error:
-        raise ClusterError(
-            f"ray_address={parameters.ray_address}: {str(error).splitlines()[0]}; is it up, and is its token in "
-            "RAY_AUTH_TOKEN_PATH?"
-        ) from error
+        asked = f"ray_address={parameters.ray_address}" if parameters.ray_address else f"workers={parameters.workers}"
+        reason = str(error).splitlines()[0]
+        raise ClusterError(f"{asked}: {reason}; is it up, and is its token in RAY_AUTH_TOKEN_PATH?") from error
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits import front
+from signdigits import answers, front
 from signdigits.hyperparameters import ServeParameters
 from signdigits.processes import Process, Reply, ask
 
@@ -47,6 +47,7 @@ def environment(version: ModelVersion) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
+        answers.VERSION: str(version.version),  # what a log of answers calls it
         "UVICORN_HEADERS": f"{VERSION_HEADER}:{version.version}",
         "UVICORN_LOG_LEVEL": "warning",
         "UVICORN_ACCESS_LOG": "false",
