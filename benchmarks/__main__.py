@@ -18,7 +18,7 @@ from benchmarks import measure
 from benchmarks.measure import Row
 from signdigits import tracking
 
-PARTS = ("training", "trial", "serving", "start", "growth", "search")
+PARTS = ("training", "trial", "serving", "front", "start", "growth", "search")
 ON_A_CLUSTER = ("coordination", "workers")  # these need a running `scripts/cluster`
 PARTS_HELP = f"of {', '.join(PARTS)} (default: all of these); on a cluster {', '.join(ON_A_CLUSTER)}"
 

@@ -110,9 +110,7 @@ def forward_pass(network: Any, loaded: data.Data) -> Callable[[], object]:
 @contextlib.contextmanager
 def serving(uri: str, folder: Path) -> Iterator[int]:
     """`mlflow models serve` on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     line = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "--port", str(port)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
     with (folder / "server.log").open("a") as log:
@@ -126,6 +124,12 @@ def serving(uri: str, folder: Path) -> Iterator[int]:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def answers(port: int) -> bool:

@@ -33,6 +33,7 @@ def test_the_operations_of_an_image_are_those_of_its_layers() -> None:
 
 @pytest.mark.parametrize("part", PARTS + ON_A_CLUSTER)
 def test_every_part_can_be_imported(part: str) -> None:
-    if part in ON_A_CLUSTER:
+    if part in ("front", *ON_A_CLUSTER):
         pytest.importorskip("psutil", reason="needs the extra .[benchmark]")
+        pytest.importorskip("hypothesis", reason="needs the extra .[benchmark]")
     assert callable(importlib.import_module(f"benchmarks.{part}").rows)

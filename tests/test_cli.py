@@ -42,6 +42,10 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["register"], "give one of the three"),
         (["register", "--version", "-1"], "version=-1: must be 0 or more"),
         (["show"], "has no champion"),
+        (["serve"], "has no champion"),
+        (["serve", "--port", "70000"], "port=70000: must be 65535 or less"),
+        (["serve", "--host", "a b"], "host='a b': must be a host name or an address"),
+        (["serve", "--key", "key.pem"], "certificate='', key='key.pem': give both, or neither"),
     ],
 )
 def test_a_misuse_is_told_in_a_line_and_exits_with_2(

@@ -324,6 +324,11 @@ def test_nginx_comes_back_when_it_is_killed(first: Server, registry: Registry) -
     assert first.version(registry.request) == "1"
 
 
+@pytest.mark.parametrize(("host", "within"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False)])
+def test_what_other_machines_can_reach_is_known(host: str, within: bool) -> None:
+    assert serve.is_loopback(host) == within
+
+
 def test_a_port_that_is_taken_is_told(first: Server, registry: Registry) -> None:
     line = [sys.executable, "-m", "signdigits", "serve", "--port", str(first.port)]
     second = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=registry.folder)

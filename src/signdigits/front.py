@@ -103,14 +103,18 @@ def socket_path(home: Path, pool: str, number: int) -> Path:
 
 
 def make_home(home: Path) -> None:
-    """Lay out `home`: the pools' folders, the page, and what nginx writes, its workers let in and nobody else."""
+    """Lay out `home`: the pools' folders and a copy of the page, its reader being nginx's workers and nobody else.
+
+    A copy, since the workers are not root even if root starts nginx, and may not be let into where the project lies.
+    """
     for pool in (*POOLS, NO_POOL):
         (home / pool).mkdir()
-    shutil.copytree(PAGE, home / "page")
+    shutil.copytree(PAGE, home / "page", copy_function=shutil.copyfile)
     if os.geteuid() == 0:
         account = worker_account()
-        os.chown(home, 0, account.pw_gid)
-        home.chmod(0o750)
+        for place in (home, *(home / "page").rglob("*"), home / "page"):
+            os.chown(place, 0, account.pw_gid)
+            place.chmod(0o750 if place.is_dir() else 0o640)
     point_live(home, NO_POOL)
 
 
@@ -185,6 +189,7 @@ http {{
     server {{
         listen {listen(parameters)};
         {tls(parameters)}
+        recursive_error_pages on; # of `@again`, too
         {errors(parameters)}
         client_header_timeout {parameters.client_timeout}s;
         client_body_timeout {parameters.client_timeout}s;
@@ -220,7 +225,6 @@ http {{
             proxy_pass http://$pool;
         }}
         location @again {{
-            recursive_error_pages on;
             {intercepted(parameters)}
             error_page 502 = /.front/502;
             proxy_pass http://$pool_now;

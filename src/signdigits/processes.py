@@ -65,11 +65,14 @@ class Process:
 
     def reason(self) -> str:
         """Why it ended, as far as can be told: the last that it wrote before it ended."""
-        if not self.tail:
-            return f"exit code {self.popen.returncode}, without a word"
+        last = self.tail[-1] if self.tail else f"exit code {self.popen.returncode}, without a word"
+        if killed := re.search(r"Return code = -(\d+)", last):  # MLflow's word for what befell its child
+            return f"killed by signal {killed[1]}"
+        if self.popen.returncode and self.popen.returncode < 0:
+            return f"killed by signal {-self.popen.returncode}"
         errors = [line for line in self.tail if re.match(r"[\w.]*(Error|Exception)\b", line)]
         own = [line for line in errors if "returned non zero return code" not in line]  # MLflow's, of its child
-        return (own or list(self.tail))[-1].strip()
+        return (own or [last])[-1].strip()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process and to all that it started."""

@@ -6,6 +6,7 @@ scripts/serve
 
 import contextlib
 import fcntl
+import ipaddress
 import logging
 import os
 import shutil
@@ -45,6 +46,8 @@ def serve(parameters: ServeParameters) -> None:
             f"{register.REGISTERED_MODEL} has no {parameters.alias} in {tracking.address()}; run scripts/quickstart"
         )
     check_port(parameters)
+    if not (parameters.token_file or is_loopback(parameters.host)):
+        log.warning("host=%s, and no token_file: whoever reaches this machine may ask", parameters.host)
     nginx = shutil.which("nginx")
     if nginx is None:
         serve_alone(parameters, version)
@@ -76,8 +79,13 @@ def check_port(parameters: ServeParameters) -> None:
             probe.bind(address)
     except OSError as error:
         raise ServingError(
-            f"{parameters.host}:{parameters.port}: {error.strerror}; stop what listens there, or give another --port"
+            f"{parameters.host}:{parameters.port}: {error.strerror}; stop what listens there, or give another --port or --host"
         ) from error
+
+
+def is_loopback(host: str) -> bool:
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
 
 
 def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
@@ -90,10 +98,11 @@ def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
     if unmet:
         raise ServingError(f"{', '.join(unmet)}: needs nginx; install it (Debian: apt install nginx-light)")
     log.warning(
-        "nginx is not installed, or not in PATH: version %s is served by itself on http://%s:%d. Without it there is no page, no limit, no "
-        "time-out for slow clients, and a promotion needs a restart. Debian: apt install nginx-light",
-        version.version, parameters.host, parameters.port,
-    )  # fmt: skip
+        "nginx is not installed, or not in PATH: version %s is served by itself on %s, without the page, limits and "
+        "time-outs, and a promotion needs a restart. Debian: apt install nginx-light",
+        version.version,
+        address(parameters),
+    )
     os.environ.update(environment(version))
     line = [*command(version, parameters), "--host", parameters.host, "--port", str(parameters.port)]
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -233,8 +242,12 @@ class Supervisor:
             self.tick()
         with ThreadPoolExecutor(1) as thread:  # it may take its time, while others need to be looked after
             checking = thread.submit(pool.check)
-            while not checking.done():
-                self.tick()
+            try:
+                while not checking.done():
+                    self.tick()
+            except BaseException:
+                pool.signal(signal.SIGKILL)  # or the thread would wait for its reply
+                raise
             checking.result()
 
     def end(self, pool: Pool, seconds: float) -> None:

@@ -1,0 +1,191 @@
+"""The front: promotions and kills under load, saturation, what it adds to a request, and what no mutated request does."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import psutil
+
+from benchmarks import mutations, serving
+from benchmarks.load import Load, memory, saturate, until
+from benchmarks.measure import Row, in_turns, temporary_store
+from signdigits import data, model, package, processes, register, tracking
+from signdigits.hyperparameters import DataParameters, ServeParameters
+
+PROCESSES = 2
+LONGEST = 300.0  # seconds that anything may take
+TIMEOUT = ServeParameters().timeout
+
+
+@dataclass(frozen=True)
+class Server:
+    """`python -m signdigits serve`, asked with one photograph."""
+
+    process: int
+    port: int
+    body: bytes
+
+    def endpoints(self) -> dict[Path, int]:
+        """The socket and the number of every process that answers."""
+        found = {}
+        for child in psutil.Process(self.process).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "uvicorn" in " ".join(child.cmdline()[:2]):
+                    found[Path(child.environ()["UVICORN_UDS"])] = child.pid
+        return found
+
+
+def rows(
+    photographs: str,
+    promotions: int = 50,
+    kills: int = 5,
+    rounds: int = 200,
+    seconds: int = 600,
+    connections: int = 200,
+    mutated: int = 10_000,
+) -> list[Row]:
+    loaded = data.load(DataParameters(data=photographs))
+    body = json.dumps({"dataframe_records": [serving.encode(loaded, 0)]}).encode()
+    with temporary_store("front") as name, contextlib.ExitStack() as servers:
+        folder = Path(name)
+        uris = [register_model(loaded) for _ in range(2)]
+        direct = servers.enter_context(serving.serving(uris[0], folder))
+        server = servers.enter_context(started(folder, body))
+        found = [added(server, direct, loaded, rounds)]
+        following, median = promote(server, promotions)
+        found += following
+        found += kill(server, kills, median)
+        found += mutate(server, mutated)
+        found += drown(server, folder, seconds, connections)
+    return found
+
+
+def register_model(loaded: data.Data) -> str:
+    """An untrained network as the next version, and its address."""
+    network = model.build((100, 100, 3), len(loaded.dataset.class_names))
+    with tracking.run("train", "train"):
+        uri: str = package.log_model(network, 1.0, loaded, {}).model_uri
+    mlflow.register_model(uri, register.REGISTERED_MODEL)
+    return uri
+
+
+def move(version: int) -> None:
+    mlflow.MlflowClient().set_registered_model_alias(register.REGISTERED_MODEL, "champion", str(version))
+
+
+@contextlib.contextmanager
+def started(folder: Path, body: bytes) -> Iterator[Server]:
+    """The server on a free port, version 1 live."""
+    move(1)
+    port = serving.free_port()
+    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--processes", str(PROCESSES)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    log = folder / "front.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=file, env=environment)
+    try:
+        until(lambda: serving.answers(port) or process.poll() is not None, LONGEST)
+        if process.poll() is not None:
+            raise RuntimeError(log.read_text()[-2000:])
+        yield Server(process.pid, port, body)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def added(server: Server, direct: int, loaded: data.Data, rounds: int) -> Row:
+    one = {"dataframe_records": [serving.encode(loaded, 0)]}
+    ways = {"front": serving.asker(server.port, one), "direct": serving.asker(direct, one)}
+    took = {name: seconds * 1000 for name, seconds in in_turns(ways, rounds).items()}
+    return Row(
+        "what the front adds to one photograph, median, in ms", "`mlflow models serve`", took["front"] - took["direct"],
+        0.5, False, f"{took['front']:.2f} ms against {took['direct']:.2f} ms",
+    )  # fmt: skip
+
+
+def promote(server: Server, times: int) -> tuple[list[Row], float]:
+    """Rows, and the median time from the alias's move to the new version's first reply, in seconds."""
+    wrong, took = 0, []
+    with Load(server.port, server.body) as load:
+        for number in range(times):
+            version = str(2 - number % 2)
+            moved = time.monotonic()
+            move(int(version))
+            until(lambda version=version, moved=moved: load.first(version, moved), LONGEST)  # type: ignore[misc]
+            until(lambda: len(server.endpoints()) == PROCESSES, LONGEST)  # the version before has ended
+            first = load.first(version, moved)
+            assert first is not None
+            took.append(first.came - moved)
+            wrong += sum(reply.version not in (version, "") for reply in load.replies if reply.sent > first.came)
+    said = (
+        f"{times} promotions, {len(load.replies):,} requests, {statistics.median(took):.1f} s from alias to first reply"
+    )
+    return [
+        Row("failed requests, promotions under load", "", load.failed(), 0, False, said),
+        Row("old versions after the switch", "", wrong, 0, False, said),
+    ], statistics.median(took)
+
+
+def kill(server: Server, times: int, start: float) -> list[Row]:
+    """How long a killed process is away, `start` being what the start of a version takes under the same load."""
+    away = []
+    with Load(server.port, server.body) as load:
+        for _ in range(times):
+            path, victim = next(iter(server.endpoints().items()))
+            killed = time.monotonic()
+            os.kill(victim, signal.SIGKILL)
+            until(lambda path=path, victim=victim: back(server, path, victim), LONGEST)  # type: ignore[misc]
+            away.append(time.monotonic() - killed)
+            time.sleep(35)  # one that ends again sooner is made to wait
+    slowest = max(reply.seconds for reply in load.replies)
+    said = f"{times} killed, {len(load.replies):,} requests"
+    return [
+        Row("a killed process is back, in its start times", "a version's start", statistics.median(away) / start, 1,
+            False, f"{statistics.median(away):.1f} s against {start:.1f} s"),
+        Row("failed requests, processes killed under load", "", load.failed(), 0, False, said),
+        Row("the slowest request meanwhile, in seconds", "", slowest, TIMEOUT, False, said),
+    ]  # fmt: skip
+
+
+def back(server: Server, path: Path, victim: int) -> bool:
+    if server.endpoints().get(path, victim) == victim:
+        return False
+    try:
+        return processes.ask(path, "GET", "/ping", timeout=1).status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def mutate(server: Server, count: int) -> list[Row]:
+    mutations.bombard(server.port, max(20, count // 10))
+    before = memory(server.process)
+    tally = mutations.bombard(server.port, count)
+    growth = memory(server.process) / before - 1
+    for fault in tally.faults[:10]:
+        print(fault, file=sys.stderr)
+    said = ", ".join(f"{number} times {status}" for status, number in sorted(tally.statuses.items()))
+    return [
+        Row(f"5xx, stack traces and no reply, {count:,} mutated requests", "", len(tally.faults), 0, False, said),
+        Row("growth of memory meanwhile", "a tenth as many", growth, 0.05, False, f"{before / 1e6:.0f} MB before"),
+    ]
+
+
+def drown(server: Server, folder: Path, seconds: int, connections: int) -> list[Row]:
+    found = saturate(server.port, server.body, folder, seconds, connections, server.process)
+    said = (
+        f"{connections} connections, {seconds} s, {found.requests:,} requests, {found.requests_per_second:.0f} a second"
+    )
+    return [
+        Row("errors at saturation", "", found.errors, 0, False, said),
+        Row("growth of memory at saturation", "after the first minute", found.growth, 0.05, False, said),
+    ]

@@ -1,0 +1,307 @@
+"""The front for real: nginx before one model process, with one configuration after the other."""
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from signdigits import data, front, pool, register, serve, train
+from signdigits.errors import ParameterError, ServingError
+from signdigits.hyperparameters import Hyperparameters, ServeParameters
+from signdigits.processes import Process
+
+from .conftest import free_port, use_store, wait_until
+
+pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
+
+JSON = {"Content-Type": "application/json"}
+SECRET = "Open-Sesame.0123456789"
+
+
+@dataclass(frozen=True)
+class Front:
+    port: int
+
+    def ask(self, method: str, target: str, body: bytes | None = None, **headers: str) -> tuple[int, Any, Any]:
+        """Status, headers and content of a reply; JSON is read."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, target, body, named)
+            reply = connection.getresponse()
+            content = reply.read()
+            return reply.status, reply.headers, json.loads(content) if content.startswith(b"{") else content
+
+    def post(self, body: bytes, **headers: str) -> tuple[int, Any, Any]:
+        return self.ask("POST", "/invocations", body, **{"Content_Type": "application/json", **headers})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pool with one process that answers for version 1, in a home that the link leads to it in."""
+
+    home: Path
+    pool: pool.Pool
+    request: bytes
+    photograph: Path
+
+    @contextmanager
+    def behind(self, parameters: ServeParameters | None = None) -> Iterator[Front]:
+        """nginx before it."""
+        chosen = replace(parameters or ServeParameters(), port=free_port())
+        token = front.read_token(chosen.token_file) if chosen.token_file else ""
+        (self.home / "nginx.conf").write_text(front.configuration(chosen, self.home, token))
+        nginx = Process("nginx", ["nginx", "-p", str(self.home), "-c", str(self.home / "nginx.conf")])
+        try:
+            wait_until(lambda: serve.listening(chosen) or not nginx.running, seconds=30)
+            assert nginx.running, nginx.reason()
+            yield Front(chosen.port)
+        finally:
+            nginx.signal(signal.SIGTERM)
+            wait_until(nginx.gone, seconds=30)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Model]:
+    folder = tmp_path_factory.mktemp("front")
+    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store, tempfile.TemporaryDirectory() as home:
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            patch.delenv(name)
+        patch.setenv("MLFLOW_TRACKING_URI", store)
+        output = mlflow.get_run(train.train(loaded, Hyperparameters(epochs=1))).outputs.model_outputs[0]
+        version = mlflow.register_model(f"models:/{output.model_id}", register.REGISTERED_MODEL)
+        front.make_home(Path(home))
+        answering = pool.Pool("blue", version, ServeParameters(), Path(home))
+        try:
+            wait_until(answering.ready, seconds=240)
+            answering.check()
+            front.point_live(Path(home), "blue")
+            photograph = next(loaded.dataset.folder.rglob("*.JPG"))
+            rows = [{"image": base64.b64encode(photograph.read_bytes()).decode()}]
+            request = json.dumps({"dataframe_records": rows}).encode()
+            yield Model(Path(home), answering, request, photograph)
+        finally:
+            answering.signal(signal.SIGTERM)
+            wait_until(answering.gone, seconds=60)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Model) -> Iterator[Front]:
+    with model.behind() as found:
+        yield found
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> str:
+    file = tmp_path / "token"
+    file.write_text(f"{SECRET}\n")
+    return str(file)
+
+
+def test_photographs_go_through_with_the_version_that_answered(plain: Front, model: Model) -> None:
+    status, headers, reply = plain.post(model.request)
+    assert status == 200
+    assert headers["Model-Version"] == "1"
+    assert set(reply["predictions"][0]) == {"label", "probability", "probabilities"}
+
+
+@pytest.mark.parametrize("target", ["/ping", "/health", "/version"])
+def test_what_mlflow_tells_of_itself_stays(plain: Front, target: str) -> None:
+    status, headers, content = plain.ask("GET", target)
+    assert (status, headers["Model-Version"]) == (200, "1")
+    if target == "/version":
+        assert content == mlflow.__version__.encode()
+
+
+def test_the_page_may_use_the_camera_and_nothing_of_other_hosts(plain: Front) -> None:
+    status, headers, content = plain.ask("GET", "/")
+    assert status == 200
+    assert content == (front.PAGE / "index.html").read_bytes()
+    policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == "'self'"
+    assert not any("http" in sources or "unsafe" in sources or "*" in sources for sources in policy.values())
+    assert headers["Permissions-Policy"].startswith("camera=(self)")
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "headers", "status", "message"),
+    [
+        ("GET", "/nothing", None, {}, 404, "send photographs to /invocations"),
+        ("GET", "/.front/413", None, {}, 404, "send photographs to /invocations"),
+        ("GET", "/../../etc/passwd", None, {}, 400, "not HTTP that can be read"),
+        ("GET", "/invocations", None, {}, 405, "with POST"),
+        ("POST", "/", b"five", {}, 405, "with POST"),
+        ("POST", "/invocations", b"five", {}, 415, "not JSON"),
+        ("POST", "/invocations", b"image\n?", {"Content_Type": "text/csv"}, 415, "application/json"),
+        ("POST", "/invocations", b"[", JSON, 400, "valid JSON"),
+        ("POST", "/invocations", b"[" * 100_000, JSON, 400, "nested too deeply"),
+        ("POST", "/invocations", b'{"a": ' + b"9" * 5000 + b"}", JSON, 400, "too many digits"),
+        ("POST", "/invocations", b'{"dataframe_records": [{"image": "?"}]}', JSON, 400, "row 0: not base64"),
+        ("GET", "/ping", None, {"X": "a" * 9000}, 431, "headers are too large"),
+        ("GET", "/" + "a" * 9000, None, {}, 414, "address is too long"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_answered_is_told_in_json_in_words(
+    plain: Front, method: str, target: str, body: bytes | None, headers: dict[str, str], status: int, message: str
+) -> None:
+    named = {name.replace("-", "_"): value for name, value in headers.items()}
+    found, _, reply = plain.ask(method, target, body, **named)
+    assert found == status, reply
+    assert {"error_code", "message"} <= set(reply)
+    assert message in reply["message"]
+    assert "stack_trace" not in reply
+    assert "Traceback" not in json.dumps(reply)
+
+
+def test_the_headers_of_a_client_do_not_reach_the_model(plain: Front, model: Model) -> None:
+    """MLflow refuses parameters of the content type, and answers none with a stack trace: the front sends its own."""
+    assert plain.post(model.request, Content_Type="Application/JSON; charset=UTF-8")[0] == 200
+    assert plain.post(model.request, Content_Encoding="gzip", Connection="close, x", Host="?")[0] in (200, 400)
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(model: Model) -> None:
+    with model.behind(ServeParameters(max_body=1)) as found:
+        status, _, reply = found.post(b" " * 1_100_000)
+        assert (status, reply["error_code"]) == (413, "BAD_REQUEST")
+        assert "more than the 1 megabytes allowed; send fewer or smaller photographs" in reply["message"]
+        assert found.post(b" " * 900_000 + model.request)[0] == 200
+
+
+def test_who_does_not_bear_the_token_is_turned_away(model: Model, token: str) -> None:
+    with model.behind(ServeParameters(token_file=token)) as found:
+        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {SECRET.lower()}"}):
+            status, headers, reply = found.post(model.request, **given)
+            assert (status, headers["WWW-Authenticate"], reply["error_code"]) == (401, "Bearer", "UNAUTHENTICATED")
+        assert found.ask("GET", "/version")[0] == 401
+        assert found.ask("GET", "/ping")[0] == found.ask("GET", "/")[0] == 200
+        assert found.post(model.request, Authorization=f"Bearer {SECRET}")[0] == 200
+
+
+def test_scripts_predict_bears_the_token(model: Model, token: str) -> None:
+    with model.behind(ServeParameters(token_file=token)) as found:
+        line = [sys.executable, "-m", "signdigits.client", str(model.photograph)]
+        line += ["--url", f"http://127.0.0.1:{found.port}"]
+        ways: list[tuple[list[str], dict[str, str]]] = [
+            ([], {}),
+            (["--token_file", token], {}),
+            ([], {"SIGN_DIGITS_TOKEN": SECRET}),
+        ]
+        for (options, environment), code in zip(ways, (2, 0, 0), strict=True):
+            asked = subprocess.run([*line, *options], capture_output=True, text=True, env=os.environ | environment)
+            assert asked.returncode == code, asked.stderr
+            assert ("no token, or a wrong one" in asked.stderr) == (code == 2)
+
+
+def test_a_client_that_asks_too_often_is_told_to_wait(model: Model) -> None:
+    with model.behind(ServeParameters(requests_per_second=1, burst=3)) as found:
+        replies = [found.post(model.request) for _ in range(12)]
+        assert [status for status, _, _ in replies[:4]] == [200] * 4
+        status, headers, reply = next(reply for reply in replies if reply[0] != 200)
+        assert (status, headers["Retry-After"], reply["error_code"]) == (429, "1", "REQUEST_LIMIT_EXCEEDED")
+        assert all(found.ask("GET", "/")[0] == 200 for _ in range(12)), "the page is more than one file"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"POST /invoc", b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_a_client_that_falls_silent_is_cut_off(model: Model, sent: bytes) -> None:
+    sent = sent.replace(b"Host: x\r\n", b"Host: x\r\nContent-Type: application/json\r\n")
+    with model.behind(ServeParameters(client_timeout=1)) as found:
+        with socket.create_connection(("127.0.0.1", found.port), timeout=30) as slow:
+            slow.sendall(sent)
+            with contextlib.suppress(ConnectionResetError):
+                assert b" 200 " not in slow.recv(1000)
+        assert found.post(model.request)[0] == 200
+
+
+def test_a_client_may_have_only_so_many_requests_at_once(model: Model) -> None:
+    with model.behind(ServeParameters(connections_per_client=1)) as found:
+        head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(model.request)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", found.port), timeout=30) as first:
+            first.sendall(head.encode())
+            wait_until(lambda: found.post(model.request)[0] == 429, seconds=30)
+            first.sendall(model.request)
+            assert b" 200 " in first.recv(100)
+
+
+def test_https_is_spoken_where_there_is_a_certificate(model: Model, tmp_path: Path) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    line = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    line += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*line, "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)
+    with model.behind(ServeParameters(certificate=str(certificate), key=str(key))) as found:
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        with contextlib.closing(http.client.HTTPSConnection("localhost", found.port, context=trusted)) as connection:
+            connection.request("POST", "/invocations", model.request, JSON)
+            assert connection.getresponse().status == 200
+        status, _, reply = found.post(model.request)
+        assert (status, reply["message"]) == (400, "HTTP, where HTTPS is spoken; begin the address with https://")
+
+
+def test_every_request_is_a_line_in_the_access_log_without_the_token(model: Model, token: str, tmp_path: Path) -> None:
+    log = tmp_path / "access log"
+    with model.behind(ServeParameters(access_log=str(log), token_file=token)) as found:
+        found.post(model.request, Authorization=f"Bearer {SECRET}")
+        found.ask("GET", "/nothing")
+    answered, missed = log.read_text().splitlines()
+    assert '"POST /invocations HTTP/1.1" 200' in answered
+    assert answered.endswith("version=1")
+    assert '"GET /nothing HTTP/1.1" 404' in missed
+    assert SECRET not in log.read_text()
+
+
+def test_a_process_that_hangs_is_given_up_after_the_time_out_and_started_again(model: Model) -> None:
+    (member,) = model.pool.members
+    with model.behind(ServeParameters(timeout=2)) as found:
+        assert found.post(model.request)[0] == 200
+        member.process.signal(signal.SIGSTOP)
+        status, _, reply = found.post(model.request)
+        assert (status, reply["error_code"]) == (504, "DEADLINE_EXCEEDED")
+        stopped = member.process
+        while member.process is stopped:
+            member.revive(silence=3)
+            time.sleep(0.1)
+        status, headers, reply = found.post(model.request)
+        assert (status, headers["Retry-After"], reply["error_code"]) == (503, "1", "TEMPORARILY_UNAVAILABLE")
+        wait_until(lambda: found.post(model.request)[0] == 200, seconds=120)
+
+
+def test_the_link_moves_without_a_moment_in_which_it_leads_nowhere(tmp_path: Path) -> None:
+    front.make_home(tmp_path)
+    assert front.live_pool(tmp_path) == front.NO_POOL
+    for name in front.POOLS:
+        front.point_live(tmp_path, name)
+        assert (tmp_path / "live").resolve() == (tmp_path / name).resolve()
+
+
+@pytest.mark.parametrize("text", ["", "short", "with a space in it, and long", "x" * 600])
+def test_a_token_that_will_not_do_is_refused_with_the_way_to_a_better_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "token").write_text(text)
+    with pytest.raises(ServingError, match=r"16 letters.*secrets.token_hex"):
+        front.read_token(str(tmp_path / "token"))
+    with pytest.raises(ServingError, match="cannot be read"):
+        front.read_token(str(tmp_path / "missing"))
+
+
+def test_a_certificate_needs_its_key() -> None:
+    with pytest.raises(ParameterError, match="give both, or neither"):
+        ServeParameters(certificate="certificate.pem")
