@@ -60,6 +60,7 @@ def plot(page: Page, metric: str) -> Locator:
     if metric not in chosen.all_inner_texts():
         pick(page, metric)
     metrics.press("Escape")
+    metrics.blur()
     axes = shown.locator(".axis-title")
     expect(axes.last).to_have_text(metric)
     return axes

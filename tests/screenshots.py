@@ -48,7 +48,7 @@ def show_trials(chromium: Browser, address: str, picture: Path) -> None:
 
 
 def show_page(chromium: Browser, address: str, photograph: Path, picture: Path) -> None:
-    page = chromium.new_page(viewport={"width": 1280, "height": 840})
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
     page.goto(address)
     browser.read(page, photograph)
     page.screenshot(path=picture)

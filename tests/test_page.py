@@ -129,7 +129,10 @@ def visit(window: Browser, url: str, camera: bool = True, **options: Any) -> Ite
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda message: complaints.append(message.text) if is_complaint(message) else None)
+    page.on(
+        "console",
+        lambda message: complaints.append(f"{message.location}: {message.text}") if is_complaint(message) else None,
+    )
     page.goto(url)
     try:
         yield page
@@ -318,7 +321,7 @@ def test_too_large_and_too_many_photographs_are_told(window: Browser, made: Made
     with front(made, *limits) as opened, visit(window, opened.url) as page:
         choose(page, file("noise.jpg", os.urandom(2_000_000)))
         expect_trouble(page, "The photograph is too large for this server.")
-        page.evaluate("() => { window.flood = setInterval(() => fetch('invocations', {method: 'POST'}), 50) }")
+        page.evaluate("() => { window.flood = setInterval(() => fetch('invocations', {method: 'POST'}), 200) }")
         wait_until(lambda: refused_as_too_many(page, made.photographs / "1" / "IMG_0000.JPG"), seconds=60)
         page.evaluate("clearInterval(flood)")
         send_again(page)
@@ -353,10 +356,10 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(window: Browser, made: Made) 
 
 
 def test_a_server_that_cannot_be_reached_is_told(page: Page, made: Made) -> None:
-    page.context.set_offline(True)
+    page.route("**/invocations", lambda route: route.abort("connectionrefused"))
     choose(page, made.photographs / "2" / "IMG_0000.JPG")
     expect_trouble(page, "The server does not answer.")
-    page.context.set_offline(False)
+    page.unroute("**/invocations")
     send_again(page)
     expect_answer(page, "2")
 
