@@ -73,8 +73,18 @@ def kill_a_worker() -> None:
                 line = status.read_bytes()
             except OSError:
                 continue
-            if line.startswith(b"ray::Worker"):
+            if line.startswith(b"ray::Worker") and is_ours(int(status.parent.name)):
                 os.kill(int(status.parent.name), signal.SIGKILL)
                 return
         time.sleep(0.01)
     raise AssertionError("no worker was found")
+
+
+def is_ours(process: int) -> bool:
+    """Whether this process is among its ancestors: another search or prediction may run on the same machine."""
+    while process > 1 and process != os.getpid():
+        try:
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return process == os.getpid()
