@@ -292,7 +292,8 @@ def zones(parameters: ServeParameters) -> str:
 
 def limits(parameters: ServeParameters) -> str:
     rate, connections = parameters.requests_per_second, parameters.connections_per_client
-    lines = [f"limit_req zone=rate burst={parameters.burst} nodelay; limit_req_status 429;"] if rate else []
+    burst = f" burst={parameters.burst} nodelay" if parameters.burst else ""  # nginx refuses a burst of 0
+    lines = [f"limit_req zone=rate{burst}; limit_req_status 429;"] if rate else []
     lines += [f"limit_conn connections {connections}; limit_conn_status 429;"] if connections else []
     return " ".join(lines)
 
