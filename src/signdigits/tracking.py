@@ -27,9 +27,10 @@ EXPERIMENT = "sign-digits"
 
 EXPERIMENT_DESCRIPTION = """\
 **Reading the digit that a photographed hand signs.** Each *study* is one run that holds its trials as nested runs:
-every trial trains the same small network with another `initial_learning_rate`, `decay_rate` and number of `epochs`.
+every trial trains the same small network with another `initial_learning_rate` and `decay_rate`, for as many `epochs`
+as the search allows, and says which shorter training would have been better (`inferred_epochs`).
 The best is fitted again (*refit*), scored once on test images that nothing before has seen, and registered as
-`sign-digits`. Select a study's trials and press **Compare** to plot these three against `val_accuracy`.
+`sign-digits`. Select a study's trials and press **Compare** to plot these against `val_accuracy`.
 """
 
 # What the result of a run depends on; their versions are recorded with it.
