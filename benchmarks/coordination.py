@@ -12,45 +12,17 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlflow
-import optuna
 import psutil
 from optuna.trial import TrialState
 
 from benchmarks.measure import Row
+from benchmarks.sleeper import SECONDS, Sleeper
 from signdigits import cluster, crew, data, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
-from signdigits.trial import Outcome
 
 WORKERS = (1, 8, 32, 64)
-SECONDS = 10.0  # that a trial sleeps
 EACH = 3  # trials for each worker
 ASKED = 5  # times that drawing a trial is timed
-
-
-class Sleeper(crew.Worker):
-    """A worker whose trials sleep. It needs no photographs and no TensorFlow."""
-
-    def get_ready(self) -> bool:
-        return self.study is not None
-
-    def run(self, trial_id: int) -> Outcome:
-        one = optuna.Trial(self.study, trial_id)
-        mlflow.set_tracking_uri(self.job.tracking_uri)
-        mlflow.set_experiment(experiment_id=self.job.experiment_id)
-        tags = {"trial": one.number, "study": self.job.study_name}
-        with (
-            crew.signs_of_life(self.storage, trial_id),
-            tracking.run("trial", f"trial-{one.number:03d}", parent_run_id=self.job.run_id, tags=tags) as run,
-        ):
-            one.set_user_attr("mlflow_run_id", run.info.run_id)
-            mlflow.log_params(one.params)
-            time.sleep(SECONDS)
-            one.report(0.5, 1)
-            mlflow.log_metric("val_accuracy", 0.5)
-        for name in ("val_accuracy", "val_loss", "temperature"):
-            one.set_user_attr(name, 0.5)
-        return Outcome(TrialState.COMPLETE, 0.5)
 
 
 @dataclass(frozen=True)

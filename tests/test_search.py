@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from signdigits import data, search, storage, train
 from signdigits.errors import ParameterError, StudyError
 from signdigits.hyperparameters import Range, Space, StudyParameters
-from signdigits.trial import FAILED
+from signdigits.outcome import FAILED
 
 from .conftest import wait_until
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlflow
 import optuna
@@ -22,7 +22,10 @@ from signdigits import fetch, sources, startup, storage
 from signdigits.cluster import cluster, is_distributed
 from signdigits.errors import SignDigitsError, StudyError
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
-from signdigits.trial import FAILED, Outcome, Task, run_trial
+from signdigits.outcome import FAILED, Outcome
+
+if TYPE_CHECKING:  # a worker imports TensorFlow when it knows on how many threads
+    from signdigits.trial import Task
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Crew(Protocol):
 
 
 @contextlib.contextmanager
-def of(task: Task, study: optuna.Study, parameters: StudyParameters) -> Iterator[Crew]:
+def of(task: "Task", study: optuna.Study, parameters: StudyParameters) -> Iterator[Crew]:
     """The crew that the parameters ask for. Raises ClusterError if it cannot be had."""
     if not is_distributed(parameters):
         yield Alone(task)
@@ -70,7 +73,7 @@ def check(parameters: StudyParameters) -> None:
         )
 
 
-def job(task: Task, study: optuna.Study, parameters: StudyParameters, cpus: int) -> "Job":
+def job(task: "Task", study: optuna.Study, parameters: StudyParameters, cpus: int) -> "Job":
     """What the workers need to know of the study."""
     asked = task.data.parameters
     if asked.data != sources.HANDWRITTEN_DIGITS:
@@ -84,7 +87,7 @@ def job(task: Task, study: optuna.Study, parameters: StudyParameters, cpus: int)
 class Alone:
     """This process."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: "Task") -> None:
         self.task = task
         self.given: list[optuna.Trial] = []
 
@@ -95,6 +98,8 @@ class Alone:
         self.given.append(trial)
 
     def wait(self) -> tuple[int, Outcome]:
+        from signdigits.trial import run_trial
+
         trial = self.given.pop()
         return trial.number, run_trial(self.task, trial)
 
@@ -208,8 +213,11 @@ class Worker:
 
     def run(self, trial_id: int) -> Outcome:
         """Run the trial that the storage knows by that id; by its number, it would have to read all the others."""
+        task, one = self.task, optuna.Trial(self.study, trial_id)
+        from signdigits.trial import run_trial
+
         with signs_of_life(self.storage, trial_id):
-            return run_trial(self.task, optuna.Trial(self.study, trial_id))
+            return run_trial(task, one)
 
     @functools.cached_property
     def storage(self) -> RDBStorage:
@@ -223,13 +231,15 @@ class Worker:
         )
 
     @functools.cached_property
-    def task(self) -> Task:
+    def task(self) -> "Task":
         job = self.job
         startup.set_up_mlflow()
         mlflow.set_tracking_uri(job.tracking_uri)
         mlflow.set_experiment(experiment_id=job.experiment_id)
         loaded = fetch.load(job.data, job.digest, job.run_id)
         startup.import_tensorflow(threads=job.cpus)
+        from signdigits.trial import Task
+
         return Task(job.study_name, job.run_id, loaded, job.space, job.objective)
 
 

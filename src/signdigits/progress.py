@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import StudyParameters
+from signdigits.outcome import REASON
 from signdigits.shorter import Answer, answers, merit
-from signdigits.trial import REASON
 
 log = logging.getLogger(__name__)
 

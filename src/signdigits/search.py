@@ -23,9 +23,10 @@ from signdigits import crew, model, plots, storage, tracking
 from signdigits.data import Data
 from signdigits.errors import StorageError, StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
+from signdigits.outcome import REASON, Outcome
 from signdigits.progress import FINISHED, Progress, shown
 from signdigits.shorter import Answer, answers, merit
-from signdigits.trial import REASON, Outcome, Task
+from signdigits.trial import Task
 
 log = logging.getLogger(__name__)
 

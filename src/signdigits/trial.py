@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 from signdigits import tracking, train
 from signdigits.data import Data
 from signdigits.hyperparameters import Space
+from signdigits.outcome import FAILED, REASON, Outcome
 from signdigits.shorter import INFERRED, Shorter
 from signdigits.workbench import Workbench
 
@@ -24,21 +25,6 @@ class Task:
     space: Space
     objective: str
     workbench: Workbench = field(default_factory=Workbench)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a trial ended, and with which value if it came to its end.
-
-    A trial that failed has its reason noted on it; one that failed without was interrupted.
-    """
-
-    state: TrialState
-    value: float | None = None
-
-
-FAILED = Outcome(TrialState.FAIL)
-REASON = "failure_reason"
 
 
 def run_trial(task: Task, trial: optuna.Trial) -> Outcome:
