@@ -95,7 +95,7 @@ def test_the_compare_view_plots_what_was_searched_against_validation_accuracy(
 ) -> None:
     with browser.opened(window, finished.trials) as page:
         expect(page.get_by_role("heading", name="Comparing 3 Runs from 1 Experiment")).to_be_visible()
-        assert {*DIFFERING, "val_accuracy"} <= set(browser.plot(page, "val_accuracy").all_inner_texts())
+        assert {*DIFFERING, "val_accuracy"} <= set(browser.plot(page, "val_accuracy").all_text_contents())
 
 
 def test_the_studys_run_shows_its_pictures(window: Browser, finished: Finished) -> None:
