@@ -64,9 +64,9 @@ class Load:
     def failed(self) -> int:
         return sum(reply.status != 200 for reply in self.replies)
 
-    def first(self, version: str, since: float) -> Reply | None:
-        """The first reply of a version to a request sent after `since`."""
-        found = [reply for reply in self.replies.copy() if reply.version == version and reply.sent > since]
+    def first(self, version: str, start: int) -> Reply | None:
+        """The first reply of a version, of those from number `start` on."""
+        found = [reply for reply in self.replies[start:] if reply.version == version]
         return min(found, key=lambda reply: reply.came, default=None)
 
 
@@ -134,4 +134,4 @@ def until(condition: Callable[[], object], seconds: float) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(f"not within {seconds} s")
-        time.sleep(0.05)
+        time.sleep(0.1)

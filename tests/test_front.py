@@ -154,6 +154,8 @@ def test_the_page_may_use_the_camera_and_nothing_of_other_hosts(plain: Front) ->
         ("POST", "/invocations", b"[" * 100_000, JSON, 400, "nested too deeply"),
         ("POST", "/invocations", b'{"a": ' + b"9" * 5000 + b"}", JSON, 400, "too many digits"),
         ("POST", "/invocations", b'{"dataframe_records": [{"image": "?"}]}', JSON, 400, "row 0: not base64"),
+        ("POST", "/invocations", b"{}", JSON | {"Transfer-Encoding": "x"}, 400, "an unknown Transfer-Encoding"),
+        ("GET", "/", None, {"Range": "bytes=9999999-"}, 416, "no such part"),
         ("GET", "/ping", None, {"X": "a" * 9000}, 431, "headers are too large"),
         ("GET", "/" + "a" * 9000, None, {}, 414, "address is too long"),
     ],

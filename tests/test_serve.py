@@ -343,8 +343,11 @@ def test_a_killed_supervisor_leaves_nobody_behind_and_the_next_serves_what_was_s
     with started(registry, tmp_path / "killed.log") as server:
         below = descendants(server.process.pid)
         assert len(below) >= 4  # nginx and its worker, MLflow and its uvicorn
+        (master,) = server.processes("nginx: master")
+        home = command_line(master).partition(" -p ")[2].split()[0]
         server.process.kill()
         wait_until(lambda: not alive(below), seconds=30)
+        shutil.rmtree(home)  # nobody was left to do that
     move(3)
     with started(registry, tmp_path / "again.log") as server:
         assert server.version(registry.request) == "2"

@@ -65,8 +65,10 @@ def refusals(parameters: ServeParameters) -> dict[int, Refusal]:
             401, "UNAUTHENTICATED", "no token, or a wrong one; send the header Authorization: Bearer TOKEN",
             'add_header WWW-Authenticate "Bearer" always;',
         ),
+        403: Refusal(403, "ENDPOINT_NOT_FOUND", "nothing is here that may be read; send photographs to /invocations"),
         404: Refusal(404, "ENDPOINT_NOT_FOUND", "nothing is here; send photographs to /invocations"),
         405: Refusal(405, "BAD_REQUEST", "not with this method; send photographs to /invocations, with POST"),
+        411: Refusal(411, "BAD_REQUEST", "the length of the request is missing; send the header Content-Length"),
         413: Refusal(
             413, "BAD_REQUEST",
             f"the request has more than the {parameters.max_body} megabytes allowed; send fewer or smaller photographs",
@@ -76,6 +78,7 @@ def refusals(parameters: ServeParameters) -> dict[int, Refusal]:
             415, "BAD_REQUEST",
             "not JSON; send dataframe_records or dataframe_split, with the header Content-Type: application/json",
         ),
+        416: Refusal(416, "BAD_REQUEST", "no such part of the file; send no header Range"),
         429: Refusal(
             429, "REQUEST_LIMIT_EXCEEDED",
             "more requests than one client may send; wait, or send many photographs in one request", later,
@@ -83,7 +86,10 @@ def refusals(parameters: ServeParameters) -> dict[int, Refusal]:
         494: Refusal(431, "BAD_REQUEST", "the headers are too large; send fewer and shorter ones"),
         497: Refusal(400, "BAD_REQUEST", "HTTP, where HTTPS is spoken; begin the address with https://"),
         500: Refusal(500, "INTERNAL_ERROR", "the front failed; its log says why"),
+        # What nginx takes for its own lack is the client's fault here.
+        501: Refusal(400, "BAD_REQUEST", "an unknown Transfer-Encoding; send the length of the request, or in chunks"),
         502: Refusal(503, "TEMPORARILY_UNAVAILABLE", "no process answers yet; try again in a few seconds", later),
+        505: Refusal(400, "BAD_REQUEST", "an unknown version of HTTP; speak HTTP/1.1"),
         504: Refusal(
             504, "DEADLINE_EXCEEDED",
             f"no answer within {parameters.timeout} seconds; send fewer photographs in one request, or try again later",
