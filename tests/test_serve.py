@@ -143,14 +143,26 @@ class Server:
 @contextmanager
 def started(registry: Registry, log: Path, *options: str, **environment: str) -> Iterator[Server]:
     port = free_port()
-    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--poll", "0.2", *options]
+    line = [
+        sys.executable,
+        "-m",
+        "signdigits",
+        "serve",
+        "--port",
+        str(port),
+        "--poll",
+        "0.2",
+        "--start_timeout",
+        "600",
+        *options,
+    ]
     with log.open("w") as file:
         process = subprocess.Popen(
             line, stdout=file, stderr=file, cwd=registry.folder, env=os.environ | environment, start_new_session=True
         )
     server = Server(process, port, log)
     try:
-        wait_until(lambda: "ready after" in server.said() or process.poll() is not None, seconds=240)
+        wait_until(lambda: "ready after" in server.said() or process.poll() is not None, seconds=600)
         assert process.poll() is None, server.said()
         yield server
     finally:
@@ -175,7 +187,7 @@ def first(server: Server, registry: Registry) -> Server:
 def promote(server: Server, registry: Registry, version: int) -> None:
     """Move the alias and wait until its version answers and the one before has ended."""
     move(version)
-    wait_until(lambda: server.version(registry.request) == str(version), seconds=180)
+    wait_until(lambda: server.version(registry.request) == str(version), seconds=600)
     wait_until(lambda: len(server.processes("mlflow models serve")) == 2, seconds=90)
 
 
@@ -297,7 +309,7 @@ def test_a_broken_version_never_takes_over_and_that_is_recorded(
 ) -> None:
     with Load(first, registry.request) as load:
         move(version)
-        wait_until(lambda: tags(version).get(serve.STATE) == "refused", seconds=180)
+        wait_until(lambda: tags(version).get(serve.STATE) == "refused", seconds=600)
         wait_until(lambda: len(first.processes("mlflow models serve")) == 2, seconds=60)
         time.sleep(2)
     assert reason in tags(version)[serve.REASON]
