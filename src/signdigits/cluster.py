@@ -23,6 +23,11 @@ def is_distributed(parameters: Wanted) -> bool:
     return parameters.workers > 1 or bool(parameters.ray_address)
 
 
+def asked(parameters: Wanted) -> str:
+    """What was given, as a message names it."""
+    return f"ray_address={parameters.ray_address}" if parameters.ray_address else f"workers={parameters.workers}"
+
+
 @contextlib.contextmanager
 def cluster(parameters: Wanted, cpus: int) -> Iterator[None]:
     """The cluster at `ray_address`, or one of this machine's own, which ends with the block.
@@ -43,9 +48,10 @@ def cluster(parameters: Wanted, cpus: int) -> Iterator[None]:
         ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
         signal.signal(signal.SIGTERM, interrupted)  # Ray takes it for itself, and ends the process by it
     except Exception as error:
-        asked = f"ray_address={parameters.ray_address}" if parameters.ray_address else f"workers={parameters.workers}"
         reason = str(error).splitlines()[0]
-        raise ClusterError(f"{asked}: {reason}; is it up, and is its token in RAY_AUTH_TOKEN_PATH?") from error
+        raise ClusterError(
+            f"{asked(parameters)}: {reason}; is it up, and is its token in RAY_AUTH_TOKEN_PATH?"
+        ) from error
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ import optuna
 from optuna.storages import RDBStorage, fail_stale_trials
 
 from signdigits import fetch, sources, startup, storage
-from signdigits.cluster import cluster, is_distributed
+from signdigits.cluster import asked, cluster, is_distributed
 from signdigits.errors import SignDigitsError, StudyError
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 from signdigits.outcome import FAILED, Outcome
@@ -60,26 +60,25 @@ def check(parameters: StudyParameters) -> None:
     """Raise StudyError, before anything is done, if workers could not use the stores together."""
     if not is_distributed(parameters):
         return
-    asked = f"ray_address={parameters.ray_address}" if parameters.ray_address else f"workers={parameters.workers}"
     if not storage.is_shared(parameters.storage):
         raise StudyError(
-            f"storage={parameters.storage}, {asked}: SQLite lets one process write at a time; give a PostgreSQL address "
+            f"storage={parameters.storage}, {asked(parameters)}: SQLite lets one process write at a time; give a PostgreSQL address "
             "(scripts/cluster up makes one), or workers=1"
         )
     if not mlflow.get_tracking_uri().startswith("http"):
         raise StudyError(
-            f"{mlflow.get_tracking_uri()}, {asked}: workers log to a tracking server; set MLFLOW_TRACKING_URI to its "
+            f"{mlflow.get_tracking_uri()}, {asked(parameters)}: workers log to a tracking server; set MLFLOW_TRACKING_URI to its "
             "address (scripts/cluster up starts one), or give workers=1"
         )
 
 
 def job(task: "Task", study: optuna.Study, parameters: StudyParameters, cpus: int) -> "Job":
     """What the workers need to know of the study."""
-    asked = task.data.parameters
-    if asked.data != sources.HANDWRITTEN_DIGITS:
-        asked = replace(asked, data=str(task.data.dataset.folder.resolve()))
+    given = task.data.parameters
+    if given.data != sources.HANDWRITTEN_DIGITS:
+        given = replace(given, data=str(task.data.dataset.folder.resolve()))
     return Job(
-        study.study_name, task.run_id, mlflow.get_run(task.run_id).info.experiment_id, mlflow.get_tracking_uri(), asked,
+        study.study_name, task.run_id, mlflow.get_run(task.run_id).info.experiment_id, mlflow.get_tracking_uri(), given,
         task.data.split.digest, task.space, parameters.storage, task.objective, study.pruner, cpus,
     )  # fmt: skip
 
