@@ -22,6 +22,7 @@ from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 
 WORKERS = (1, 8, 32, 64)
 EACH = 3  # trials for each worker
+AT_LEAST = 10  # trials together: a single slow reply must not decide what one worker's cost
 ASKED = 5  # times that drawing a trial is timed
 
 
@@ -79,12 +80,13 @@ def measure(loaded: data.Data, workers: int) -> Carried:
         job = crew.job(opened.task, opened.study, parameters, cpus=0)
         sleepers = crew.Workers(job, opened.study, parameters, kind=Sleeper)
         search.hand_out(opened, sleepers)
+        trials = max(EACH * workers, AT_LEAST)
         before, started = processor_seconds(), time.perf_counter()
-        search.hand_out(replace(opened, parameters=replace(parameters, n_trials=workers * (1 + EACH))), sleepers)
+        search.hand_out(replace(opened, parameters=replace(parameters, n_trials=workers + trials)), sleepers)
         seconds = time.perf_counter() - started
         used = {part: after - before[part] for part, after in processor_seconds().items()}
         asking = statistics.median(asked(opened) for _ in range(ASKED))
-    done = Carried(workers, workers * EACH, seconds, used, asking)
+    done = Carried(workers, trials, seconds, used, asking)
     print(f"{workers} workers: {done}", file=sys.stderr, flush=True)
     return done
 
