@@ -143,19 +143,8 @@ class Server:
 @contextmanager
 def started(registry: Registry, log: Path, *options: str, **environment: str) -> Iterator[Server]:
     port = free_port()
-    line = [
-        sys.executable,
-        "-m",
-        "signdigits",
-        "serve",
-        "--port",
-        str(port),
-        "--poll",
-        "0.2",
-        "--start_timeout",
-        "600",
-        *options,
-    ]
+    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--poll", "0.2"]
+    line += ["--start_timeout", "600", *options]
     with log.open("w") as file:
         process = subprocess.Popen(
             line, stdout=file, stderr=file, cwd=registry.folder, env=os.environ | environment, start_new_session=True
