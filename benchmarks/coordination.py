@@ -21,8 +21,7 @@ from signdigits import cluster, crew, data, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 
 WORKERS = (1, 8, 32, 64)
-EACH = 3  # trials for each worker
-AT_LEAST = 10  # trials together: a single slow reply must not decide what one worker's cost
+EACH = 10  # trials for each worker: what the first ones wait until all have theirs is no part of a long search
 ASKED = 5  # times that drawing a trial is timed
 
 
@@ -80,32 +79,36 @@ def measure(loaded: data.Data, workers: int) -> Carried:
         job = crew.job(opened.task, opened.study, parameters, cpus=0)
         sleepers = crew.Workers(job, opened.study, parameters, kind=Sleeper)
         search.hand_out(opened, sleepers)
-        trials = max(EACH * workers, AT_LEAST)
+        trials = EACH * workers
         before, started = processor_seconds(), time.perf_counter()
         search.hand_out(replace(opened, parameters=replace(parameters, n_trials=workers + trials)), sleepers)
         seconds = time.perf_counter() - started
         used = {part: after - before[part] for part, after in processor_seconds().items()}
-        asking = statistics.median(asked(opened) for _ in range(ASKED))
+        asking = statistics.median(asked(opened, workers + trials + number) for number in range(ASKED))
     done = Carried(workers, trials, seconds, used, asking)
     print(f"{workers} workers: {done}", file=sys.stderr, flush=True)
     return done
 
 
 def processor_seconds() -> dict[str, float]:
-    """What each part of the cluster has computed so far, all its processes together, and what this one has."""
+    """What each part of the cluster has computed so far, all its processes together, and what this one has.
+
+    The rest of the machine is Ray with its workers, where nothing else runs.
+    """
     home = Path(os.environ["CLUSTER_HOME"])
+    machine = psutil.cpu_times()
     used = {"driver": sum(psutil.Process().cpu_times()[:2])}
     for part in ("postgres", "mlflow", "front"):
         root = psutil.Process(int((home / f"{part}.pid").read_text()))
         living = [sum(process.cpu_times()[:2]) for process in (root, *root.children(recursive=True))]
         used[part] = sum(living) + sum(root.cpu_times()[2:4])  # and of those that have ended
-    return used
+    return used | {"workers and Ray": machine.user + machine.system - sum(used.values())}
 
 
-def asked(opened: search.Search) -> float:
+def asked(opened: search.Search, number: int) -> float:
     """Seconds to draw a trial, which is given back at once."""
     started = time.perf_counter()
-    drawn = search.ask(opened)
+    drawn = search.ask(opened, number)
     seconds = time.perf_counter() - started
     opened.study.tell(drawn, state=TrialState.FAIL)
     return seconds

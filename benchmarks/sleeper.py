@@ -16,12 +16,12 @@ class Sleeper(crew.Worker):
     """A worker whose trials sleep. It needs no photographs and no TensorFlow."""
 
     def get_ready(self) -> bool:
+        mlflow.set_tracking_uri(self.job.tracking_uri)
+        mlflow.set_experiment(experiment_id=self.job.experiment_id)
         return self.study is not None
 
     def run(self, trial_id: int) -> Outcome:
         one = optuna.Trial(self.study, trial_id)
-        mlflow.set_tracking_uri(self.job.tracking_uri)
-        mlflow.set_experiment(experiment_id=self.job.experiment_id)
         tags = {"trial": one.number, "study": self.job.study_name}
         with (
             crew.signs_of_life(self.storage, trial_id),

@@ -1,6 +1,7 @@
 """What a trial costs beyond its epochs, against a run with autologging as it is by default."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 from benchmarks import plain
@@ -40,9 +41,10 @@ def space(epochs: int) -> Space:
 
 def ours(opened: search.Search, epochs: int) -> Callable[[], object]:
     chosen = dataclasses.replace(opened, task=dataclasses.replace(opened.task, space=space(epochs)))
+    numbers = itertools.count()
 
     def run() -> None:
-        drawn = search.ask(chosen)
+        drawn = search.ask(chosen, next(numbers))
         search.tell(chosen, drawn.number, run_trial(chosen.task, drawn))
 
     return run

@@ -149,16 +149,16 @@ def test_every_pruner_can_be_chosen(store: str, loaded: data.Data, pruner: str) 
 def test_what_keeps_dying_is_not_tried_for_ever(store: str, loaded: data.Data) -> None:
     with search.open_study(loaded, SPACE, THREE) as opened:
         for _ in range(search.MAX_RETRIES + 1):
-            search.tell(opened, search.ask(opened).number, FAILED)
+            search.tell(opened, search.ask(opened, 0).number, FAILED)
         drawn = [tuple(trial.params.values()) for trial in opened.study.trials]
         assert len(set(drawn)) == 1, "the same is tried again"
-        search.ask(opened)
+        search.ask(opened, 0)
         assert opened.study.trials[-1].params != opened.study.trials[0].params, "until it is given up"
 
 
 def test_trials_that_run_at_once_draw_from_streams_of_their_own(store: str, loaded: data.Data) -> None:
     with search.open_study(loaded, SPACE, THREE) as opened:
-        asked = [search.ask(opened) for _ in range(3)]
+        asked = [search.ask(opened, running) for running in range(3)]
     assert len({trial.user_attrs["sampler_seed"] for trial in asked}) == 3
     assert len({tuple(trial.params.values()) for trial in asked}) == 3
 

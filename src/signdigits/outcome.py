@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 
 @dataclass(frozen=True)
@@ -18,3 +18,8 @@ class Outcome:
 
 FAILED = Outcome(TrialState.FAIL)
 REASON = "failure_reason"
+
+
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Whether the trial failed for no reason of its own."""
+    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs

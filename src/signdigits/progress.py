@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import StudyParameters
-from signdigits.outcome import REASON
+from signdigits.outcome import REASON, is_interrupted
 from signdigits.shorter import Answer, answers, merit
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ class Progress:
     def __init__(self, study: optuna.Study, parameters: StudyParameters) -> None:
         self.name, self.parameters = study.study_name, parameters
         self.started = time.monotonic()
+        self.ended = 0  # by themselves: finished, or failed for a reason of their own
         self.finished, self.seconds = 0, 0.0
         self.best: Answer | None = None
         self.reasons: deque[str | None] = deque(maxlen=MAX_FAILURES)
@@ -50,6 +51,7 @@ class Progress:
     def add(self, trial: FrozenTrial) -> None:
         """Count a trial that has ended."""
         self.reasons.append(trial.user_attrs.get(REASON))
+        self.ended += not is_interrupted(trial)
         if trial.state not in FINISHED:
             return
         self.finished += 1

@@ -23,7 +23,7 @@ from signdigits import crew, model, plots, storage, tracking
 from signdigits.data import Data
 from signdigits.errors import StorageError, StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
-from signdigits.outcome import REASON, Outcome
+from signdigits.outcome import Outcome, is_interrupted
 from signdigits.progress import FINISHED, Progress, shown
 from signdigits.shorter import Answer, answers, merit
 from signdigits.trial import Task
@@ -190,11 +190,6 @@ def requeue(study: optuna.Study) -> None:
             study.enqueue_trial(drawn, user_attrs={"retry_of": trial.number})
 
 
-def is_interrupted(trial: FrozenTrial) -> bool:
-    """Whether the trial failed for no reason of its own."""
-    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
-
-
 def retries(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
     """How often what `trial` drew has been tried before."""
     earlier = trial.user_attrs.get("retry_of")
@@ -253,7 +248,7 @@ def hand_out(opened: Search, workers: crew.Crew) -> None:
     while True:
         wanted = 0 if progress.is_time_up else n_trials - progress.finished - running
         while wanted > 0 and workers.is_free():
-            workers.start(ask(opened))
+            workers.start(ask(opened, progress.ended + running))
             running, wanted = running + 1, wanted - 1
         if not running and wanted <= 0:
             break
@@ -279,16 +274,15 @@ def closing_what_is_left(opened: Search) -> Iterator[None]:
         raise
 
 
-def ask(opened: Search) -> optuna.Trial:
+def ask(opened: Search, drawn: int) -> optuna.Trial:
     """A new trial that has drawn its hyperparameters, or a queued one.
 
-    The sampler's state is not in the storage: seeded by the trials that run or have ended by themselves, a search that
-    was interrupted draws what an uninterrupted one would have drawn, one whose trial failed does not draw the same
-    again, and no two that run at once do.
+    The sampler's state is not in the storage. It is seeded by `drawn`, the number of trials that run or have ended by
+    themselves: a search that was interrupted draws what an uninterrupted one would have drawn, one whose trial failed
+    does not draw the same again, and no two that run at once do.
     """
     study = opened.study
-    counted = sum(not is_interrupted(t) and t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False))
-    seed = int(opened.space.fixed.get("seed", 0)) + counted
+    seed = int(opened.space.fixed.get("seed", 0)) + drawn
     study.sampler = make_sampler(opened.space, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Optuna misses the signs of life, which the workers give
