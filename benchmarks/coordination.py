@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ from signdigits import cluster, crew, data, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 
 WORKERS = (1, 8, 32, 64)
-EACH = 10  # trials for each worker: what the first ones wait until all have theirs is no part of a long search
+EACH = 10  # trials for each worker
 ASKED = 5  # times that drawing a trial is timed
 
 
@@ -31,25 +32,26 @@ class Carried:
 
     workers: int
     trials: int
-    seconds: float  # from the moment at which all workers were ready
+    filling: float  # seconds until every worker had its first
+    rate: float  # trials a second from then on, while none waited for want of trials
     processor: dict[str, float]  # seconds of it, by part of the cluster
     asking: float  # seconds to draw a trial, the median
 
     @property
     def share(self) -> float:
         """Of the trials that could be done if nothing but the sleep took any time."""
-        return self.trials * SECONDS / (self.workers * self.seconds)
+        return self.rate * SECONDS / self.workers
 
     @property
     def cost(self) -> float:
         """Seconds of a worker's time that a trial takes beyond its sleep."""
-        return self.seconds / self.trials * self.workers - SECONDS
+        return self.workers / self.rate - SECONDS
 
     def __str__(self) -> str:
         used = ", ".join(f"{part} {seconds / self.trials * 1e3:.0f}" for part, seconds in self.processor.items())
         return (
-            f"{self.trials} trials in {self.seconds:.0f} s; {self.cost:.2f} s of a worker's time a trial, {self.asking * 1e3:.0f} ms "
-            f"to draw it; processor time a trial in ms: {used}"
+            f"{self.rate:.2f} trials a second; {self.cost:.2f} s of a worker's time a trial; all at work after {self.filling:.1f} s; "
+            f"{self.asking * 1e3:.0f} ms to draw a trial; processor time a trial in ms: {used}"
         )
 
 
@@ -80,14 +82,23 @@ def measure(loaded: data.Data, workers: int) -> Carried:
         sleepers = crew.Workers(job, opened.study, parameters, kind=Sleeper)
         search.hand_out(opened, sleepers)
         trials = EACH * workers
-        before, started = processor_seconds(), time.perf_counter()
+        before = processor_seconds()
         search.hand_out(replace(opened, parameters=replace(parameters, n_trials=workers + trials)), sleepers)
-        seconds = time.perf_counter() - started
         used = {part: after - before[part] for part, after in processor_seconds().items()}
+        filling, rate = pace([trial.datetime_start for trial in opened.study.trials[workers:]], workers)
         asking = statistics.median(asked(opened, workers + trials + number) for number in range(ASKED))
-    done = Carried(workers, trials, seconds, used, asking)
+    done = Carried(workers, trials, filling, rate, used, asking)
     print(f"{workers} workers: {done}", file=sys.stderr, flush=True)
     return done
+
+
+def pace(starts: list[datetime | None], workers: int) -> tuple[float, float]:
+    """Seconds until every worker had its first trial, and trials a second from the second round to the last start.
+
+    At the end workers wait for the longest trial, which is no matter of how fast trials are handed out.
+    """
+    seconds = sorted(start.timestamp() for start in starts if start)
+    return seconds[workers - 1] - seconds[0], (len(seconds) - 1 - workers) / (seconds[-1] - seconds[workers])
 
 
 def processor_seconds() -> dict[str, float]:
