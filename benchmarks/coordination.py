@@ -33,7 +33,7 @@ class Carried:
     workers: int
     trials: int
     filling: float  # seconds until every worker had its first
-    rate: float  # trials a second from then on, while none waited for want of trials
+    rate: float  # trials a second
     processor: dict[str, float]  # seconds of it, by part of the cluster
     asking: float  # seconds to draw a trial, the median
 
@@ -93,12 +93,12 @@ def measure(loaded: data.Data, workers: int) -> Carried:
 
 
 def pace(starts: list[datetime | None], workers: int) -> tuple[float, float]:
-    """Seconds until every worker had its first trial, and trials a second from the second round to the last start.
+    """Seconds until every worker had its first trial, and trials a second: the slope of the line through the starts.
 
-    At the end workers wait for the longest trial, which is no matter of how fast trials are handed out.
+    How long the whole takes says less of how fast trials are handed out: at the end, workers wait for the last trial.
     """
     seconds = sorted(start.timestamp() for start in starts if start)
-    return seconds[workers - 1] - seconds[0], (len(seconds) - 1 - workers) / (seconds[-1] - seconds[workers])
+    return seconds[workers - 1] - seconds[0], statistics.linear_regression(seconds, range(len(seconds))).slope
 
 
 def processor_seconds() -> dict[str, float]:
