@@ -229,8 +229,8 @@ class StudyParameters(Checked):
     )
     pruner: str = parameter(
         "percentile",
-        "what ends hopeless trials early: percentile (the worst tenth at their epoch), median (the worse half), "
-        "hyperband or none",
+        "what ends hopeless trials early: percentile (what is worse than three quarters of the complete ones were), "
+        "median (than half of them), hyperband or none",
         choices=("percentile", "median", "hyperband", "none"),
     )
     workers: int = parameter(1, "trials that run at once, each in a process that Ray starts; 1: this process", low=1)

@@ -30,8 +30,9 @@ from signdigits.trial import Task
 
 log = logging.getLogger(__name__)
 
-STARTUP_TRIALS = 5  # drawn at random before the sampler and the pruner have something to go by
-KEPT = 90.0  # percent of the trials that the pruner of that name leaves alone: early accuracies say little of late ones
+STARTUP_TRIALS = 5  # drawn at random before the sampler has something to go by
+FULL_TRIALS = 3  # complete before the pruner may end one
+KEPT = 75.0  # percent of the complete trials that one must not be worse than: early accuracies say little of late ones
 MAX_RETRIES = 3  # of what an interrupted trial drew: perhaps it is what kills the process
 
 
@@ -154,12 +155,12 @@ def make_sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
 def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
     """The pruner called `name`; steps are epochs."""
     longest = space.ends("epochs")[1]
-    # Strong augmentation learns slowly at first: nothing is judged before a quarter of a trial.
-    warmup = max(5, longest // 4)
+    # Strong augmentation learns slowly at first: nothing is judged before a fifth of a trial.
+    warmup = max(4, longest // 5)
     if name == "percentile":
-        return optuna.pruners.PercentilePruner(KEPT, n_startup_trials=STARTUP_TRIALS, n_warmup_steps=warmup)
+        return optuna.pruners.PercentilePruner(KEPT, n_startup_trials=FULL_TRIALS, n_warmup_steps=warmup)
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=warmup)
+        return optuna.pruners.MedianPruner(n_startup_trials=FULL_TRIALS, n_warmup_steps=warmup)
     if name == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, longest))
     return optuna.pruners.NopPruner()
