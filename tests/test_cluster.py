@@ -182,7 +182,7 @@ def test_whatever_dies_no_finished_trial_is_lost(
     cluster("up")
     search = Search(f"{fault.__name__}-{repetition}", photographs, settings)
     driver = search.start()
-    wait_until(search.at_work, seconds=180)
+    wait_until(search.at_work, seconds=300)
     time.sleep(random.uniform(0, LATEST))
     wait_until(lambda: search.at_work() or driver.poll() is not None, seconds=60)
     assert driver.poll() is None, "the search was over before the fault"

@@ -28,7 +28,7 @@ EXTENDED = Space.of("extended", epochs=Range(1, 3), batch_size=Range(8, 16), con
 OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
 THREE = StudyParameters(n_trials=3, pruner="none")
 # Trials long enough, some seconds, to be killed in the middle of one.
-LONG = Range(100, 150)
+LONG = Range(60, 90)
 
 
 def trials(opened: search.Search) -> list[Run]:
@@ -199,7 +199,7 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     store: str, loaded: data.Data, photographs: Path
 ) -> None:
     line = [sys.executable, "-m", "signdigits", "search", "--data", str(photographs), *OPTIONS, "--pruner", "none"]
-    line += ["--n_trials", "4", "--epochs", str(LONG)]
+    line += ["--n_trials", "3", "--epochs", str(LONG)]
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": dict(os.environ)}
 
     process = subprocess.Popen(line, **options)
@@ -217,7 +217,7 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     (name,) = optuna.get_all_study_names("sqlite:///optuna.db")
     study = optuna.load_study(study_name=name, storage="sqlite:///optuna.db")
     states = Counter(trial.state for trial in study.trials)
-    assert states == {TrialState.COMPLETE: 4, TrialState.FAIL: 1}
+    assert states == {TrialState.COMPLETE: 3, TrialState.FAIL: 1}
 
     everything = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert {run.info.status for run in everything} == {"FINISHED", "KILLED"}
@@ -225,7 +225,7 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     assert "failure_reason" not in parent.data.tags
     children = [run for run in everything if run.data.tags["role"] == "trial"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert Counter(run.info.status for run in children) == {"FINISHED": 4, "KILLED": 1}
+    assert Counter(run.info.status for run in children) == {"FINISHED": 3, "KILLED": 1}
 
     (killed,) = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     (retry,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == killed.number]
@@ -233,7 +233,7 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     whole = search.search(
         loaded,
         Space.of("notebook", epochs=LONG, batch_size=16),
-        StudyParameters(n_trials=4, pruner="none", study_name="whole"),
+        StudyParameters(n_trials=3, pruner="none", study_name="whole"),
     )
     finished = [trial.params for trial in study.trials if trial.state == TrialState.COMPLETE]
     assert finished == [trial.params for trial in whole.study.trials], "the kill changed nothing"

@@ -184,7 +184,7 @@ function showCamera(opened) {
 /** Ask about the square that the frame shows. */
 async function takePicture() {
   const video = page("video");
-  if (!video.videoWidth) return; // the first picture has yet to come
+  if (video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return; // the first picture has yet to come: its size is known before
   const side = Math.min(video.videoWidth, video.videoHeight);
   const [left, top] = [(video.videoWidth - side) / 2, (video.videoHeight - side) / 2];
   const signal = begin("Reading …");
