@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from benchmarks.measure import Row
 from benchmarks.sleeper import SECONDS, Sleeper
@@ -24,6 +24,7 @@ from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 WORKERS = (1, 8, 32, 64)
 EACH = 10  # trials for each worker
 ASKED = 5  # times that drawing a trial is timed
+CROWD = 1000  # trials that run, as on a thousand workers, beside which it is timed too
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Carried:
     filling: float  # seconds until every worker had its first
     rate: float  # trials a second
     processor: dict[str, float]  # seconds of it, by part of the cluster
-    asking: float  # seconds to draw a trial, the median
+    asking: float  # seconds to draw a trial beside those that run, the median
 
     @property
     def share(self) -> float:
@@ -58,6 +59,7 @@ class Carried:
 def rows(photographs: str) -> list[Row]:
     loaded = data.load(DataParameters(data=photographs))
     carried = [measure(loaded, workers) for workers in WORKERS]
+    print(f"drawing a trial beside {CROWD} that run: {crowded(loaded):.2f} s", file=sys.stderr, flush=True)
     return [
         Row("what the engine costs a trial, in seconds", "a trial that only sleeps", carried[0].cost, 0.3, False,
             "run, parameters, metric, Optuna and Ray together, one worker"),
@@ -71,12 +73,7 @@ def rows(photographs: str) -> list[Row]:
 
 def measure(loaded: data.Data, workers: int) -> Carried:
     """A study of sleeping trials. The first of each worker starts its process, and does not count."""
-    name = f"sleeping-{workers}-{int(time.time())}"
-    parameters = StudyParameters(
-        space="notebook", storage=os.environ["STORAGE"], study_name=name, workers=workers, pruner="none",
-        ray_address=os.environ["RAY_ADDRESS"], n_trials=workers,
-    )  # fmt: skip
-    tracking.open_experiment("benchmark")
+    parameters = sleeping(workers)
     with search.open_study(loaded, Space.of("notebook"), parameters) as opened, cluster.cluster(parameters, cpus=0):
         job = crew.job(opened.task, opened.study, parameters, cpus=0)
         sleepers = crew.Workers(job, opened.study, parameters, kind=Sleeper)
@@ -86,10 +83,25 @@ def measure(loaded: data.Data, workers: int) -> Carried:
         search.hand_out(replace(opened, parameters=replace(parameters, n_trials=workers + trials)), sleepers)
         used = {part: after - before[part] for part, after in processor_seconds().items()}
         filling, rate = pace([trial.datetime_start for trial in opened.study.trials[workers:]], workers)
-        asking = statistics.median(asked(opened, workers + trials + number) for number in range(ASKED))
+        asking = drawing(opened, workers)
     done = Carried(workers, trials, filling, rate, used, asking)
     print(f"{workers} workers: {done}", file=sys.stderr, flush=True)
     return done
+
+
+def sleeping(workers: int) -> StudyParameters:
+    """A new study on the running cluster, whose first trials are one for each worker."""
+    tracking.open_experiment("benchmark")
+    return StudyParameters(
+        space="notebook", storage=os.environ["STORAGE"], study_name=f"sleeping-{workers}-{int(time.time())}",
+        workers=workers, pruner="none", ray_address=os.environ["RAY_ADDRESS"], n_trials=workers,
+    )  # fmt: skip
+
+
+def crowded(loaded: data.Data) -> float:
+    """Seconds to draw a trial of a new study beside `CROWD` that run."""
+    with search.open_study(loaded, Space.of("notebook"), sleeping(CROWD)) as opened:
+        return drawing(opened, CROWD)
 
 
 def pace(starts: list[datetime | None], workers: int) -> tuple[float, float]:
@@ -116,10 +128,19 @@ def processor_seconds() -> dict[str, float]:
     return used | {"workers and Ray": machine.user + machine.system - sum(used.values())}
 
 
-def asked(opened: search.Search, number: int) -> float:
-    """Seconds to draw a trial, which is given back at once."""
-    started = time.perf_counter()
-    drawn = search.ask(opened, number)
-    seconds = time.perf_counter() - started
-    opened.study.tell(drawn, state=TrialState.FAIL)
-    return seconds
+def drawing(opened: search.Search, running: int) -> float:
+    """Seconds to draw a trial beside so many that run, the median. All are given back."""
+    study, first = opened.study, len(opened.study.trials)
+    alike = create_trial(
+        state=TrialState.RUNNING, params=opened.space.baseline(), distributions=opened.space.distributions()
+    )
+    for _ in range(running):
+        study.add_trial(alike)
+    seconds = []
+    for number in range(ASKED):
+        started = time.perf_counter()
+        search.ask(opened, first + number)
+        seconds.append(time.perf_counter() - started)
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)
+    return statistics.median(seconds)
