@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from benchmarks.measure import Row
 from benchmarks.sleeper import SECONDS, Sleeper
@@ -99,8 +100,11 @@ def sleeping(workers: int) -> StudyParameters:
 
 
 def crowded(loaded: data.Data) -> float:
-    """Seconds to draw a trial of a new study beside `CROWD` that run."""
+    """Seconds to draw a trial beside `CROWD` that run, of a study with as many complete ones as the sampler waits for."""
     with search.open_study(loaded, Space.of("notebook"), sleeping(CROWD)) as opened:
+        complete = like_the_first(opened, value=0.5)
+        for _ in range(search.STARTUP_TRIALS):
+            opened.study.add_trial(complete)
         return drawing(opened, CROWD)
 
 
@@ -131,11 +135,9 @@ def processor_seconds() -> dict[str, float]:
 def drawing(opened: search.Search, running: int) -> float:
     """Seconds to draw a trial beside so many that run, the median. All are given back."""
     study, first = opened.study, len(opened.study.trials)
-    alike = create_trial(
-        state=TrialState.RUNNING, params=opened.space.baseline(), distributions=opened.space.distributions()
-    )
+    at_work = like_the_first(opened, state=TrialState.RUNNING)
     for _ in range(running):
-        study.add_trial(alike)
+        study.add_trial(at_work)
     seconds = []
     for number in range(ASKED):
         started = time.perf_counter()
@@ -144,3 +146,9 @@ def drawing(opened: search.Search, running: int) -> float:
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
     return statistics.median(seconds)
+
+
+def like_the_first(opened: search.Search, **ended: Any) -> FrozenTrial:
+    """A trial that drew what a study begins with."""
+    space = opened.space
+    return create_trial(params=space.baseline(), distributions=space.distributions(), **ended)
