@@ -9,9 +9,13 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import data, images, listing, model, package, parts, predict, tracking
+from signdigits import predict, tracking
+from signdigits.artifact import package
 from signdigits.hyperparameters import DataParameters, PredictParameters
-from signdigits.listing import Listing
+from signdigits.network import model
+from signdigits.photographs import data, images
+from signdigits.predictions import listing, parts
+from signdigits.predictions.listing import Listing
 
 ROUNDS = 5
 ENOUGH = 2000  # photographs of a round, so that what a start costs is not what is measured

@@ -19,8 +19,12 @@ import psutil
 from benchmarks import mutations, serving
 from benchmarks.load import Load, memory, saturate, until
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import data, model, package, processes, register, tracking
+from signdigits import register, tracking
+from signdigits.artifact import package
 from signdigits.hyperparameters import DataParameters, ServeParameters
+from signdigits.network import model
+from signdigits.photographs import data
+from signdigits.serving import processes
 
 PROCESSES = 2
 LONGEST = 300.0  # seconds that anything may take

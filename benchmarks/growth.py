@@ -18,8 +18,10 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from PIL import Image, ImageOps
 
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import batches, data, dataset, model, search, sources, startup
+from signdigits import search, startup
 from signdigits.hyperparameters import DataParameters, Hyperparameters, SourceParameters, Space, StudyParameters
+from signdigits.network import batches, model
+from signdigits.photographs import data, dataset, sources
 
 FACTORS = (10, 100)
 EPOCHS = {1: 10, 10: 2, 100: 1}  # that are timed, after one that is not

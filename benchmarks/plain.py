@@ -4,8 +4,9 @@ import keras
 import mlflow
 import mlflow.tensorflow
 
-from signdigits import data, model
 from signdigits.hyperparameters import Hyperparameters
+from signdigits.network import model
+from signdigits.photographs import data
 
 
 def compiled(loaded: data.Data, hyperparameters: Hyperparameters, precision: str = "float32") -> keras.Model:

@@ -29,8 +29,9 @@ from optuna.trial import TrialState
 
 from benchmarks import plain
 from benchmarks.measure import Row, temporary_store
-from signdigits import data, search
+from signdigits import search
 from signdigits.hyperparameters import DataParameters, Range, Space, StudyParameters
+from signdigits.photographs import data
 
 SEEDS = (1337, 1338, 1339)
 TRIALS = 40
@@ -117,7 +118,7 @@ def replay(forty: list[Ended], pruner: str) -> tuple[float, float]:
 
 def kept(loaded: data.Data, seed: int) -> Compared:
     """`compare`, or what it has measured before."""
-    code = [path.read_bytes() for path in sorted([*Path("src/signdigits").glob("*.py"), Path(__file__)])]
+    code = [path.read_bytes() for path in sorted([*Path("src/signdigits").rglob("*.py"), Path(__file__)])]
     key = hashlib.sha256(b"\0".join([*code, loaded.split.digest.encode(), platform.node().encode()])).hexdigest()[:16]
     file = Path(".benchmark", f"search-{seed}-{key}.json")
     if file.exists():

@@ -21,8 +21,11 @@ import pandas as pd
 import tensorflow as tf
 
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import data, model, package, tracking
+from signdigits import tracking
+from signdigits.artifact import package
 from signdigits.hyperparameters import DataParameters
+from signdigits.network import model
+from signdigits.photographs import data
 
 ROUNDS = 100
 MANY = 64

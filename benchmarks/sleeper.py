@@ -6,8 +6,9 @@ import mlflow
 import optuna
 from optuna.trial import TrialState
 
-from signdigits import crew, tracking
-from signdigits.outcome import Outcome
+from signdigits import tracking
+from signdigits.study import crew
+from signdigits.study.outcome import Outcome
 
 SECONDS = 10.0  # that a trial sleeps
 

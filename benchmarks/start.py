@@ -10,8 +10,11 @@ import mlflow
 
 from benchmarks import serving
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import data, model, package, tracking
+from signdigits import tracking
+from signdigits.artifact import package
 from signdigits.hyperparameters import DataParameters
+from signdigits.network import model
+from signdigits.photographs import data
 
 ROUNDS = 3
 LIGHT = ("show", "links", "register --version 1")

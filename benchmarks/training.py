@@ -7,8 +7,9 @@ import keras
 import tensorflow as tf
 
 from benchmarks.measure import Row, in_turns
-from signdigits import batches, data, model
 from signdigits.hyperparameters import DataParameters, Hyperparameters
+from signdigits.network import batches, model
+from signdigits.photographs import data
 
 ROUNDS = 9
 BATCH = 128

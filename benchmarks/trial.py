@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from benchmarks import plain
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import data, model, search
+from signdigits import search
 from signdigits.hyperparameters import DataParameters, Hyperparameters, Space, StudyParameters
-from signdigits.trial import run_trial
+from signdigits.network import model
+from signdigits.photographs import data
+from signdigits.study.trial import run_trial
 
 ROUNDS = 5
 SHORT, LONG = 1, 3  # epochs: what a trial costs at none follows from the two

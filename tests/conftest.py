@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits import data, evaluate, package, register, startup, tracking, train
+from signdigits import evaluate, register, startup, tracking, train
+from signdigits.artifact import package
 from signdigits.hyperparameters import DataParameters, Hyperparameters, ModelParameters, VersionParameters
+from signdigits.photographs import data
 
 PROJECT = Path(__file__).parents[1]
 SIZE = 16  # pixels: the smallest network that still has its three poolings
@@ -136,7 +138,7 @@ def log_model(store: str, loaded: data.Data) -> Callable[..., Any]:
     """A function that logs a network, untrained, and returns the logged model; its arguments become tags."""
     import keras
 
-    from signdigits import model
+    from signdigits.network import model
 
     def log(temperature: float = 1.0, **tags: str) -> Any:
         with tracking.run("train", "train"):

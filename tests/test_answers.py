@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from signdigits import answers, predict
-from signdigits.answers import Answers, statistics
+from signdigits import predict
+from signdigits.artifact import answers
+from signdigits.artifact.answers import Answers, statistics
 from signdigits.hyperparameters import PredictParameters
 
 from .conftest import serving
@@ -117,7 +118,7 @@ def test_a_full_disk_leaves_no_glued_lines(tmp_path: Path) -> None:
 import resource, signal
 import numpy as np
 from pathlib import Path
-from signdigits.answers import Answers
+from signdigits.artifact.answers import Answers
 log = Answers(Path({str(tmp_path)!r}), 64_000_000, "1")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))

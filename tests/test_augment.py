@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from signdigits import augment
+from signdigits.network import augment
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
 

@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from signdigits import batches, data
 from signdigits.hyperparameters import DataParameters
+from signdigits.network import batches
+from signdigits.photographs import data
 
 from .conftest import SIZE
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from signdigits import calibrate
+from signdigits.measures import calibrate
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import pytest
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import storage
+from signdigits.study import storage
 
 from .conftest import free_port, wait_until
 

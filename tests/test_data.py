@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from signdigits import data
 from signdigits.hyperparameters import DataParameters
+from signdigits.photographs import data
 
 from .conftest import SIZE
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from signdigits import data, dataset
 from signdigits.errors import DataError
 from signdigits.hyperparameters import DataParameters, SourceParameters
+from signdigits.photographs import data, dataset
 
 from .conftest import SIZE, write_photographs
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from signdigits import data, decoded
-from signdigits.decoded import Stored
 from signdigits.errors import DataError
 from signdigits.hyperparameters import DataParameters
+from signdigits.photographs import data, decoded
+from signdigits.photographs.decoded import Stored
 
 from .conftest import SIZE, write_photographs
 
 READ = """
 import sys
-from signdigits import data
+from signdigits.photographs import data
 from signdigits.hyperparameters import DataParameters
 loaded = data.load(DataParameters(data=sys.argv[1], image_size=64, memory_budget=0))
 print(loaded.fitting.x[:].sum())

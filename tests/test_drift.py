@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from signdigits import drift
 from signdigits.hyperparameters import MonitorParameters
+from signdigits.measures import drift
 
 from .test_monitor import pytestmark  # noqa: F401  # skipped likewise where evidently is not installed
 

@@ -8,9 +8,10 @@ import pytest
 from mlflow.entities import LoggedModel
 from PIL import Image
 
-from signdigits import data, evaluate
+from signdigits import evaluate
 from signdigits.errors import ModelError
 from signdigits.hyperparameters import DataParameters
+from signdigits.photographs import data
 
 from .conftest import write_photographs
 

@@ -6,9 +6,10 @@ import mlflow
 import numpy as np
 import pytest
 
-from signdigits import data, fetch
 from signdigits.errors import DataError
 from signdigits.hyperparameters import DataParameters
+from signdigits.photographs import data
+from signdigits.study import fetch
 
 from .conftest import SIZE
 

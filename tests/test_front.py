@@ -22,10 +22,12 @@ from typing import Any
 import mlflow
 import pytest
 
-from signdigits import data, front, pool, register, serve, train
+from signdigits import register, serve, train
 from signdigits.errors import ParameterError, ServingError
 from signdigits.hyperparameters import Hyperparameters, ServeParameters
-from signdigits.processes import Process
+from signdigits.photographs import data
+from signdigits.serving import front, pool
+from signdigits.serving.processes import Process
 
 from .conftest import free_port, use_store, wait_until
 
@@ -198,7 +200,7 @@ def test_who_does_not_bear_the_token_is_turned_away(model: Model, token: str) ->
 
 def test_scripts_predict_bears_the_token(model: Model, token: str) -> None:
     with model.behind(ServeParameters(token_file=token)) as found:
-        line = [sys.executable, "-m", "signdigits.client", str(model.photograph)]
+        line = [sys.executable, "-m", "signdigits.serving.client", str(model.photograph)]
         line += ["--url", f"http://127.0.0.1:{found.port}"]
         ways: list[tuple[list[str], dict[str, str]]] = [
             ([], {}),

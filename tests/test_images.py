@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits.images import ImageError, decode, open_image, to_array
+from signdigits.photographs.images import ImageError, decode, open_image, to_array
 
 
 def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from signdigits import listing
 from signdigits.errors import DataError
+from signdigits.predictions import listing
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlflow.entities import Run
 
-from signdigits import data, main, register
+from signdigits import main, register
 from signdigits.hyperparameters import (
     ModelParameters,
     Range,
@@ -24,6 +24,7 @@ from signdigits.hyperparameters import (
     StudyParameters,
     VersionParameters,
 )
+from signdigits.photographs import data
 
 from .conftest import PROJECT, serving, wait_until
 

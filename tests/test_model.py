@@ -2,9 +2,9 @@ import keras
 import numpy as np
 import pytest
 
-from signdigits import model
 from signdigits.errors import ParameterError
 from signdigits.hyperparameters import Hyperparameters
+from signdigits.network import model
 
 
 def test_the_network_is_the_notebooks_with_1204650_parameters() -> None:

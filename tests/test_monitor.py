@@ -16,10 +16,14 @@ import pytest
 from mlflow.entities import Run
 from PIL import Image, ImageOps
 
-from signdigits import answers, data, drift, model, package, tracking
+from signdigits import tracking
+from signdigits.artifact import answers, package
 from signdigits.errors import ModelError
 from signdigits.hyperparameters import MonitorParameters
+from signdigits.measures import drift
 from signdigits.monitor import monitor
+from signdigits.network import model
+from signdigits.photographs import data
 
 from .conftest import command
 

@@ -6,8 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from signdigits import data, model, package, tracking
+from signdigits import tracking
+from signdigits.artifact import package
 from signdigits.hyperparameters import DataParameters
+from signdigits.network import model
+from signdigits.photographs import data
 
 from .conftest import SIZE
 

@@ -19,8 +19,9 @@ import mlflow
 import pytest
 from PIL import Image
 
-from signdigits import data, register, train
+from signdigits import register, train
 from signdigits.hyperparameters import Hyperparameters
+from signdigits.photographs import data
 
 from .conftest import answers, free_port, use_store, wait_until
 

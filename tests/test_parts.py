@@ -6,9 +6,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from signdigits import parts
 from signdigits.errors import OutputError
-from signdigits.parts import Job
+from signdigits.predictions import parts
+from signdigits.predictions.parts import Job
 
 JOB = Job("m-1", "1", "some", "digest", 4)
 ROWS = pd.DataFrame({"path": ["a", "b"], "label": ["1", None], "probability": [0.9, None], "reason": [None, "empty"]})
@@ -37,7 +37,7 @@ def test_what_is_not_whole_has_no_name(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 import pandas as pd
-from signdigits import parts
+from signdigits.predictions import parts
 from signdigits.errors import OutputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with parts.hold(Path({str(tmp_path)!r}), parts.Job("m-1", "1", "some", "digest", 4)) as output:

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 from mlflow.entities import Run
 
-from signdigits import cli, parts, predict
+from signdigits import cli, predict
 from signdigits.errors import OutputError
 from signdigits.hyperparameters import PredictParameters
-from signdigits.parts import Job, Output
+from signdigits.predictions import parts
+from signdigits.predictions.parts import Job, Output
 
 from .conftest import PROJECT, command, wait_until
 

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from signdigits import data, findings, groups, prepare
-from signdigits.dataset import scan
+from signdigits import prepare
 from signdigits.hyperparameters import DataParameters, SourceParameters
+from signdigits.photographs import data, findings, groups
+from signdigits.photographs.dataset import scan
 
 from .conftest import SIZE, write_photographs
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from signdigits import scoring
 from signdigits.errors import DataError
 from signdigits.hyperparameters import PredictParameters
-from signdigits.scoring import Chunk, Scorer
+from signdigits.predictions import scoring
+from signdigits.predictions.scoring import Chunk, Scorer
 
 
 @pytest.fixture

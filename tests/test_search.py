@@ -17,10 +17,12 @@ from mlflow.entities import Run
 from optuna.testing.pruners import DeterministicPruner
 from optuna.trial import TrialState
 
-from signdigits import data, search, storage, train
+from signdigits import search, train
 from signdigits.errors import ParameterError, StudyError
 from signdigits.hyperparameters import Range, Space, StudyParameters
-from signdigits.outcome import FAILED
+from signdigits.photographs import data
+from signdigits.study import storage
+from signdigits.study.outcome import FAILED
 
 from .conftest import wait_until
 

@@ -24,8 +24,9 @@ import pytest
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
-from signdigits import data, register, serve, train
+from signdigits import register, serve, train
 from signdigits.hyperparameters import Hyperparameters, ServeParameters
+from signdigits.photographs import data
 
 from .conftest import free_port, use_store, wait_until
 

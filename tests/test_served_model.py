@@ -21,8 +21,9 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from signdigits import data, train
+from signdigits import train
 from signdigits.hyperparameters import Hyperparameters
+from signdigits.photographs import data
 
 from .conftest import serving, use_store
 
@@ -216,7 +217,7 @@ def test_python_callers_may_pass_bytes(served: Served) -> None:
 
 def test_the_client_prints_a_table_and_names_what_it_cannot_ask(served: Served, tmp_path: Path) -> None:
     def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "signdigits.client", *arguments]
+        line = [sys.executable, "-m", "signdigits.serving.client", *arguments]
         return subprocess.run(line, capture_output=True, text=True, timeout=60)
 
     folder = served.loaded.dataset.folder

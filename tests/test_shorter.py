@@ -6,9 +6,10 @@ import pytest
 from optuna.testing.pruners import DeterministicPruner
 from optuna.trial import TrialState
 
-from signdigits import data, search, train
+from signdigits import search, train
 from signdigits.hyperparameters import Hyperparameters, Range, Space, StudyParameters
-from signdigits.shorter import Shorter
+from signdigits.photographs import data
+from signdigits.study.shorter import Shorter
 
 SPACE = Space.of("notebook", epochs=Range(2, 6), batch_size=16)
 TWO = StudyParameters(n_trials=2, pruner="none")

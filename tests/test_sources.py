@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits import dataset, sources
 from signdigits.errors import DataError, DownloadError
 from signdigits.hyperparameters import SourceParameters
+from signdigits.photographs import dataset, sources
 
 ROOT = "Sign-Language-Digits-Dataset-4b09433"
 

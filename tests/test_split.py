@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from signdigits import data, groups, split
-from signdigits.dataset import Dataset, scan
 from signdigits.errors import DataError
 from signdigits.hyperparameters import DataParameters, SourceParameters
+from signdigits.photographs import data, groups, split
+from signdigits.photographs.dataset import Dataset, scan
 
 from .conftest import SIZE, write_photographs
 

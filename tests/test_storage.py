@@ -2,8 +2,8 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from signdigits import storage
 from signdigits.errors import StorageError, StudyError
+from signdigits.study import storage
 
 
 @pytest.mark.parametrize(

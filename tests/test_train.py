@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from mlflow.entities import Run
 
-from signdigits import data, train
+from signdigits import train
 from signdigits.errors import TrainingDiverged
 from signdigits.hyperparameters import DataParameters, Hyperparameters
+from signdigits.photographs import data
 
 from .conftest import PROJECT, wait_until
 

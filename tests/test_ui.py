@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from signdigits import data, links, main
+from signdigits import links, main
 from signdigits.hyperparameters import (
     LinkParameters,
     Range,
@@ -21,6 +21,7 @@ from signdigits.hyperparameters import (
     Space,
     StudyParameters,
 )
+from signdigits.photographs import data
 
 from .conftest import answers, free_port, use_store, wait_until
 

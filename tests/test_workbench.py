@@ -5,10 +5,11 @@ import mlflow
 import numpy as np
 import pytest
 
-from signdigits import data, train
-from signdigits.adjustable import AdjustableDropout
+from signdigits import train
 from signdigits.hyperparameters import Hyperparameters
-from signdigits.workbench import Workbench
+from signdigits.network.adjustable import AdjustableDropout
+from signdigits.network.workbench import Workbench
+from signdigits.photographs import data
 
 FIRST = Hyperparameters(epochs=2, batch_size=16, initial_learning_rate=0.003, dropout=0.3)
 

@@ -215,7 +215,8 @@ def run_search(source: hp.DataParameters, space: hp.Space, study: hp.StudyParame
 
 def load(source: hp.DataParameters, *, tensors: bool = True) -> Any:
     """Read the photographs first, so that bad ones are told of at once, and only then wait for TensorFlow."""
-    from signdigits import data, startup
+    from signdigits import startup
+    from signdigits.photographs import data
 
     loaded = data.load(source)
     if tensors:

@@ -17,10 +17,14 @@ from mlflow.entities import LoggedModel
 from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 
-from signdigits import answers, calibrate, images, plots, scoring, split, tracking
-from signdigits.dataset import Dataset, scan
+from signdigits import plots, tracking
+from signdigits.artifact import answers
 from signdigits.errors import ModelError
 from signdigits.hyperparameters import SourceParameters
+from signdigits.measures import calibrate
+from signdigits.photographs import images, split
+from signdigits.photographs.dataset import Dataset, scan
+from signdigits.predictions import scoring
 
 log = logging.getLogger(__name__)
 

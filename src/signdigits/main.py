@@ -12,9 +12,10 @@ import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel
 
-from signdigits import evaluate, links, package, prepare, register, search, tracking, train
-from signdigits.data import Data
+from signdigits import evaluate, links, prepare, register, search, tracking, train
+from signdigits.artifact import package
 from signdigits.hyperparameters import RefitParameters, RegistryParameters, Space, StudyParameters
+from signdigits.photographs.data import Data
 
 log = logging.getLogger(__name__)
 

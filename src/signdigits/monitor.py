@@ -21,10 +21,12 @@ import pandas as pd
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
-from signdigits import answers, drift, plots, register, tracking
-from signdigits.drift import Drift
+from signdigits import plots, register, tracking
+from signdigits.artifact import answers
 from signdigits.errors import DataError, DriftFound, ModelError, TooFewAnswers
 from signdigits.hyperparameters import MonitorParameters
+from signdigits.measures import drift
+from signdigits.measures.drift import Drift
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import optuna
     import pandas as pd
 
-    from signdigits.calibrate import Reliability
-    from signdigits.drift import Drift
+    from signdigits.measures.calibrate import Reliability
+    from signdigits.measures.drift import Drift
 
 
 def learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:

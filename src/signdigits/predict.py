@@ -18,11 +18,13 @@ from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import LoggedModel
 from tqdm import tqdm
 
-from signdigits import images, listing, parts, plots, register, scoring, tracking
+from signdigits import plots, register, tracking
 from signdigits.hyperparameters import PredictParameters
-from signdigits.listing import Listing
-from signdigits.parts import Job, Output
-from signdigits.scoring import Chunk
+from signdigits.photographs import images
+from signdigits.predictions import listing, parts, scoring
+from signdigits.predictions.listing import Listing
+from signdigits.predictions.parts import Job, Output
+from signdigits.predictions.scoring import Chunk
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from typing import Any
 import mlflow
 import pandas as pd
 
-from signdigits import findings, groups, plots, tracking
-from signdigits.data import Data
+from signdigits import plots, tracking
+from signdigits.photographs import findings, groups
+from signdigits.photographs.data import Data
 
 log = logging.getLogger(__name__)
 

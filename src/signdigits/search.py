@@ -19,14 +19,16 @@ import mlflow
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import crew, model, plots, storage, tracking
-from signdigits.data import Data
+from signdigits import plots, tracking
 from signdigits.errors import StorageError, StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
-from signdigits.outcome import Outcome, is_interrupted
-from signdigits.progress import FINISHED, Progress, shown
-from signdigits.shorter import Answer, answers, merit
-from signdigits.trial import Task
+from signdigits.network import model
+from signdigits.photographs.data import Data
+from signdigits.study import crew, storage
+from signdigits.study.outcome import Outcome, is_interrupted
+from signdigits.study.progress import FINISHED, Progress, shown
+from signdigits.study.shorter import Answer, answers, merit
+from signdigits.study.trial import Task
 
 log = logging.getLogger(__name__)
 

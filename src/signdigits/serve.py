@@ -23,11 +23,12 @@ from pathlib import Path
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits import front, register, tracking
+from signdigits import register, tracking
 from signdigits.errors import ModelError, ServingError
 from signdigits.hyperparameters import ServeParameters
-from signdigits.pool import Pool, Refused, command, environment
-from signdigits.processes import Process, adopt_orphans
+from signdigits.serving import front
+from signdigits.serving.pool import Pool, Refused, command, environment
+from signdigits.serving.processes import Process, adopt_orphans
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from signdigits import settle
 from signdigits.errors import ModelError, TrackingError
 
 if TYPE_CHECKING:  # commands that touch no photograph need not wait for scikit-learn
-    from signdigits.data import Data
-    from signdigits.dataset import Dataset
-    from signdigits.split import Split
+    from signdigits.photographs.data import Data
+    from signdigits.photographs.dataset import Dataset
+    from signdigits.photographs.split import Split
 
 EXPERIMENT = "sign-digits"
 

@@ -18,11 +18,14 @@ import mlflow.tensorflow
 import numpy as np
 from tqdm import tqdm
 
-from signdigits import batches, calibrate, model, package, plots, tracking
-from signdigits.data import Data, Images
+from signdigits import plots, tracking
+from signdigits.artifact import package
 from signdigits.errors import TrainingDiverged
 from signdigits.hyperparameters import Hyperparameters
-from signdigits.workbench import Workbench
+from signdigits.measures import calibrate
+from signdigits.network import batches, model
+from signdigits.network.workbench import Workbench
+from signdigits.photographs.data import Data, Images
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-from signdigits import groups, sources
-from signdigits.dataset import Dataset
 from signdigits.errors import DataError
+from signdigits.photographs import groups, sources
+from signdigits.photographs.dataset import Dataset
 
 # The notebook's seed and fraction: with them the test images are its 412 validation images. They are no
 # parameters: runs can be compared only on the same images.

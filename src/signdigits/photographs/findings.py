@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from signdigits import images, plots
-from signdigits.data import Data
-from signdigits.dataset import Dataset, Photograph, in_threads
+from signdigits import plots
+from signdigits.photographs import images
+from signdigits.photographs.data import Data
+from signdigits.photographs.dataset import Dataset, Photograph, in_threads
 
 ALIKE = 4  # bits of 64 in which the hashes of two photographs may differ
 ODD = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)

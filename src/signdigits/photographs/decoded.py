@@ -16,10 +16,10 @@ import filelock
 import numpy as np
 import PIL
 
-from signdigits import images
-from signdigits.dataset import Dataset, in_threads
 from signdigits.errors import DataError
 from signdigits.hyperparameters import DataParameters
+from signdigits.photographs import images
+from signdigits.photographs.dataset import Dataset, in_threads
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ stays as it is; weights, optimizer and random numbers start again from where tho
 
 import keras
 
-from signdigits import model
 from signdigits.hyperparameters import Hyperparameters
+from signdigits.network import model
 
 
 class Workbench:

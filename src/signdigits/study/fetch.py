@@ -9,10 +9,10 @@ from pathlib import Path
 import filelock
 import mlflow
 
-from signdigits import data, groups, sources
-from signdigits.data import Data
 from signdigits.errors import DataError
 from signdigits.hyperparameters import DataParameters
+from signdigits.photographs import data, groups, sources
+from signdigits.photographs.data import Data
 
 FOLDER = "photographs"  # among the artifacts
 

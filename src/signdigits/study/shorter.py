@@ -12,7 +12,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from signdigits import train
-from signdigits.data import Images
+from signdigits.photographs.data import Images
 
 INFERRED = "inferred"  # the attribute of a trial that holds what it says about a shorter one
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from signdigits import decoded, split
-from signdigits.dataset import Dataset, scan
-from signdigits.decoded import Stored
 from signdigits.hyperparameters import DataParameters
-from signdigits.split import Split
+from signdigits.photographs import decoded, split
+from signdigits.photographs.dataset import Dataset, scan
+from signdigits.photographs.decoded import Stored
+from signdigits.photographs.split import Split
 
 
 @dataclass(frozen=True)

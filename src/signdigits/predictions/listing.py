@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from signdigits.dataset import find_files
 from signdigits.errors import DataError
+from signdigits.photographs.dataset import find_files
 
 
 def read_csv(table: Path) -> pd.DataFrame:

@@ -18,14 +18,16 @@ import mlflow
 import optuna
 from optuna.storages import RDBStorage, fail_stale_trials
 
-from signdigits import fetch, sources, startup, storage
+from signdigits import startup
 from signdigits.cluster import asked, cluster, is_distributed
 from signdigits.errors import SignDigitsError, StudyError
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
-from signdigits.outcome import FAILED, Outcome
+from signdigits.photographs import sources
+from signdigits.study import fetch, storage
+from signdigits.study.outcome import FAILED, Outcome
 
 if TYPE_CHECKING:  # a worker imports TensorFlow when it knows on how many threads
-    from signdigits.trial import Task
+    from signdigits.study.trial import Task
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class Alone:
         self.given.append(trial)
 
     def wait(self) -> tuple[int, Outcome]:
-        from signdigits.trial import run_trial
+        from signdigits.study.trial import run_trial
 
         trial = self.given.pop()
         return trial.number, run_trial(self.task, trial)
@@ -213,7 +215,7 @@ class Worker:
     def run(self, trial_id: int) -> Outcome:
         """Run the trial that the storage knows by that id; by its number, it would have to read all the others."""
         task, one = self.task, optuna.Trial(self.study, trial_id)
-        from signdigits.trial import run_trial
+        from signdigits.study.trial import run_trial
 
         with signs_of_life(self.storage, trial_id):
             return run_trial(task, one)
@@ -237,7 +239,7 @@ class Worker:
         mlflow.set_experiment(experiment_id=job.experiment_id)
         loaded = fetch.load(job.data, job.digest, job.run_id)
         startup.import_tensorflow(threads=job.cpus)
-        from signdigits.trial import Task
+        from signdigits.study.trial import Task
 
         return Task(job.study_name, job.run_id, loaded, job.space, job.objective)
 

@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import StudyParameters
-from signdigits.outcome import REASON, is_interrupted
-from signdigits.shorter import Answer, answers, merit
+from signdigits.study.outcome import REASON, is_interrupted
+from signdigits.study.shorter import Answer, answers, merit
 
 log = logging.getLogger(__name__)
 

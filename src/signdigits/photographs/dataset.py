@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from signdigits import sources
 from signdigits.errors import DataError
 from signdigits.hyperparameters import SourceParameters
-from signdigits.images import ImageError, open_image, orientation, to_array
+from signdigits.photographs import sources
+from signdigits.photographs.images import ImageError, open_image, orientation, to_array
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")

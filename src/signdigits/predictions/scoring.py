@@ -13,7 +13,8 @@ import mlflow.pyfunc
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
-from signdigits import answers, startup
+from signdigits import startup
+from signdigits.artifact import answers
 from signdigits.cluster import cluster, is_distributed
 from signdigits.errors import ClusterError, DataError, SignDigitsError
 from signdigits.hyperparameters import PredictParameters

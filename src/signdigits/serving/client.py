@@ -1,6 +1,6 @@
 """Ask a served model about photographs and print a table.
 
-python -m signdigits.client photograph.jpg another.png
+python -m signdigits.serving.client photograph.jpg another.png
 scripts/predict photograph.jpg another.png
 
 A server that asks for a token is given the one in the environment variable SIGN_DIGITS_TOKEN, or in --token_file.

@@ -31,7 +31,7 @@ def build(
     """
     from keras import Input, Sequential, layers
 
-    from signdigits.adjustable import AdjustableDropout
+    from signdigits.network.adjustable import AdjustableDropout
 
     check_blocks(conv_blocks, image_shape[0])
     network = Sequential([Input(image_shape), layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)])
@@ -65,7 +65,7 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
     """Give the network Adam with an exponentially decaying rate, cross-entropy from logits, and accuracy."""
     from keras import losses, optimizers
 
-    from signdigits.adjustable import AdjustableDecay
+    from signdigits.network.adjustable import AdjustableDecay
 
     network.compile(
         optimizer=optimizers.Adam(AdjustableDecay(hyperparameters)),

@@ -8,9 +8,9 @@ import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
-from signdigits import augment
-from signdigits.data import Images
-from signdigits.decoded import Stored
+from signdigits.network import augment
+from signdigits.photographs.data import Images
+from signdigits.photographs.decoded import Stored
 
 AHEAD = 2  # batches
 

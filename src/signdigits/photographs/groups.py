@@ -10,9 +10,9 @@ import stat
 import numpy as np
 import pandas as pd
 
-from signdigits import sources
-from signdigits.dataset import Dataset
 from signdigits.errors import DataError
+from signdigits.photographs import sources
+from signdigits.photographs.dataset import Dataset
 
 log = logging.getLogger(__name__)
 

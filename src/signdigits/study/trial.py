@@ -8,11 +8,11 @@ import optuna
 from optuna.trial import TrialState
 
 from signdigits import tracking, train
-from signdigits.data import Data
 from signdigits.hyperparameters import Space
-from signdigits.outcome import FAILED, REASON, Outcome
-from signdigits.shorter import INFERRED, Shorter
-from signdigits.workbench import Workbench
+from signdigits.network.workbench import Workbench
+from signdigits.photographs.data import Data
+from signdigits.study.outcome import FAILED, REASON, Outcome
+from signdigits.study.shorter import INFERRED, Shorter
 
 
 @dataclass(frozen=True)

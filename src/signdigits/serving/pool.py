@@ -15,9 +15,10 @@ from typing import Any
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits import answers, front
+from signdigits.artifact import answers
 from signdigits.hyperparameters import ServeParameters
-from signdigits.processes import Process, Reply, ask
+from signdigits.serving import front
+from signdigits.serving.processes import Process, Reply, ask
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,10 @@ from mlflow.models.model import ModelInfo
 from mlflow.types.schema import ColSpec, DataType, Map, Schema
 from PIL import Image
 
-from signdigits import images, startup, tracking
-from signdigits.data import Data
+from signdigits import startup, tracking
+from signdigits.artifact import answers
+from signdigits.photographs import images
+from signdigits.photographs.data import Data
 
 if TYPE_CHECKING:
     import keras
@@ -41,14 +43,13 @@ SIGNATURE = ModelSignature(
 def log_model(network: "keras.Sequential", temperature: float, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     """Log the network with the active run as a model that takes photographs as they are.
 
-    The model is code (served_model.py) with the network, the decoder that training used (images.py), the
-    log of answers (answers.py) and the settings as its files: nothing is pickled. What answers is the network as LiteRT runs it; the same as Keras saves it
-    lies beside it, for whoever wants to train on. Its logits are divided by `temperature`. `facts` become tags that
-    follow the model into the registry.
+    The model is code (served_model.py) with the network, the decoder that training used (images.py), the log of
+    answers (answers.py) and the settings as its files: nothing is pickled. What answers is the network as LiteRT runs
+    it; the same as Keras saves it lies beside it, for whoever wants to train on. Its logits are divided by
+    `temperature`. `facts` become tags that follow the model into the registry.
     """
     active = mlflow.active_run()
     assert active is not None
-    here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as workshop:
         network_file, settings_file = Path(workshop, "network.tflite"), Path(workshop, "settings.json")
         keras_file = network_file.with_suffix(".keras")
@@ -58,13 +59,13 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
         settings_file.write_text(json.dumps(settings(data, temperature)))
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(here / "served_model.py"),
+            python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={
                 "network": str(network_file),
                 "keras": str(keras_file),
                 "settings": str(settings_file),
-                "images": str(here / "images.py"),
-                "answers": str(here / "answers.py"),
+                "images": images.__file__,
+                "answers": answers.__file__,
             },
             signature=SIGNATURE,
             input_example=input_example(data),

@@ -41,7 +41,7 @@ class Process:
         self.started = time.monotonic()
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "signdigits.tether", str(os.getpid()), *command],
+            [sys.executable, "-m", "signdigits.serving.tether", str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,1 @@
+"""Numbers that judge: whether probabilities can be believed, how far answers lie apart."""

@@ -1,0 +1,1 @@
+"""A folder of photographs becomes arrays: named, checked, digested, split and decoded."""
