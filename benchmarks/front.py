@@ -17,8 +17,9 @@ import mlflow
 import psutil
 
 from benchmarks import mutations, serving
-from benchmarks.load import Load, memory, saturate, until
+from benchmarks.load import Load, until
 from benchmarks.measure import Row, in_turns, temporary_store
+from benchmarks.saturation import memory, saturate
 from signdigits import register, tracking
 from signdigits.artifact import package
 from signdigits.hyperparameters import DataParameters, ServeParameters
@@ -125,10 +126,8 @@ def promote(server: Server, times: int) -> tuple[list[Row], float]:
             version = str(2 - number % 2)
             start, moved = len(load.replies), time.monotonic()
             move(int(version))
-            until(lambda version=version, start=start: load.first(version, start), LONGEST)  # type: ignore[misc]
+            first = until(lambda version=version, start=start: load.first(version, start), LONGEST)  # type: ignore[misc]
             until(lambda: len(server.endpoints()) == PROCESSES, LONGEST)  # the version before has ended
-            first = load.first(version, start)
-            assert first is not None
             took.append(first.came - moved)
             later = [reply for reply in load.replies[start:] if reply.sent > first.came]
             wrong += sum(reply.version not in (version, "") for reply in later)

@@ -98,19 +98,22 @@ def use_store(folder: Path) -> Iterator[str]:
         os.chdir(before)
 
 
-@pytest.fixture
-def store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A tracking store and a working directory of the test's own; yields the store's address."""
-    yield from store_like(empty_store, tmp_path, monkeypatch)
-
-
-def store_like(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-        monkeypatch.delenv(name)
-    shutil.copy(database, tmp_path / "mlflow.db")
-    with use_store(tmp_path) as uri:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+@contextmanager
+def store_like(database: Path, folder: Path) -> Iterator[str]:
+    """As `use_store`, begun with a copy of `database`, and with nothing else of MLflow in the environment."""
+    shutil.copy(database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch, use_store(folder) as uri:
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            patch.delenv(name)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
         mlflow.set_experiment("tests")
+        yield uri
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty_store: Path) -> Iterator[str]:
+    """A tracking store and a working directory of the test's own; yields the store's address."""
+    with store_like(empty_store, tmp_path) as uri:
         yield uri
 
 
@@ -128,9 +131,10 @@ def champion_store(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, 
 
 
 @pytest.fixture
-def champion(tmp_path: Path, champion_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def champion(tmp_path: Path, champion_store: Path) -> Iterator[str]:
     """As `store`, with version 1 of the registered model, the champion, in it."""
-    yield from store_like(champion_store, tmp_path, monkeypatch)
+    with store_like(champion_store, tmp_path) as uri:
+        yield uri
 
 
 @pytest.fixture

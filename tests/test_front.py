@@ -22,14 +22,14 @@ from typing import Any
 import mlflow
 import pytest
 
-from signdigits import register, serve, train
+from signdigits import register, serve
 from signdigits.errors import ParameterError, ServingError
-from signdigits.hyperparameters import Hyperparameters, ServeParameters
+from signdigits.hyperparameters import ServeParameters
 from signdigits.photographs import data
 from signdigits.serving import front, pool
 from signdigits.serving.processes import Process
 
-from .conftest import free_port, use_store, wait_until
+from .conftest import free_port, store_like, wait_until
 
 pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
 
@@ -80,14 +80,10 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Model]:
+def model(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, champion_store: Path) -> Iterator[Model]:
     folder = tmp_path_factory.mktemp("front")
-    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store, tempfile.TemporaryDirectory() as home:
-        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-            patch.delenv(name)
-        patch.setenv("MLFLOW_TRACKING_URI", store)
-        output = mlflow.get_run(train.train(loaded, Hyperparameters(epochs=1))).outputs.model_outputs[0]
-        version = mlflow.register_model(f"models:/{output.model_id}", register.REGISTERED_MODEL)
+    with store_like(champion_store, folder), tempfile.TemporaryDirectory() as home:
+        version = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, register.CHAMPION)
         front.make_home(Path(home))
         answering = pool.Pool("blue", version, ServeParameters(), Path(home))
         try:

@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import mlflow
 import pytest
 from PIL import Image
 
-from signdigits import register, train
-from signdigits.hyperparameters import Hyperparameters
 from signdigits.photographs import data
 
-from .conftest import answers, free_port, use_store, wait_until
+from .conftest import answers, free_port, store_like, wait_until
 
 pytest.importorskip("playwright", reason="needs the extra .[browser]")
 
@@ -69,15 +66,9 @@ class Front:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Made]:
+def made(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, champion_store: Path) -> Iterator[Made]:
     folder = tmp_path_factory.mktemp("page")
-    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store:
-        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-            patch.delenv(name)
-        run_id = train.train(loaded, Hyperparameters(epochs=8, batch_size=8, initial_learning_rate=0.003))
-        model_uri = f"models:/{mlflow.get_run(run_id).outputs.model_outputs[0].model_id}"
-        version = mlflow.register_model(model_uri, register.REGISTERED_MODEL)
-        mlflow.MlflowClient().set_registered_model_alias(version.name, register.CHAMPION, version.version)
+    with store_like(champion_store, folder) as store:
         yield Made(folder, store, loaded.dataset.folder)
 
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
+from benchmarks.load import JSON, Load
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
@@ -28,11 +28,9 @@ from signdigits import register, serve, train
 from signdigits.hyperparameters import Hyperparameters, ServeParameters
 from signdigits.photographs import data
 
-from .conftest import free_port, use_store, wait_until
+from .conftest import free_port, store_like, wait_until
 
 pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
-
-JSON = {"Content-Type": "application/json"}
 
 # Models that must not be served: one raises, one cannot be loaded by a server.
 RAISES = """
@@ -72,12 +70,9 @@ class Registry:
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Registry]:
+def registry(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, empty_store: Path) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("serve")
-    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store:
-        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-            patch.delenv(name)
-        patch.setenv("MLFLOW_TRACKING_URI", store)
+    with store_like(empty_store, folder) as store:
         for seed in (1, 2):
             chosen = Hyperparameters(epochs=1, batch_size=8, initial_learning_rate=0.003, seed=seed)
             output = mlflow.get_run(train.train(loaded, chosen)).outputs.model_outputs[0]
@@ -215,41 +210,9 @@ def alive(pids: set[int]) -> set[int]:
     return {pid for pid in pids if lives(pid)}
 
 
-class Load:
-    """Threads that ask without a pause, each over a connection of its own that stays open."""
-
-    def __init__(self, server: Server, body: bytes, threads: int = 4) -> None:
-        self.server, self.body = server, body
-        self.ended = threading.Event()
-        self.replies: list[tuple[float, int, str]] = []  # when it was sent, status, version
-        self.failures: list[str] = []
-        self.threads = [threading.Thread(target=self.work) for _ in range(threads)]
-
-    def __enter__(self) -> "Load":
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.ended.set()
-        for thread in self.threads:
-            thread.join()
-
-    def work(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=90)
-        while not self.ended.wait(0.02):
-            sent = time.monotonic()
-            try:
-                connection.request("POST", "/invocations", self.body, JSON)
-                reply = connection.getresponse()
-                reply.read()
-                self.replies.append((sent, reply.status, reply.getheader("Model-Version", "")))
-            except (OSError, http.client.HTTPException) as error:
-                self.failures.append(repr(error))
-                connection.close()
-
-    def statuses(self) -> Counter[int]:
-        return Counter(status for _, status, _ in self.replies)
+def statuses(load: Load) -> set[int]:
+    """Those of all replies so far, with 0 for a connection that was refused or broken."""
+    return {reply.status for reply in load.replies}
 
 
 def test_every_reply_says_which_version_answered(first: Server, registry: Registry) -> None:
@@ -263,15 +226,14 @@ def test_every_reply_says_which_version_answered(first: Server, registry: Regist
 def test_a_promotion_and_the_way_back_fail_no_request_and_no_old_version_answers_afterwards(
     first: Server, registry: Registry
 ) -> None:
-    with Load(first, registry.request) as load:
+    with Load(first.port, registry.request) as load:
         for version in (2, 1):
             promote(first, registry, version)
             switched = time.monotonic()
             time.sleep(1)
-            after = {answered for sent, _, answered in load.replies.copy() if sent > switched}
+            after = {reply.version for reply in load.replies.copy() if reply.sent > switched}
             assert after == {str(version)}
-    assert load.failures == []
-    assert set(load.statuses()) == {200}
+    assert statuses(load) == {200}
     assert tags(2)[serve.STATE] == "retired"
     assert tags(1)[serve.STATE] == "live"
 
@@ -297,25 +259,24 @@ def test_an_upload_that_began_before_a_promotion_is_answered_after_it(first: Ser
 def test_a_broken_version_never_takes_over_and_that_is_recorded(
     first: Server, registry: Registry, version: int, reason: str
 ) -> None:
-    with Load(first, registry.request) as load:
+    with Load(first.port, registry.request) as load:
         move(version)
         wait_until(lambda: tags(version).get(serve.STATE) == "refused", seconds=600)
         wait_until(lambda: len(first.processes("mlflow models serve")) == 2, seconds=60)
         time.sleep(2)
     assert reason in tags(version)[serve.REASON]
-    assert {answered for _, _, answered in load.replies} == {"1"}
-    assert set(load.statuses()) == {200}
+    assert {reply.version for reply in load.replies} == {"1"}
+    assert statuses(load) == {200}
     assert first.said().count(f"starting version {version}\n") == 1, "it is not tried again and again"
 
 
 def test_a_killed_process_comes_back_and_the_other_answers_meanwhile(first: Server, registry: Registry) -> None:
     victim = first.processes("uvicorn --host")[0]
-    with Load(first, registry.request) as load:
+    with Load(first.port, registry.request) as load:
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: len(set(first.processes("uvicorn --host")) - {victim}) == 2, seconds=120)
         time.sleep(1)
-    assert load.failures == []
-    assert set(load.statuses()) == {200}
+    assert statuses(load) == {200}
 
 
 def test_nginx_comes_back_when_it_is_killed(first: Server, registry: Registry) -> None:

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import subprocess
 import sys
 import urllib.error
@@ -21,11 +20,10 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from signdigits import train
-from signdigits.hyperparameters import Hyperparameters
+from signdigits import register
 from signdigits.photographs import data
 
-from .conftest import serving, use_store
+from .conftest import serving, store_like
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,11 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, champion_store: Path) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store:
-        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-            patch.delenv(name)
-        patch.setenv("MLFLOW_TRACKING_URI", store)
-        run_id = train.train(loaded, Hyperparameters(epochs=8, batch_size=8, initial_learning_rate=0.003))
-        model_uri = f"models:/{mlflow.get_run(run_id).outputs.model_outputs[0].model_id}"
+    with store_like(champion_store, folder) as store:
+        version = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, register.CHAMPION)
+        model_uri = f"models:/{version.model_id}"
         with serving(model_uri, folder / "server.log") as url:
             yield Served(model_uri, store, url, loaded)
 

@@ -23,7 +23,7 @@ from signdigits.hyperparameters import (
 )
 from signdigits.photographs import data
 
-from .conftest import answers, free_port, use_store, wait_until
+from .conftest import answers, free_port, store_like, wait_until
 
 pytest.importorskip("playwright", reason="needs the extra .[browser]")
 
@@ -51,12 +51,10 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data) -> Iterator[Finished]:
+def finished(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, empty_store: Path) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("ui")
     port = free_port()
-    with pytest.MonkeyPatch.context() as patch, use_store(folder) as store:
-        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-            patch.delenv(name)
+    with store_like(empty_store, folder) as store:
         mlflow.set_experiment("sign-digits")
         main.main(loaded, SPACE, STUDY, RefitParameters(repeats=1), RegistryParameters())
         found = mlflow.search_runs(filter_string="tags.role = 'study'", output_format="list")[0]
