@@ -30,18 +30,19 @@ class Row:
         return self.result >= self.reach if self.at_least else self.result <= self.reach
 
 
-def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median time of each way, in seconds, over `rounds` rounds in which each has its turn.
+def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, float]:
+    """The median time of each way, in seconds, over `rounds` rounds in which each has its turn, `each` times in a row.
 
     What disturbs the machine disturbs all of them alike. The first round, which traces and allocates, does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+            for _ in range(each):
+                started = time.perf_counter()
+                way()
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds[each:]) for name, seconds in times.items()}
 
 
 @contextlib.contextmanager
