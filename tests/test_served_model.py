@@ -44,8 +44,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, champion_store: Path) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     with store_like(champion_store, folder) as store:
-        version = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, register.CHAMPION)
-        model_uri = f"models:/{version.model_id}"
+        model_uri = f"models:/{register.REGISTERED_MODEL}@{register.CHAMPION}"
         with serving(model_uri, folder / "server.log") as url:
             yield Served(model_uri, store, url, loaded)
 
