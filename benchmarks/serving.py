@@ -28,7 +28,7 @@ from signdigits.network import model
 from signdigits.photographs import data
 
 # An endpoint that is asked finds its own code and weights in the caches, not what another server's threads have left there.
-ROUNDS, EACH = 10, 50
+ROUNDS, EACH = 20, 10
 MANY = 64
 
 
