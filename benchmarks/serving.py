@@ -55,7 +55,9 @@ def rows(photographs: str) -> list[Row]:
             "forward": forward_pass(network, loaded),
         }
         one = in_turns(ask, ROUNDS, EACH)
-        many = in_turns({"many": asker(ports["ours"], {"dataframe_records": rows_of}), "one": ask["ours"]}, 20)
+        many = in_turns(
+            {"many": asker(ports["ours"], {"dataframe_records": rows_of}), "one": ask["ours"]}, ROUNDS, EACH
+        )
     floor = one["nothing"] + one["forward"]
     shown = {name: f"{seconds * 1000:.1f} ms" for name, seconds in one.items()}
     return [

@@ -10,8 +10,11 @@ import binascii
 import importlib.util
 import json
 import os
-import threading
+import queue
 import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +29,18 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 FORMATS = ("JPEG", "MPO", "PNG")  # MPO: how some telephones write JPEG
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000  # 150 MB when decoded
+# Rows of a request that are looked at side by side: decoder and network release Python's lock, and an endpoint seldom has
+# more processors to itself. An interpreter takes 8 MB.
+TOGETHER = 2
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A photograph: its width and height, float32 of shape (image_size, image_size, channels), and its logits."""
+
+    size: tuple[int, int]
+    pixels: np.ndarray
+    logits: np.ndarray
 
 
 class SignDigits(PythonModel):
@@ -43,10 +58,13 @@ class SignDigits(PythonModel):
         self.images = load_module(context.artifacts["images"])
         # Off unless the environment asks for it, which is the only thing that reaches `mlflow models serve`.
         self.answers = load_module(context.artifacts["answers"]).Answers.of_surroundings(os.environ)
-        self.interpreter = Interpreter(context.artifacts["network"], num_threads=1)
-        self.interpreter.allocate_tensors()
-        # The server answers requests in threads, and an interpreter has one set of tensors.
-        self.lock = threading.Lock()
+        # An interpreter has one set of tensors: it is taken by one thread at a time.
+        self.interpreters = queue.SimpleQueue[Any]()
+        for _ in range(TOGETHER):
+            interpreter = Interpreter(context.artifacts["network"], num_threads=1)
+            interpreter.allocate_tensors()
+            self.interpreters.put(interpreter)
+        self.threads = ThreadPoolExecutor(TOGETHER)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -57,11 +75,13 @@ class SignDigits(PythonModel):
         """
         if not len(model_input):
             raise refusal("no rows: send one photograph or more in the column 'image'")
-        sizes, x = self.read(model_input["image"].tolist())
-        probabilities = softmax(self.forward(x) / self.temperature)
+        values = model_input["image"].tolist()
+        each = self.threads.map if len(values) > 1 else map  # one row is not worth a thread
+        seen = found(each(self.look, values))
+        probabilities = softmax(np.array([one.logits for one in seen], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
         if self.answers is not None:
-            self.answers.add(sizes, x, by_class)
+            self.answers.add([one.size for one in seen], [one.pixels for one in seen], by_class)
         best = probabilities.argmax(axis=1)
         return pd.DataFrame(
             {
@@ -71,34 +91,36 @@ class SignDigits(PythonModel):
             }
         )
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        """The network's logits, float64 of shape (n, classes), for float32 images of shape (n, height, width, channels).
+    def look(self, value: Any) -> "Seen | str":
+        """Decode a photograph and ask the network, or say why that cannot be done."""
+        try:
+            image = self.images.open_image(to_bytes(value), FORMATS, MAX_PIXELS)
+            pixels = self.images.to_array(image, self.image_size, self.color_mode).astype(np.float32)
+        except ValueError as error:  # ImageError among them
+            return str(error)
+        interpreter = self.interpreters.get()
+        try:
+            return Seen(image.size, pixels, forward(interpreter, pixels))
+        finally:
+            self.interpreters.put(interpreter)
 
-        One after the other: on one thread a batch takes as long.
-        """
-        (taken,), (given,) = self.interpreter.get_input_details(), self.interpreter.get_output_details()
-        logits = []
-        with self.lock:
-            for image in x:
-                self.interpreter.set_tensor(taken["index"], image[np.newaxis])
-                self.interpreter.invoke()
-                logits.append(self.interpreter.get_tensor(given["index"])[0])
-        return np.array(logits, float)
 
-    def read(self, values: list[Any]) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Decode every value; widths and heights, and float32 of shape (n, image_size, image_size, channels)."""
-        sizes, arrays, faults = [], [], []
-        for row, value in enumerate(values):
-            try:
-                data = to_bytes(value)
-                image = self.images.open_image(data, FORMATS, MAX_PIXELS)
-                arrays.append(self.images.to_array(image, self.image_size, self.color_mode))
-                sizes.append(image.size)
-            except ValueError as error:  # ImageError among them
-                faults.append(f"row {row}: {error}")
-        if faults:
-            raise refusal("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
-        return sizes, np.stack(arrays).astype(np.float32)
+def found(looked_at: Iterable[Seen | str]) -> list[Seen]:
+    """What was seen in every row; the refusal of them all, with the first reasons, if there is a row that cannot be read."""
+    rows = list(looked_at)
+    faults = [f"row {number}: {row}" for number, row in enumerate(rows) if isinstance(row, str)]
+    if faults:
+        raise refusal("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
+    return [row for row in rows if isinstance(row, Seen)]
+
+
+def forward(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
+    """The network's logits, of shape (classes,), for an image of shape (height, width, channels)."""
+    (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.set_tensor(taken["index"], pixels[np.newaxis])
+    interpreter.invoke()
+    logits: np.ndarray = interpreter.get_tensor(given["index"])[0]
+    return logits
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
