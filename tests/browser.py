@@ -3,7 +3,7 @@
 What it waits for is text, never time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,22 +48,31 @@ def expand(page: Page, run_id: str) -> None:
     expect(page.get_by_role("link", name="trial-").first).to_be_visible()
 
 
-def plot(page: Page, metric: str) -> Locator:
-    """The parallel coordinates of the compare view, with one metric; MLflow takes whichever comes first by itself."""
+def plot(page: Page, metric: str, parameters: Sequence[str] = ()) -> Locator:
+    """The parallel coordinates of the compare view; by itself, MLflow takes the parameters and the metric that come first."""
     shown = page.get_by_role("tabpanel", name="Parallel Coordinates Plot")
-    metrics = shown.get_by_role("combobox").last
-    metrics.click()
-    chosen = page.locator(".du-bois-light-select-item-option-selected:visible")
-    for name in chosen.all_inner_texts():
-        if name != metric:
-            pick(page, name)
-    if metric not in chosen.all_inner_texts():
-        pick(page, metric)
-    metrics.press("Escape")
-    metrics.blur()
+    if parameters:
+        choose(page, shown.get_by_role("combobox").first, parameters)
+    choose(page, shown.get_by_role("combobox").last, [metric])
     axes = shown.locator(".axis-title")
     expect(axes.last).to_have_text(metric)
     return axes
+
+
+def choose(page: Page, box: Locator, names: Sequence[str]) -> None:
+    """Mark these options of a list, and no other."""
+    box.click()
+    chosen = page.locator(".du-bois-light-select-item-option-selected:visible")
+    for name in chosen.all_inner_texts():
+        if name not in names:
+            pick(page, name)
+    for name in names:
+        if name not in chosen.all_inner_texts():
+            box.fill(name)  # a long list shows only a part of itself
+            pick(page, name)
+            box.fill("")
+    box.press("Escape")
+    box.blur()
 
 
 def pick(page: Page, option: str) -> None:

@@ -16,6 +16,7 @@ from signdigits.hyperparameters import LinkParameters
 from . import browser
 
 DOCS = Path(__file__).parents[1] / "docs"
+PLOTTED = ("augmentation", "batch_size", "conv_blocks", "decay_rate", "initial_learning_rate")
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def show_runs(chromium: Browser, address: str, study: str, picture: Path) -> Non
 def show_trials(chromium: Browser, address: str, picture: Path) -> None:
     """The parallel coordinates of its trials."""
     with browser.opened(chromium, address, viewport={"width": 1280, "height": 640}) as page:
-        browser.plot(page, "val_accuracy")
+        browser.plot(page, "val_accuracy", PLOTTED)
         page.screenshot(path=picture)
 
 
