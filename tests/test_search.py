@@ -31,8 +31,8 @@ EXTENDED = Space.of("extended", epochs=Range(1, 3), batch_size=Range(8, 16), con
 # The first of these as options of the command line.
 OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
 THREE = StudyParameters(n_trials=3, pruner="none")
-# Trials long enough, some seconds, to be killed in the middle of one.
-LONG = Range(40, 60)
+# Trials long enough, a second or more, to be killed in the middle of one.
+LONG = Range(20, 30)
 
 
 def trials(opened: search.Search) -> list[Run]:
