@@ -18,6 +18,11 @@ def test_the_temperature_undoes_what_made_the_model_too_sure() -> None:
     assert calm.error < 0.02 < 0.1 < sure.error
 
 
+def test_a_model_without_a_mistake_is_not_made_surer() -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (330, 10))
+    assert calibrate.fit_temperature(logits, logits.argmax(axis=1)) == 1
+
+
 def test_a_temperature_can_be_taken_back() -> None:
     logits = np.random.default_rng(0).normal(0, 3, (50, 4))
     cooled = softmax(logits / 2)

@@ -27,9 +27,12 @@ class Reliability:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """What to divide logits of shape (n, classes) by, so that the labels become as likely as they can be.
 
-    Above 1 the model was too sure. The images must not be those that it was trained on. Temperature scaling:
+    Above 1 the model was too sure. 1 if it reads all of them correctly: then any smaller number makes the labels likelier
+    still, and nothing says how sure it may be. The images must not be those that it was trained on. Temperature scaling:
     Guo, Pleiss, Sun and Weinberger, 2017, arXiv:1706.04599.
     """
+    if (logits.argmax(axis=1) == labels).all():
+        return 1.0
 
     def mean_surprise(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
