@@ -144,7 +144,7 @@ def test_the_saved_network_holds_no_augmentation(store: str, loaded: data.Data, 
     known = {"Rescaling", "Conv2D", "MaxPooling2D", "Flatten", "Dropout", "Dense"}
     assert {type(layer).__name__ for layer in network.layers} == known
     served = mlflow.pyfunc.load_model(f"models:/{model.model_id}").unwrap_python_model()
-    operations = {operation["op_name"] for operation in served.interpreter._get_ops_details()}
+    operations = {operation["op_name"] for operation in served.interpreters.get()._get_ops_details()}
     assert "CONV_2D" in operations
     shapes = {"SHAPE", "STRIDED_SLICE", "PACK", "RESHAPE"}
     assert operations <= {"MUL", "CONV_2D", "MAX_POOL_2D", "FULLY_CONNECTED", "DELEGATE"} | shapes
