@@ -35,11 +35,12 @@ TOGETHER = 2
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A photograph: its width and height, and float32 of shape (image_size, image_size, channels)."""
+class Seen:
+    """A photograph: its width and height, float32 of shape (image_size, image_size, channels), and its logits."""
 
     size: tuple[int, int]
     pixels: np.ndarray
+    logits: np.ndarray
 
 
 class SignDigits(PythonModel):
@@ -76,12 +77,11 @@ class SignDigits(PythonModel):
             raise refusal("no rows: send one photograph or more in the column 'image'")
         values = model_input["image"].tolist()
         each = self.threads.map if len(values) > 1 else map  # one row is not worth a thread
-        photographs = readable(each(self.decode, values))
-        logits = each(self.forward, [photograph.pixels for photograph in photographs])
-        probabilities = softmax(np.array(list(logits), float) / self.temperature)
+        seen = found(each(self.look, values))
+        probabilities = softmax(np.array([one.logits for one in seen], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
         if self.answers is not None:
-            self.answers.add([one.size for one in photographs], [one.pixels for one in photographs], by_class)
+            self.answers.add([one.size for one in seen], [one.pixels for one in seen], by_class)
         best = probabilities.argmax(axis=1)
         return pd.DataFrame(
             {
@@ -91,35 +91,36 @@ class SignDigits(PythonModel):
             }
         )
 
-    def decode(self, value: Any) -> "Decoded | str":
-        """A photograph as the network takes it, or why there is none."""
+    def look(self, value: Any) -> "Seen | str":
+        """Decode a photograph and ask the network, or say why that cannot be done."""
         try:
             image = self.images.open_image(to_bytes(value), FORMATS, MAX_PIXELS)
             pixels = self.images.to_array(image, self.image_size, self.color_mode).astype(np.float32)
         except ValueError as error:  # ImageError among them
             return str(error)
-        return Decoded(image.size, pixels)
-
-    def forward(self, pixels: np.ndarray) -> np.ndarray:
-        """The network's logits, of shape (classes,), for an image of shape (height, width, channels)."""
         interpreter = self.interpreters.get()
         try:
-            (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
-            interpreter.set_tensor(taken["index"], pixels[np.newaxis])
-            interpreter.invoke()
-            logits: np.ndarray = interpreter.get_tensor(given["index"])[0]
-            return logits
+            return Seen(image.size, pixels, forward(interpreter, pixels))
         finally:
             self.interpreters.put(interpreter)
 
 
-def readable(decoded: Iterable[Decoded | str]) -> list[Decoded]:
-    """All rows, decoded; the refusal of them all, with the first reasons, if there is one that cannot be read."""
-    rows = list(decoded)
+def found(looked_at: Iterable[Seen | str]) -> list[Seen]:
+    """What was seen in every row; the refusal of them all, with the first reasons, if there is a row that cannot be read."""
+    rows = list(looked_at)
     faults = [f"row {number}: {row}" for number, row in enumerate(rows) if isinstance(row, str)]
     if faults:
         raise refusal("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
-    return [row for row in rows if isinstance(row, Decoded)]
+    return [row for row in rows if isinstance(row, Seen)]
+
+
+def forward(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
+    """The network's logits, of shape (classes,), for an image of shape (height, width, channels)."""
+    (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.set_tensor(taken["index"], pixels[np.newaxis])
+    interpreter.invoke()
+    logits: np.ndarray = interpreter.get_tensor(given["index"])[0]
+    return logits
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
