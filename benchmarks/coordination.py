@@ -16,13 +16,13 @@ from typing import Any
 
 import psutil
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from signdigits.study import crew
 
 from benchmarks.measure import Row
 from benchmarks.sleeper import SECONDS, Sleeper
 from signdigits import cluster, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 from signdigits.photographs import data
-from signdigits.study import crew
 
 WORKERS = (1, 8, 32, 64)
 EACH = 10  # trials for each worker

@@ -5,10 +5,10 @@ import time
 import mlflow
 import optuna
 from optuna.trial import TrialState
-
-from signdigits import tracking
 from signdigits.study import crew
 from signdigits.study.outcome import Outcome
+
+from signdigits import tracking
 
 SECONDS = 10.0  # that a trial sleeps
 

@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
+from signdigits.study.trial import run_trial
+
 from benchmarks import plain
 from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import search
 from signdigits.hyperparameters import DataParameters, Hyperparameters, Space, StudyParameters
 from signdigits.network import model
 from signdigits.photographs import data
-from signdigits.study.trial import run_trial
 
 ROUNDS = 5
 SHORT, LONG = 1, 3  # epochs: what a trial costs at none follows from the two

@@ -10,11 +10,12 @@ import sys
 import time
 from dataclasses import replace
 
+from signdigits.study import crew
+
 from benchmarks.measure import Row
 from signdigits import cluster, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 from signdigits.photographs import data
-from signdigits.study import crew
 
 EPOCHS = 8  # the notebook's second and third run
 TRIALS = 6  # after a first one of each worker, which imports TensorFlow and traces

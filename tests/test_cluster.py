@@ -19,7 +19,7 @@ import pytest
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits.study import storage
+from signdigits.tuning import storage
 
 from .conftest import free_port, wait_until
 

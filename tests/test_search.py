@@ -17,12 +17,12 @@ from mlflow.entities import Run
 from optuna.testing.pruners import DeterministicPruner
 from optuna.trial import TrialState
 
-from signdigits import search, train
+from signdigits import search, tracking
 from signdigits.errors import ParameterError, StudyError
 from signdigits.hyperparameters import Range, Space, StudyParameters
+from signdigits.network import training
 from signdigits.photographs import data
-from signdigits.study import storage
-from signdigits.study.outcome import FAILED
+from signdigits.tuning import storage, study
 
 from .conftest import wait_until
 
@@ -36,7 +36,7 @@ LONG = Range(20, 30)
 
 
 def trials(opened: search.Search) -> list[Run]:
-    return [run for run in search.children(opened.run_id) if run.data.tags["role"] == "trial"]
+    return tracking.nested_runs(opened.run_id, "trial")
 
 
 def artifacts(run_id: str, folder: str) -> set[str]:
@@ -63,11 +63,11 @@ def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, load
     run = mlflow.get_run(opened.run_id)
     best = opened.best
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["best_trial"] == best.trial
-    assert run.data.metrics["best_val_accuracy"] == pytest.approx(best.val_accuracy)
+    assert run.data.metrics["best_trial"] == best.number
+    assert run.data.metrics["best_val_accuracy"] == pytest.approx(best.value)
     assert run.data.metrics["best_initial_learning_rate"] == pytest.approx(best.params["initial_learning_rate"])
     assert run.data.metrics["trials_complete"] == 3
-    assert run.data.tags["best_run_id"] == trials(opened)[best.trial].info.run_id
+    assert run.data.tags["best_run_id"] == trials(opened)[best.number].info.run_id
     assert "A study on" in run.data.tags["mlflow.note.content"]
     pictures = ("optimization_history", "param_importances", "parallel_coordinate", "slice", "intermediate_values")
     assert artifacts(opened.run_id, "study") == {f"study/{name}.png" for name in pictures} | {
@@ -85,12 +85,54 @@ def test_the_same_command_continues_the_same_study_under_the_same_run(store: str
     assert len(mlflow.search_runs(filter_string="tags.role = 'study'")) == 1
 
 
-def test_a_continued_search_draws_what_an_uninterrupted_one_draws(store: str, loaded: data.Data) -> None:
-    search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
-    continued = search.search(loaded, SPACE, THREE)
-    whole = search.search(loaded, SPACE, dataclasses.replace(THREE, study_name="whole"))
-    assert [trial.params for trial in continued.study.trials] == [trial.params for trial in whole.study.trials]
-    assert continued.study.best_value == whole.study.best_value
+def test_two_starts_do_not_draw_the_same_trials(store: str, loaded: data.Data) -> None:
+    search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
+    opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=4))
+    assert len({tuple(trial.params.values()) for trial in opened.study.trials}) == 4
+
+
+def test_epochs_are_searched(store: str, loaded: data.Data) -> None:
+    space = Space.of("notebook", epochs=Range(1, 4), batch_size=16)
+    opened = search.search(loaded, space, StudyParameters(n_trials=6, pruner="none"))
+    drawn = [trial.params["epochs"] for trial in opened.study.trials]
+    assert len(set(drawn)) >= 3
+    assert [int(run.data.params["epochs"]) for run in trials(opened)] == drawn
+
+
+def test_trials_record_their_data_set(store: str, loaded: data.Data) -> None:
+    opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
+    (run,) = trials(opened)
+    inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
+    assert inputs == {
+        "training": loaded.dataset.part_digest(loaded.split.training),
+        "validation": loaded.dataset.part_digest(loaded.split.validation),
+    }
+
+
+def test_a_trial_whose_run_was_deleted_is_not_the_best(store: str, loaded: data.Data) -> None:
+    first = search.search(loaded, SPACE, THREE).best
+    mlflow.delete_run(first.user_attrs["mlflow_run_id"])
+    again = search.search(loaded, SPACE, THREE)
+    assert again.best.number != first.number
+    assert mlflow.get_run(again.run_id).data.tags["best_run_id"] == again.best.user_attrs["mlflow_run_id"]
+
+
+def test_warm_start_begins_with_the_best_of_another_study(store: str, loaded: data.Data) -> None:
+    first = search.search(loaded, SPACE, dataclasses.replace(THREE, study_name="first"))
+    wider = Space.of("notebook", epochs=Range(2, 4), batch_size=16)
+    opened = search.search(
+        loaded, wider, dataclasses.replace(THREE, study_name="wider", warm_start="first", n_trials=4)
+    )
+    origins = [trial.user_attrs.get("origin") for trial in opened.study.trials]
+    assert origins == ["baseline", *(f"first/{trial.number}" for trial in study.ranked(first.study))]
+    started = opened.study.trials[1].params
+    assert started == first.best.params | {"epochs": max(2, first.best.params["epochs"])}
+    assert trials(opened)[1].data.tags["origin"] == f"first/{first.best.number}"
+
+
+def test_warm_start_of_an_unknown_study_is_refused(store: str, loaded: data.Data) -> None:
+    with pytest.raises(StudyError, match="warm_start=nowhere: no such study in the storage"):
+        search.search(loaded, SPACE, dataclasses.replace(THREE, warm_start="nowhere"))
 
 
 def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: data.Data) -> None:
@@ -128,7 +170,7 @@ def test_a_failure_outside_the_training_is_a_failure_too(
     def full(losses: object) -> float:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(train, "fluctuation", full)
+    monkeypatch.setattr(training, "fluctuation", full)
     with pytest.raises(StudyError, match="the last 3 trials failed, at last with OSError: no space left"):
         search.search(loaded, SPACE, THREE)
 
@@ -150,21 +192,14 @@ def test_every_pruner_can_be_chosen(store: str, loaded: data.Data, pruner: str) 
     assert type(opened.study.pruner).__name__.lower().startswith(pruner.replace("none", "nop"))
 
 
-def test_what_keeps_dying_is_not_tried_for_ever(store: str, loaded: data.Data) -> None:
+def test_interrupted_parameters_are_retried_three_times(store: str, loaded: data.Data) -> None:
     with search.open_study(loaded, SPACE, THREE) as opened:
-        for _ in range(search.MAX_RETRIES + 1):
-            search.tell(opened, search.ask(opened, 0).number, FAILED)
-        drawn = [tuple(trial.params.values()) for trial in opened.study.trials]
-        assert len(set(drawn)) == 1, "the same is tried again"
-        search.ask(opened, 0)
-        assert opened.study.trials[-1].params != opened.study.trials[0].params, "until it is given up"
-
-
-def test_trials_that_run_at_once_draw_from_streams_of_their_own(store: str, loaded: data.Data) -> None:
-    with search.open_study(loaded, SPACE, THREE) as opened:
-        asked = [search.ask(opened, running) for running in range(3)]
-    assert len({trial.user_attrs["sampler_seed"] for trial in asked}) == 3
-    assert len({tuple(trial.params.values()) for trial in asked}) == 3
+        for _ in range(study.MAX_RETRIES + 1):
+            opened.context.space.suggest(opened.study.ask())  # and the process is killed
+            study.reconcile(opened.study)
+        assert len({tuple(trial.params.values()) for trial in opened.study.trials}) == 1
+        opened.context.space.suggest(opened.study.ask())
+        assert opened.study.trials[-1].params != opened.study.trials[0].params
 
 
 @pytest.mark.parametrize("options", [{"workers": 2}, {"ray_address": "auto"}])
@@ -234,13 +269,6 @@ def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
     (killed,) = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     (retry,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == killed.number]
     assert retry.params == killed.params | retry.params
-    whole = search.search(
-        loaded,
-        Space.of("notebook", epochs=LONG, batch_size=16),
-        StudyParameters(n_trials=3, pruner="none", study_name="whole"),
-    )
-    finished = [trial.params for trial in study.trials if trial.state == TrialState.COMPLETE]
-    assert finished == [trial.params for trial in whole.study.trials], "the kill changed nothing"
 
 
 def running_after_a_finished_one() -> bool:

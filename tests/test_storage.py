@@ -3,7 +3,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from signdigits.errors import StorageError, StudyError
-from signdigits.study import storage
+from signdigits.tuning import storage
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,13 @@ class Hyperparameters(Checked):
         high=8,
         extended=Range(3, 5, start=5),
     )
+    ema_momentum: float = parameter(
+        0.0,
+        "momentum of the moving average of the weights that is validated and kept in the end (Keras' use_ema), such as "
+        "0.99; 0: the weights themselves",
+        low=0,
+        high=0.9999,
+    )
     precision: str = parameter(
         "float32",
         "what the training computes in: float32, mixed_bfloat16, or auto (bfloat16 where the processor has it)",
@@ -232,6 +239,11 @@ class StudyParameters(Checked):
         "what ends hopeless trials early: percentile (what is worse than three quarters of the complete ones were), "
         "median (than half of them), hyperband or none",
         choices=("percentile", "median", "hyperband", "none"),
+    )
+    warm_start: str = parameter(
+        "",
+        "a study of the same storage whose best trials are this study's first; empty: none",
+        pattern=(r".{0,200}", "up to 200 characters"),
     )
     workers: int = parameter(1, "trials that run at once, each in a process that Ray starts; 1: this process", low=1)
     ray_address: str = parameter("", "the Ray cluster to run them on, such as auto or HOST:6379; empty: this machine")
@@ -394,22 +406,21 @@ class Space:
         ranges = {name: value for name, value in chosen.items() if isinstance(value, Range)}
         return cls(ranges, {name: value for name, value in chosen.items() if not isinstance(value, Range)})
 
+    def suggest(self, trial: "optuna.Trial") -> Hyperparameters:
+        """Draw a value from each range; the other hyperparameters are fixed."""
+        drawn: dict[str, Value] = {}
+        for name, r in self.ranges.items():
+            if is_integer(name):
+                drawn[name] = trial.suggest_int(name, int(r.low), int(r.high), log=r.log)
+            else:
+                drawn[name] = trial.suggest_float(name, r.low, r.high, log=r.log)
+        return self.complete(drawn)
+
     def ends(self, name: str) -> tuple[int, int]:
         """The smallest and the largest value that an integer hyperparameter can take."""
         if name in self.ranges:
             return int(self.ranges[name].low), int(self.ranges[name].high)
         return int(self.fixed[name]), int(self.fixed[name])
-
-    def distributions(self) -> "dict[str, optuna.distributions.BaseDistribution]":
-        """What a trial draws from, as Optuna takes it."""
-        from optuna.distributions import FloatDistribution, IntDistribution
-
-        return {
-            name: IntDistribution(int(r.low), int(r.high), log=r.log)
-            if is_integer(name)
-            else FloatDistribution(r.low, r.high, log=r.log)
-            for name, r in self.ranges.items()
-        }
 
     def complete(self, drawn: Mapping[str, Value]) -> Hyperparameters:
         """The hyperparameters of a trial that drew `drawn`."""
@@ -418,8 +429,11 @@ class Space:
     def baseline(self) -> dict[str, Number]:
         """What the first trial takes: each range's start, or the default, moved into the range where it lies outside."""
         defaults = asdict(Hyperparameters())
-        starts = {name: defaults[name] if r.start is None else r.start for name, r in self.ranges.items()}
-        return {name: min(max(starts[name], r.low), r.high) for name, r in self.ranges.items()}
+        return self.clip({name: defaults[name] if r.start is None else r.start for name, r in self.ranges.items()})
+
+    def clip(self, params: Mapping[str, Number]) -> dict[str, Number]:
+        """Move values that lie outside their ranges to the nearest end."""
+        return {name: min(max(value, self.ranges[name].low), self.ranges[name].high) for name, value in params.items()}
 
 
 def search_default(declared: Field[Any], space: str) -> Range | Value:

@@ -12,10 +12,12 @@ import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel
 
-from signdigits import evaluate, links, prepare, register, search, tracking, train
+from signdigits import evaluate, links, prepare, register, search, tracking
 from signdigits.artifact import package
 from signdigits.hyperparameters import RefitParameters, RegistryParameters, Space, StudyParameters
+from signdigits.network import training
 from signdigits.photographs.data import Data
+from signdigits.tuning.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,8 @@ def main(
 
 def find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
     """The model of the best trial's refit with `seed`, if that was finished, its evaluation included."""
-    wanted = {"role": "refit", "trial": str(opened.best.trial), "seed": str(seed)}
-    for run in search.children(opened.run_id):
+    wanted = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
+    for run in tracking.nested_runs(opened.run_id, "refit"):
         if wanted.items() <= run.data.tags.items() and run.info.status == "FINISHED":
             return tracking.find_model(run.info.run_id, "")
     return None
@@ -58,16 +60,17 @@ def refit(opened: search.Search, seed: int) -> LoggedModel:
     """
     data, best = opened.data, opened.best
     hyperparameters = replace(opened.best_hyperparameters, seed=seed)
-    facts = {"study": opened.study.study_name, "trial": best.trial, "seed": seed}
+    facts = {"study": opened.study.study_name, "trial": best.number, "seed": seed}
     with tracking.run("refit", f"refit, seed {seed}"):
-        log.info("refit of %s on %d images with seed %d", best, len(data.split.fitting), seed)
+        log.info("refit of trial %d on %d images with seed %d", best.number, len(data.split.fitting), seed)
         mlflow.set_tags(facts)
         tracking.log_params(asdict(hyperparameters))
         tracking.log_data(data, parts=("fitting",))
-        fitted = train.fit(data.fitting, None, len(data.dataset.class_names), hyperparameters)
-        train.log_curves(fitted)
-        reached = {"val_accuracy": best.val_accuracy}
-        info = package.log_model(fitted.network(), best.temperature, data, facts | reached)
+        network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
+        fitted = training.fit(network, data.fitting, None, hyperparameters)
+        training.log_curves(fitted)
+        facts |= {"val_accuracy": best.user_attrs["val_accuracy"]}
+        info = package.log_model(fitted.in_float32(), best.user_attrs["temperature"], data, facts)
         evaluate.score(mlflow.get_logged_model(info.model_id), data.dataset)
         return mlflow.get_logged_model(info.model_id)
 
@@ -95,8 +98,8 @@ def summary(opened: search.Search, models: Sequence[LoggedModel], decision: regi
     mean, spread = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_spread"])
     rows = {
         "study": opened.study.study_name,
-        "best": opened.best,
-        **{name: search.shown(value) for name, value in opened.best.params.items()},
+        "best": f"trial {opened.best.number}",
+        **{name: shown(value) for name, value in opened.best.params.items()},
         "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(opened.data.validation)} images",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
         f"over {len(models)} seeds": f"{mean:.4f} +/- {spread:.4f}",

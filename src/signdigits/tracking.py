@@ -1,6 +1,5 @@
 """What every command does with an MLflow run: open it, name it, describe it, and leave it with a true status."""
 
-import atexit
 import importlib.metadata
 import os
 import platform
@@ -12,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
-from mlflow.entities import LoggedModel, Run
+from mlflow.entities import LoggedModel, Run, ViewType
 from mlflow.exceptions import MlflowException
 
-from signdigits import settle
 from signdigits.errors import ModelError, TrackingError
 
 if TYPE_CHECKING:  # commands that touch no photograph need not wait for scikit-learn
@@ -27,8 +25,7 @@ EXPERIMENT = "sign-digits"
 
 EXPERIMENT_DESCRIPTION = """\
 **Reading the digit that a photographed hand signs.** Each *study* is one run that holds its trials as nested runs:
-every trial trains the same small network with another `initial_learning_rate` and `decay_rate`, for as many `epochs`
-as the search allows, and says which shorter training would have been better (`inferred_epochs`).
+every trial trains the same small network with another `initial_learning_rate`, `decay_rate` and number of `epochs`.
 The best is fitted again (*refit*), scored once on test images that nothing before has seen, and registered as
 `sign-digits`. Select a study's trials and press **Compare** to plot these against `val_accuracy`.
 """
@@ -64,7 +61,6 @@ def run(
     new one, nested under `parent_run_id`, or under the active run if there is one. `role` becomes a tag: prepare, train,
     study, trial, refit, evaluate or register.
     """
-    launched = os.environ.get("MLFLOW_RUN_ID")
     described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: this_process()}
     active = start(name, run_id, parent_run_id, described)
     try:
@@ -73,9 +69,7 @@ def run(
         yield active
     except KeyboardInterrupt:
         mlflow.set_tag("failure_reason", "interrupted")
-        mlflow.end_run("KILLED")
-        if launched is not None and launched == active.info.run_id:
-            settle.after_mlflow_run(launched, "KILLED")
+        mlflow.end_run("KILLED")  # `mlflow run`, which launched it perhaps, makes it FAILED
         raise
     except BaseException as error:
         mlflow.set_tag("failure_reason", f"{type(error).__name__}: {error}"[:5000])
@@ -100,7 +94,6 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
         if known.info.lifecycle_stage == "deleted":
             raise TrackingError(f"run {run_id} was deleted; bring it back with `mlflow runs restore --run-id {run_id}`")
         mlflow.set_experiment(experiment_id=known.info.experiment_id)  # MLflow refuses a run of another experiment
-        retire_launching_run(run_id)
         continued = mlflow.start_run(run_id=run_id, tags=tags)
         if "failure_reason" in known.data.tags:
             mlflow.delete_tag("failure_reason")  # what ended it the last time is over
@@ -112,20 +105,53 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
         ) from error
 
 
-def retire_launching_run(run_id: str) -> None:
-    """Remove the run that `mlflow run` made for this process, if its work goes on in another one.
+def take_launched_run(continued: str) -> str | None:
+    """The run that `mlflow run` opened for this process, if the work goes into the run `continued` instead.
 
-    It would stand empty in the UI beside the study that it continues. So would those of earlier starts that were
-    killed before they could remove theirs.
+    MLflow would open it as the next run otherwise.
     """
-    client, launched = mlflow.MlflowClient(), os.environ.pop("MLFLOW_RUN_ID", run_id)
-    continued = f"tags.continues = '{run_id}'"
-    for left in mlflow.search_runs(search_all_experiments=True, filter_string=continued, output_format="list"):
-        client.set_terminated(left.info.run_id, "KILLED")
-        client.delete_run(left.info.run_id)
-    if launched != run_id:
-        client.set_tag(launched, "continues", run_id)
-        atexit.register(settle.after_mlflow_run, launched, "deleted")
+    launched = os.environ.pop("MLFLOW_RUN_ID", None)
+    return None if launched == continued else launched
+
+
+def log_resume(launched: str, continued: str, study_name: str, added: int) -> None:
+    """Make a launched run the record of a start that continued a study in the run `continued`."""
+    client, run = mlflow.MlflowClient(), mlflow.get_run(continued)
+    tags = {"role": "resume", "study": study_name, "continued_by": continued, "mlflow.runName": f"resume {study_name}"}
+    link = f"#/experiments/{run.info.experiment_id}/runs/{continued}"
+    tags["mlflow.note.content"] = f"Continued the study [{study_name}]({link}) and added {added} trials to it."
+    for name, value in tags.items():
+        client.set_tag(launched, name, value)
+    client.log_metric(launched, "trials_added", added)
+
+
+def nested_runs(run_id: str, role: str = "") -> list[Run]:
+    """The runs nested under a run, oldest first, deleted ones left out; only those of a `role` if it is given."""
+    wanted = f"tags.`mlflow.parentRunId` = '{run_id}'" + (f" and tags.role = '{role}'" if role else "")
+    return search_runs(wanted)
+
+
+def search_runs(wanted: str, **options: Any) -> list[Run]:
+    """The runs of all experiments that `wanted` selects, oldest first."""
+    return list(
+        mlflow.search_runs(
+            search_all_experiments=True, filter_string=wanted, order_by=["attributes.start_time ASC"],
+            output_format="list", **options,
+        )
+    )  # fmt: skip
+
+
+def deleted_runs(run_id: str) -> set[str]:
+    """The runs nested under a run that were deleted, in the UI say."""
+    deleted = search_runs(f"tags.`mlflow.parentRunId` = '{run_id}'", run_view_type=ViewType.DELETED_ONLY)
+    return {run.info.run_id for run in deleted}
+
+
+def close_interrupted(run: Run) -> None:
+    """Close the run of a process that could not do so itself."""
+    client = mlflow.MlflowClient()
+    client.set_tag(run.info.run_id, "failure_reason", "interrupted")
+    client.set_terminated(run.info.run_id, "KILLED")
 
 
 def address() -> str:
@@ -157,10 +183,10 @@ def open_experiment(role: str) -> None:
             experiment_id = client.get_run(run_id).info.experiment_id
             client.set_tag(run_id, "role", role)
             client.set_tag(run_id, PROCESS, this_process())
+        elif experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            mlflow.set_experiment(experiment_id=experiment_id)
         else:
-            if not any(os.environ.get(name) for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")):
-                mlflow.set_experiment(EXPERIMENT)
-            experiment_id = mlflow.tracking.fluent._get_experiment_id()
+            experiment_id = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT).experiment_id
     except MlflowException as error:
         raise TrackingError(
             f"{address()}: {error.message}; start in the project's folder, set MLFLOW_TRACKING_URI to the address of "
@@ -176,13 +202,10 @@ def this_process() -> str:
 
 def close_stale_runs() -> None:
     """Mark as KILLED what processes of this machine, killed with no chance to say so, left RUNNING."""
-    client = mlflow.MlflowClient()
     ours = f"tags.{PROCESS} LIKE '{platform.node()}:%' and attributes.status = 'RUNNING'"
-    for left in mlflow.search_runs(search_all_experiments=True, filter_string=ours, output_format="list"):
-        number = int(left.data.tags[PROCESS].rpartition(":")[2])
-        if not alive(number):
-            client.set_tag(left.info.run_id, "failure_reason", "interrupted")
-            client.set_terminated(left.info.run_id, "KILLED")
+    for left in search_runs(ours):
+        if not alive(int(left.data.tags[PROCESS].rpartition(":")[2])):
+            close_interrupted(left)
 
 
 def alive(process: int) -> bool:

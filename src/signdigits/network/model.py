@@ -20,18 +20,14 @@ def build(
     conv_blocks: int = 3,
     dropout: float = 0.0,
     precision: str = "float32",
-    adjustable: bool = False,
 ) -> "keras.Sequential":
     """The notebook's network: images of shape (n, *image_shape) in, float32 logits of shape (n, n_classes) out.
 
     Three channels are RGB from 0 to 255 and are rescaled to 0 to 1; one channel is the grayscale reader's, which
     lies there already. With 100x100 RGB images and ten classes it has 1,204,650 parameters. `precision` is the Keras
-    dtype policy that the layers compute in; an `adjustable` dropout keeps its rate in a variable. Raises ParameterError
-    if the images are too small for the blocks.
+    dtype policy that the layers compute in. Raises ParameterError if the images are too small for the blocks.
     """
     from keras import Input, Sequential, layers
-
-    from signdigits.network.adjustable import AdjustableDropout
 
     check_blocks(conv_blocks, image_shape[0])
     network = Sequential([Input(image_shape), layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)])
@@ -46,7 +42,7 @@ def build(
             network.add(layers.ReLU(dtype=precision))
     network.add(layers.Flatten(dtype=precision))
     if dropout:
-        network.add((AdjustableDropout if adjustable else layers.Dropout)(dropout, dtype=precision))
+        network.add(layers.Dropout(dropout, dtype=precision))
     network.add(layers.Dense(128, activation="relu", dtype=precision))
     network.add(layers.Dense(n_classes))
     return network
@@ -62,13 +58,15 @@ def check_blocks(conv_blocks: int, image_size: int) -> None:
 
 
 def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameters) -> None:
-    """Give the network Adam with an exponentially decaying rate, cross-entropy from logits, and accuracy."""
+    """Compile the network with Adam, an exponentially decaying learning rate, cross-entropy from logits, and accuracy."""
     from keras import losses, optimizers
 
-    from signdigits.network.adjustable import AdjustableDecay
-
+    schedule = optimizers.schedules.ExponentialDecay(
+        hyperparameters.initial_learning_rate, hyperparameters.decay_steps, hyperparameters.decay_rate
+    )
+    averaged = {"use_ema": True, "ema_momentum": hyperparameters.ema_momentum} if hyperparameters.ema_momentum else {}
     network.compile(
-        optimizer=optimizers.Adam(AdjustableDecay(hyperparameters)),
+        optimizer=optimizers.Adam(schedule, **averaged),
         loss=losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

@@ -51,6 +51,15 @@ class Data:
     fitting: Images
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.fitting.shape
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.dataset.class_names)
+
+    @property
     def training(self) -> Images:
         return self.fitting.part(0, len(self.split.training))
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from signdigits.hyperparameters import DataParameters
-from signdigits.network import batches
+from signdigits.network import input_pipeline
 from signdigits.photographs import data
 
 from .conftest import SIZE
@@ -23,7 +23,10 @@ def stored(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def first(images: data.Images, strength: float, seed: int, n: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
     """The first batches of four."""
-    return [(x.numpy(), y.numpy()) for x, y in itertools.islice(batches.shuffled(images, 4, strength, seed), n)]
+    return [
+        (x.numpy(), y.numpy())
+        for x, y in itertools.islice(input_pipeline.training_batches(images, 4, strength, seed), n)
+    ]
 
 
 def test_every_epoch_shows_every_image_once_in_another_order() -> None:
@@ -64,6 +67,6 @@ def test_batches_from_a_file_are_those_from_memory(loaded: data.Data, stored: da
 
 
 def test_validation_images_from_a_file_come_once_and_in_order(loaded: data.Data, stored: data.Data) -> None:
-    fed = batches.validation(stored.validation, 5)["validation_data"]
+    fed = input_pipeline.validation_batches(stored.validation, 5)
     np.testing.assert_array_equal(np.concatenate([x.numpy() for x, _ in fed]), loaded.validation.x)
     np.testing.assert_array_equal(np.concatenate([y.numpy() for _, y in fed]), loaded.validation.y)

@@ -9,7 +9,7 @@ import pytest
 from signdigits.errors import DataError
 from signdigits.hyperparameters import DataParameters
 from signdigits.photographs import data
-from signdigits.study import fetch
+from signdigits.tuning import dataset_transfer
 
 from .conftest import SIZE
 
@@ -24,20 +24,20 @@ def mine(photographs: Path, tmp_path: Path, store: str) -> data.Data:
 
 def test_a_machine_without_the_photographs_is_sent_them_once(mine: data.Data) -> None:
     with mlflow.start_run() as run:
-        fetch.publish(mine, run.info.run_id)
+        dataset_transfer.publish(mine, run.info.run_id)
     shutil.rmtree(mine.dataset.folder)
     for _ in range(2):
-        sent = fetch.load(mine.parameters, mine.split.digest, run.info.run_id)
+        sent = dataset_transfer.load(mine.parameters, mine.split.digest, run.info.run_id)
         assert sent.dataset.name == mine.dataset.name
         np.testing.assert_array_equal(sent.fitting.x, mine.fitting.x)
         mlflow.set_tracking_uri("sqlite:///elsewhere.db")  # it is not asked a second time
 
 
 def test_the_photographs_of_the_machine_itself_are_used_where_they_are_the_same(mine: data.Data) -> None:
-    assert fetch.load(mine.parameters, mine.split.digest, "no run").split.digest == mine.split.digest
+    assert dataset_transfer.load(mine.parameters, mine.split.digest, "no run").split.digest == mine.split.digest
 
 
 def test_other_photographs_are_refused(mine: data.Data) -> None:
     next(path for path in mine.dataset.folder.rglob("*.JPG")).unlink()
     with pytest.raises(DataError, match="holds other photographs than the study's"):
-        fetch.load(dataclasses.replace(mine.parameters), mine.split.digest, "no run")
+        dataset_transfer.load(dataclasses.replace(mine.parameters), mine.split.digest, "no run")

@@ -1,21 +1,20 @@
 """Where a study is kept: the database of Optuna's tables, which one search at a time uses and which may be restarted."""
 
-import functools
 import hashlib
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy import create_engine, text
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool
 
 from signdigits.errors import StorageError, StudyError
@@ -45,9 +44,9 @@ def is_shared(storage: str) -> bool:
 
 
 def connect(storage: str) -> RDBStorage:
-    """The database, with Optuna's tables. Raises StudyError if it cannot be used.
+    """Open the database, with Optuna's tables. Raises StudyError if it cannot be used.
 
-    Trials in a database that is shared give signs of life, and wait for one that is away for a while.
+    In a shared database, trials have a heartbeat, and every connection waits while the database is away.
     """
     shared = is_shared(storage)
     options: dict[str, Any] = {
@@ -59,9 +58,23 @@ def connect(storage: str) -> RDBStorage:
     except Exception as error:  # whatever Optuna, SQLAlchemy, a driver or the network have to say
         raise unusable(storage, error) from error
     if shared:
-        for name in BaseStorage.__abstractmethods__:
-            setattr(opened, name, patient(getattr(opened, name)))
+        event.listen(opened.engine, "do_connect", connect_patiently)
     return opened
+
+
+def connect_patiently(dialect: Any, record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
+    """Connect, retrying every second while the database is away: SQLAlchemy's event `do_connect`."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return dialect.connect(*arguments, **options)
+        except dialect.loaded_dbapi.OperationalError as error:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"the study's database has been away for {PATIENCE:.0f} s ({first_line(error)}); once it is back, "
+                    "the same command continues the study"
+                ) from error
+        time.sleep(1)
 
 
 @contextmanager
@@ -70,34 +83,6 @@ def experimental() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
-
-
-def patient(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call, repeated every second while the database is away. Raises StorageError if it stays away."""
-
-    @functools.wraps(call)
-    def repeated(*arguments: Any, **options: Any) -> Any:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return call(*arguments, **options)
-            except (StorageInternalError, DBAPIError) as error:
-                if not is_away(error):
-                    raise
-                if time.monotonic() > deadline:
-                    raise StorageError(
-                        f"the study's database has been away for {PATIENCE:.0f} s ({first_line(error)}); "
-                        "once it is back, the same command goes on"
-                    ) from error
-            time.sleep(1)
-
-    return repeated
-
-
-def is_away(error: Exception) -> bool:
-    """Whether the error says that the database could not be reached, or went away in the middle."""
-    reason = error if isinstance(error, DBAPIError) else error.__cause__
-    return isinstance(reason, OperationalError) or (isinstance(reason, DBAPIError) and reason.connection_invalidated)
 
 
 @contextmanager

@@ -1,1 +1,0 @@
-"""The parts of a search: trials, who runs them, where they are kept."""

@@ -1,0 +1,83 @@
+"""The objective that Optuna optimizes: a trial trains the network once, in a nested MLflow run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import keras
+import mlflow
+import optuna
+
+from signdigits import tracking
+from signdigits.hyperparameters import Space
+from signdigits.network import training
+from signdigits.photographs.data import Data
+from signdigits.tuning.study import FAILURE_REASON
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What the trials of a study share."""
+
+    study_name: str
+    run_id: str  # of the study, under which the runs of the trials are nested
+    data: Data
+    space: Space
+    metric: str  # val_accuracy or val_loss
+
+
+def objective(trial: optuna.Trial, context: TrialContext) -> float:
+    """Train with the hyperparameters that the trial suggests, and return the metric that the study optimizes."""
+    data = context.data
+    with trial_run(trial, context):
+        hyperparameters = context.space.suggest(trial)
+        mlflow.log_params(asdict(hyperparameters))
+        network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
+        pruning = Pruning(trial, context.metric)
+        fitted = training.fit(network, data.training, data.validation, hyperparameters, callbacks=[pruning])
+        log_result(trial, fitted, data, pruned=pruning.pruned)
+    if pruning.pruned:
+        raise optuna.TrialPruned
+    return fitted.last(context.metric)
+
+
+@contextmanager
+def trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
+    """Open the nested run of a trial; an exception becomes the trial's failure reason."""
+    tags = {"trial": trial.number, "study": context.study_name} | trial.user_attrs
+    try:
+        with tracking.run("trial", f"trial-{trial.number:03d}", parent_run_id=context.run_id, tags=tags) as run:
+            trial.set_user_attr("mlflow_run_id", run.info.run_id)
+            tracking.log_data(context.data, parts=("training", "validation"))
+            yield
+    except Exception as error:
+        trial.set_user_attr(FAILURE_REASON, f"{type(error).__name__}: {error}"[:2000])
+        raise
+
+
+def log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
+    """Record the last epoch and the temperature on the trial and its run."""
+    for metric in ("val_accuracy", "val_loss"):
+        trial.set_user_attr(metric, fitted.last(metric))
+    temperature = training.fit_temperature(fitted, data.validation)
+    trial.set_user_attr("temperature", temperature)
+    fluctuation = training.fluctuation(fitted.history["val_loss"])
+    mlflow.log_metrics({"val_loss_fluctuation": fluctuation, "temperature": temperature})
+    mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
+
+
+class Pruning(keras.callbacks.Callback):
+    """Report each epoch to the trial, and stop the training if the pruner says so.
+
+    It does not raise TrialPruned, as optuna-integration's callback does: autologging writes its last metrics after `fit`.
+    """
+
+    def __init__(self, trial: optuna.Trial, metric: str) -> None:
+        super().__init__()
+        self.trial, self.metric, self.pruned = trial, metric, False
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self.trial.report((logs or {})[self.metric], step=epoch + 1)
+        last = epoch + 1 == self.params["epochs"]
+        if not last and self.trial.should_prune():
+            self.pruned = self.model.stop_training = True

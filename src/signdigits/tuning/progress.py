@@ -1,0 +1,67 @@
+"""The progress of a search: a line for each trial, with the time left."""
+
+import logging
+import time
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from signdigits.hyperparameters import StudyParameters
+from signdigits.tuning.study import FAILURE_REASON, FINISHED
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """An Optuna callback that logs a line for each trial."""
+
+    def __init__(self, parameters: StudyParameters) -> None:
+        self.parameters, self.started = parameters, time.monotonic()
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        reason = trial.user_attrs.get(FAILURE_REASON)
+        log.info("%s", self.line(study, trial))
+        if reason:
+            log.warning("trial %d failed: %s", trial.number, reason)
+
+    def finished(self, study: optuna.Study) -> int:
+        return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+    @property
+    def is_time_up(self) -> bool:
+        return bool(self.parameters.timeout) and time.monotonic() - self.started >= self.parameters.timeout
+
+    def line(self, study: optuna.Study, trial: FrozenTrial) -> str:
+        """What a trial tried and reached, the best so far, and the time left."""
+        objective, n_trials = self.parameters.objective, self.parameters.n_trials
+        trials = study.get_trials(deepcopy=False, states=FINISHED)
+        drawn = "  ".join(f"{name} {shown(value)}" for name, value in trial.params.items())
+        value = f"{trial.value:.4f}" if trial.value is not None else "-"
+        try:
+            best = f"best {study.best_value:.4f} (trial {study.best_trial.number})"
+        except ValueError:
+            best = "no best yet"
+        return (
+            f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {objective} {value}  {drawn}  "
+            f"{seconds(trial):.0f} s;  {best}, about {duration(self.seconds_left(trials))} left"
+        )
+
+    def seconds_left(self, trials: list[FrozenTrial]) -> float:
+        mean = sum(map(seconds, trials)) / max(len(trials), 1)
+        left = mean * (self.parameters.n_trials - len(trials)) / self.parameters.workers
+        if self.parameters.timeout:
+            left = min(left, max(self.parameters.timeout - (time.monotonic() - self.started), 0))
+        return left
+
+
+def seconds(trial: FrozenTrial) -> float:
+    return trial.duration.total_seconds() if trial.duration else 0.0
+
+
+def shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
