@@ -14,15 +14,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from signdigits.study import crew
 
 from benchmarks.measure import Row
 from benchmarks.sleeper import SECONDS, Sleeper
 from signdigits import cluster, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 from signdigits.photographs import data
+from signdigits.tuning import executors
+from signdigits.tuning.progress import Progress
+from signdigits.tuning.study import STARTUP_TRIALS, make_sampler
 
 WORKERS = (1, 8, 32, 64)
 EACH = 10  # trials for each worker
@@ -78,12 +81,13 @@ def measure(loaded: data.Data, workers: int) -> Carried:
     """A study of sleeping trials. The first of each worker starts its process, and does not count."""
     parameters = sleeping(workers)
     with search.open_study(loaded, Space.of("notebook"), parameters) as opened, cluster.cluster(parameters, cpus=0):
-        job = crew.job(opened.task, opened.study, parameters, cpus=0)
-        sleepers = crew.Workers(job, opened.study, parameters, kind=Sleeper)
-        search.hand_out(opened, sleepers)
+        config = executors.worker_config(opened.study, opened.context, parameters, cpus=0)
+        executor = executors.RayExecutor(config, opened.study, parameters, kind=Sleeper)
+        executor.run(Progress(parameters))
         trials = EACH * workers
         before = processor_seconds()
-        search.hand_out(replace(opened, parameters=replace(parameters, n_trials=workers + trials)), sleepers)
+        executor.parameters = replace(parameters, n_trials=workers + trials)
+        executor.run(Progress(executor.parameters))
         used = {part: after - before[part] for part, after in processor_seconds().items()}
         filling, rate = pace([trial.datetime_start for trial in opened.study.trials[workers:]], workers)
         asking = drawing(opened, workers)
@@ -105,7 +109,7 @@ def crowded(loaded: data.Data) -> float:
     """Seconds to draw a trial beside `CROWD` that run, of a study with as many complete ones as the sampler waits for."""
     with search.open_study(loaded, Space.of("notebook"), sleeping(CROWD)) as opened:
         complete = like_the_first(opened, value=0.5)
-        for _ in range(search.STARTUP_TRIALS):
+        for _ in range(STARTUP_TRIALS):
             opened.study.add_trial(complete)
         return drawing(opened, CROWD)
 
@@ -143,7 +147,8 @@ def drawing(opened: search.Search, running: int) -> float:
     seconds = []
     for number in range(ASKED):
         started = time.perf_counter()
-        search.ask(opened, first + number)
+        study.sampler = make_sampler(first + number)
+        opened.context.space.suggest(study.ask())
         seconds.append(time.perf_counter() - started)
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
@@ -152,5 +157,6 @@ def drawing(opened: search.Search, running: int) -> float:
 
 def like_the_first(opened: search.Search, **ended: Any) -> FrozenTrial:
     """A trial that drew what a study begins with."""
-    space = opened.space
-    return create_trial(params=space.baseline(), distributions=space.distributions(), **ended)
+    space, asked = opened.context.space, optuna.create_study().ask()
+    space.suggest(asked)
+    return create_trial(params=space.baseline(), distributions=asked.distributions, **ended)

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import search, startup
 from signdigits.hyperparameters import DataParameters, Hyperparameters, SourceParameters, Space, StudyParameters
-from signdigits.network import batches, model
+from signdigits.network import input_pipeline, model
 from signdigits.photographs import data, dataset, sources
 
 FACTORS = (10, 100)
@@ -101,10 +101,11 @@ def measure_here(photographs: Path, epochs: int) -> dict[str, float]:
         loaded.fitting.shape, len(loaded.dataset.class_names), precision=model.resolve_precision("auto")
     )
     model.compile_network(network, Hyperparameters())
-    fed = batches.training(loaded.fitting, BATCH, 1.0, seed=0)
-    network.fit(**fed, epochs=1, verbose=0)
+    batches = input_pipeline.training_batches(loaded.fitting, BATCH, 1.0, seed=0)
+    steps = input_pipeline.steps_per_epoch(loaded.fitting, BATCH)
+    network.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
     started = time.perf_counter()
-    network.fit(**fed, epochs=epochs, verbose=0)
+    network.fit(batches, steps_per_epoch=steps, epochs=epochs, verbose=0)
     epoch = (time.perf_counter() - started) / epochs / len(loaded.fitting)
     unit = 1 if sys.platform == "darwin" else 1024
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -166,7 +167,6 @@ def next_trial(opened: search.Search) -> Callable[[], object]:
     """The search, asked for one more finished trial."""
 
     def run() -> None:
-        finished = len(opened.study.get_trials(deepcopy=False, states=search.FINISHED))
-        search.run_trials(replace(opened, parameters=replace(opened.parameters, n_trials=finished + 1)))
+        search.run_trials(replace(opened, parameters=replace(opened.parameters, n_trials=opened.finished + 1)))
 
     return run

@@ -32,6 +32,7 @@ from benchmarks.measure import Row, temporary_store
 from signdigits import search
 from signdigits.hyperparameters import DataParameters, Range, Space, StudyParameters
 from signdigits.photographs import data
+from signdigits.tuning.study import make_pruner
 
 SEEDS = (1337, 1338, 1339)
 TRIALS = 40
@@ -100,7 +101,7 @@ def pruned(found: list[Compared], pruner: str) -> Row:
 
 def replay(forty: list[Ended], pruner: str) -> tuple[float, float]:
     """The trials once more as they were trained, but ended where the pruner says so."""
-    study = optuna.create_study(direction="maximize", pruner=search.make_pruner(pruner, SPACE))
+    study = optuna.create_study(direction="maximize", pruner=make_pruner(pruner, SPACE))
     trained, best = 0, 0.0
     for one in forty:
         trial = study.ask()
@@ -179,7 +180,7 @@ def ours(loaded: data.Data, seed: int, target: float, folder: str) -> float:
     ) as opened:
         for n_trials in range(1, 10 * TRIALS):
             search.run_trials(replace(opened, parameters=replace(opened.parameters, n_trials=n_trials)))
-            if opened.best_value >= target:
+            if (opened.best.value or 0.0) >= target:
                 break
         return time.perf_counter() - started
 

@@ -4,35 +4,30 @@ import time
 
 import mlflow
 import optuna
-from optuna.trial import TrialState
-from signdigits.study import crew
-from signdigits.study.outcome import Outcome
 
 from signdigits import tracking
+from signdigits.tuning import executors
 
 SECONDS = 10.0  # that a trial sleeps
 
 
-class Sleeper(crew.Worker):
+class Sleeper(executors.Worker):
     """A worker whose trials sleep. It needs no photographs and no TensorFlow."""
 
-    def get_ready(self) -> bool:
-        mlflow.set_tracking_uri(self.job.tracking_uri)
-        mlflow.set_experiment(experiment_id=self.job.experiment_id)
-        return self.study is not None
+    def prepare(self) -> None:
+        mlflow.set_tracking_uri(self.config.tracking_uri)
+        mlflow.set_experiment(experiment_id=self.config.experiment_id)
+        assert self.study is not None
 
-    def run(self, trial_id: int) -> Outcome:
-        one = optuna.Trial(self.study, trial_id)
-        tags = {"trial": one.number, "study": self.job.study_name}
-        with (
-            crew.signs_of_life(self.storage, trial_id),
-            tracking.run("trial", f"trial-{one.number:03d}", parent_run_id=self.job.run_id, tags=tags) as run,
-        ):
-            one.set_user_attr("mlflow_run_id", run.info.run_id)
-            mlflow.log_params(one.params)
+    def objective(self, trial: optuna.Trial, name: str) -> float:
+        self.config.space.suggest(trial)
+        tags = {"trial": trial.number, "study": self.config.study_name}
+        with tracking.run("trial", f"trial-{trial.number:03d}", parent_run_id=self.config.run_id, tags=tags) as run:
+            trial.set_user_attr("mlflow_run_id", run.info.run_id)
+            mlflow.log_params(trial.params)
             time.sleep(SECONDS)
-            one.report(0.5, 1)
+            trial.report(0.5, 1)
             mlflow.log_metric("val_accuracy", 0.5)
         for name in ("val_accuracy", "val_loss", "temperature"):
-            one.set_user_attr(name, 0.5)
-        return Outcome(TrialState.COMPLETE, 0.5)
+            trial.set_user_attr(name, 0.5)
+        return 0.5

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from benchmarks.measure import Row, in_turns
 from signdigits.hyperparameters import DataParameters, Hyperparameters
-from signdigits.network import batches, model
+from signdigits.network import input_pipeline, model
 from signdigits.photographs import data
 
 ROUNDS = 9
@@ -99,8 +99,9 @@ def epoch(images: data.Images, precision: str, augmentation: float = 0.0) -> Cal
     """This project's epoch, one a call."""
     network = model.build((100, 100, 3), 10, precision=precision)
     model.compile_network(network, Hyperparameters())
-    fed = batches.training(images, BATCH, augmentation, seed=0)
-    return lambda: network.fit(**fed, epochs=1, verbose=0)
+    batches = input_pipeline.training_batches(images, BATCH, augmentation, seed=0)
+    steps = input_pipeline.steps_per_epoch(images, BATCH)
+    return lambda: network.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
 
 
 def product(dtype: str) -> Callable[[], object]:

@@ -10,12 +10,12 @@ import sys
 import time
 from dataclasses import replace
 
-from signdigits.study import crew
-
 from benchmarks.measure import Row
 from signdigits import cluster, search, tracking
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 from signdigits.photographs import data
+from signdigits.tuning import executors
+from signdigits.tuning.progress import Progress
 
 EPOCHS = 8  # the notebook's second and third run
 TRIALS = 6  # after a first one of each worker, which imports TensorFlow and traces
@@ -45,11 +45,12 @@ def trials_an_hour(loaded: data.Data, workers: int, cpus: int) -> float:
     tracking.open_experiment("benchmark")
     space = Space.of("notebook", epochs=EPOCHS)
     with search.open_study(loaded, space, parameters) as opened, cluster.cluster(parameters, cpus):
-        job = crew.job(opened.task, opened.study, parameters, cpus)
-        working = crew.Workers(job, opened.study, parameters)
-        search.hand_out(opened, working)
+        config = executors.worker_config(opened.study, opened.context, parameters, cpus)
+        executor = executors.RayExecutor(config, opened.study, parameters)
+        executor.run(Progress(parameters))
         started = time.perf_counter()
-        search.hand_out(replace(opened, parameters=replace(parameters, n_trials=workers + TRIALS)), working)
+        executor.parameters = replace(parameters, n_trials=workers + TRIALS)
+        executor.run(Progress(executor.parameters))
         hourly = TRIALS / (time.perf_counter() - started) * 3600
     print(f"{workers} workers of {cpus} processors: {hourly:.0f} trials an hour", file=sys.stderr, flush=True)
     return hourly

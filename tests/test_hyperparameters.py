@@ -94,7 +94,7 @@ def test_a_trial_draws_from_the_ranges() -> None:
     space = hp.Space.of("notebook", batch_size=64)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
-        drawn = asdict(space.complete(study.ask(space.distributions()).params))
+        drawn = asdict(space.suggest(study.ask()))
         assert all(r.low <= drawn[name] <= r.high for name, r in space.ranges.items())
         assert drawn["batch_size"] == 64
         assert isinstance(drawn["epochs"], int)

@@ -1,6 +1,6 @@
+import sqlite3
+
 import pytest
-from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import IntegrityError, OperationalError
 
 from signdigits.errors import StorageError, StudyError
 from signdigits.tuning import storage
@@ -25,38 +25,34 @@ def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
     assert "secret" not in str(raised.value)
 
 
-def away() -> StorageInternalError:
-    error = StorageInternalError("as Optuna says it")
-    error.__cause__ = OperationalError("SELECT 1", None, Exception("server closed the connection"))
-    return error
+class Dialect:
+    """What SQLAlchemy hands to a listener of `do_connect`, of a database that is away for some attempts."""
 
+    loaded_dbapi = sqlite3
 
-def test_a_call_is_repeated_until_the_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
-    answers: list[Exception | str] = [away(), away(), "here again"]
+    def __init__(self, *answers: Exception | str) -> None:
+        self.answers = list(answers)
 
-    def call() -> str:
-        answer = answers.pop(0)
+    def connect(self, *arguments: object, **options: object) -> str:
+        answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    assert storage.patient(call)() == "here again"
+
+def test_connecting_waits_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    away = sqlite3.OperationalError("server closed the connection")
+    assert storage.connect_patiently(Dialect(away, away, "here again"), None, [], {}) == "here again"
 
 
-def test_other_errors_are_not_waited_for() -> None:
-    def call() -> None:
-        raise IntegrityError("INSERT", None, Exception("twice"))
-
-    with pytest.raises(IntegrityError):
-        storage.patient(call)()
+def test_other_errors_are_raised_at_once() -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        storage.connect_patiently(Dialect(sqlite3.IntegrityError("twice")), None, [], {})
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_the_database_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "PATIENCE", -1.0)
-
-    def call() -> None:
-        raise away()
-
-    with pytest.raises(StorageError, match=r"away for -1 s .*server closed the connection.*the same command goes on"):
-        storage.patient(call)()
+    away = sqlite3.OperationalError("server closed the connection")
+    with pytest.raises(StorageError, match=r"away for -1 s .*server closed.*the same command continues"):
+        storage.connect_patiently(Dialect(away), None, [], {})

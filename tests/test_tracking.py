@@ -64,15 +64,17 @@ def test_a_parameter_that_mlflow_run_wrote_as_text_is_left_as_it_is(store: str) 
     assert mlflow.get_run(run.info.run_id).data.params == {"initial_learning_rate": "1e-4", "epochs": "3"}
 
 
-def test_the_run_that_an_earlier_continuation_left_behind_is_removed(
-    store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_run_of_mlflow_run_records_that_a_study_continued(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with tracking.run("study", "study") as study:
         pass
-    left = mlflow.MlflowClient().create_run(study.info.experiment_id, tags={"continues": study.info.run_id})
+    launched = mlflow.MlflowClient().create_run(study.info.experiment_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
     with tracking.run("study", "study", run_id=study.info.run_id) as continued:
         assert continued.info.run_id == study.info.run_id
-    assert mlflow.get_run(left.info.run_id).info.lifecycle_stage == "deleted", "it was left RUNNING, as by a kill"
+        with tracking.run("trial", "trial-000") as nested:
+            assert nested.info.run_id != launched.info.run_id
+    tags = mlflow.get_run(launched.info.run_id).data.tags
+    assert (tags["role"], tags["continued_by"]) == ("resume", study.info.run_id)
 
 
 def test_a_run_of_another_store_is_told_with_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def predict(parameters: PredictParameters) -> Output:
     job = Job(model.model_id, register.version_of(model), parameters.images, found.digest, len(found.paths))
     with parts.hold(folder, job) as output:
         if output.is_finished:
-            tracking.retire_launching_run(output.job.run_id)
+            tracking.hand_over(tracking.find_run(output.job.run_id))
             log.info("finished before, in run %s; the tables: %s and %s", output.job.run_id, *output.tables)
         else:
             output = complete(output, found, model, parameters)

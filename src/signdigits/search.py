@@ -95,18 +95,18 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
 
 @contextmanager
 def study_run(study: optuna.Study) -> Iterator[str]:
-    """Open the study's run, or continue it; then the run that `mlflow run` launched records what this start added."""
+    """Open the study's run, or continue it; then the run that `mlflow run` launched records how many trials this start added."""
     run_id = study.user_attrs.get("mlflow_run_id")
     before = len(study.get_trials(deepcopy=False, states=FINISHED))
-    launched = tracking.take_launched_run(run_id) if run_id else None
+    launched = tracking.launched_run()
     with tracking.run("study", study.study_name, run_id=run_id) as run:
         study.set_user_attr("mlflow_run_id", run.info.run_id)
         try:
             yield run.info.run_id
         finally:
-            if launched:
+            if launched not in (None, run.info.run_id):
                 added = len(study.get_trials(deepcopy=False, states=FINISHED)) - before
-                tracking.log_resume(launched, run.info.run_id, study.study_name, added)
+                mlflow.MlflowClient().log_metric(launched, "trials_added", added)
 
 
 def optimize(opened: Search) -> None:

@@ -93,6 +93,7 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
         known = mlflow.get_run(run_id)
         if known.info.lifecycle_stage == "deleted":
             raise TrackingError(f"run {run_id} was deleted; bring it back with `mlflow runs restore --run-id {run_id}`")
+        hand_over(known)
         mlflow.set_experiment(experiment_id=known.info.experiment_id)  # MLflow refuses a run of another experiment
         continued = mlflow.start_run(run_id=run_id, tags=tags)
         if "failure_reason" in known.data.tags:
@@ -105,24 +106,25 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
         ) from error
 
 
-def take_launched_run(continued: str) -> str | None:
-    """The run that `mlflow run` opened for this process, if the work goes into the run `continued` instead.
+def launched_run() -> str | None:
+    """The run that `mlflow run` opened for this process, until it is used."""
+    return os.environ.get("MLFLOW_RUN_ID")
+
+
+def hand_over(continued: Run) -> None:
+    """Make the launched run a record of this start, whose work goes into the run `continued`.
 
     MLflow would open it as the next run otherwise.
     """
     launched = os.environ.pop("MLFLOW_RUN_ID", None)
-    return None if launched == continued else launched
-
-
-def log_resume(launched: str, continued: str, study_name: str, added: int) -> None:
-    """Make a launched run the record of a start that continued a study in the run `continued`."""
-    client, run = mlflow.MlflowClient(), mlflow.get_run(continued)
-    tags = {"role": "resume", "study": study_name, "continued_by": continued, "mlflow.runName": f"resume {study_name}"}
-    link = f"#/experiments/{run.info.experiment_id}/runs/{continued}"
-    tags["mlflow.note.content"] = f"Continued the study [{study_name}]({link}) and added {added} trials to it."
-    for name, value in tags.items():
-        client.set_tag(launched, name, value)
-    client.log_metric(launched, "trials_added", added)
+    if launched is None or launched == continued.info.run_id:
+        return
+    name, run_id = continued.info.run_name, continued.info.run_id
+    link = f"#/experiments/{continued.info.experiment_id}/runs/{run_id}"
+    tags = {"role": "resume", "continued_by": run_id, "mlflow.runName": f"resume {name}"}
+    tags["mlflow.note.content"] = f"This start continued the run [{name}]({link})."
+    for tag, value in tags.items():
+        mlflow.MlflowClient().set_tag(launched, tag, value)
 
 
 def nested_runs(run_id: str, role: str = "") -> list[Run]:
