@@ -136,8 +136,8 @@ def check(search: Search, output: str) -> None:
     (study,) = search.runs("study")
     assert study.info.status == "FINISHED"
     assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {study.info.run_id}
-    seeds = [trial.user_attrs["sampler_seed"] for trial in trials if "retry_of" not in trial.user_attrs]
-    assert len(set(seeds)) == len(seeds), "every trial was drawn from a stream of its own"
+    drawn = [tuple(trial.params.items()) for trial in trials if "retry_of" not in trial.user_attrs and trial.params]
+    assert len(set(drawn)) == len(drawn), "no two trials draw the same"
 
 
 def kill_worker(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
@@ -189,6 +189,21 @@ def test_whatever_dies_no_finished_trial_is_lost(
     driver = fault(search, cluster, driver)
     output, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, output
+    check(search, output)
+
+
+def test_a_bad_host_is_let_go(cluster: Cluster, settings: dict[str, str], photographs: Path) -> None:
+    """One of two nodes has another password for the tracking server."""
+    cluster("up")
+    cluster("stop", "worker2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cluster.environment, "CLUSTER_WORKER_PASSWORD", "wrong")
+        cluster("start", "worker2")
+    search = Search("bad-host", photographs, settings)
+    output, _ = search.start().communicate(timeout=300)
+    cluster("stop", "worker2")
+    cluster("start", "worker2")
+    assert output.count("is let go") == 1, output
     check(search, output)
 
 

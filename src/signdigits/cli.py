@@ -9,16 +9,19 @@ by the command that needs them, after its parameters were checked.
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from signdigits import hyperparameters as hp
-from signdigits.errors import SignDigitsError
+from signdigits.errors import SignDigitsError, readable
 
 log = logging.getLogger("signdigits")
 
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     `monitor` also has 3 for drift, and 4 for too few answers.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", handlers=[Output()])
     log.setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
@@ -82,7 +85,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goes_on = "; the same command goes on where it was" if command in RESUMED else ""
         print(f"signdigits {command}: interrupted{goes_on}", file=sys.stderr)
         return 130
+    except Exception as error:
+        print(f"signdigits {command}: {describe_unexpected(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+class Output(logging.StreamHandler):
+    """Standard output for people: a name that is not UTF-8 is escaped, and a reader that stops, as `| head` does, is let go."""
+
+    def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        super().__init__(sys.stdout)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        if isinstance(sys.exception(), BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            super().handleError(record)
+
+
+def describe_unexpected(error: Exception) -> str:
+    """One line for an error that nobody foresaw: what it is, the run that it ended, and where its traceback is."""
+    with tempfile.NamedTemporaryFile("w", prefix="signdigits-", suffix=".txt", delete=False) as file:
+        file.write(readable("".join(traceback.format_exception(error))))
+    first = (str(error).splitlines() or [""])[0][:300]
+    run = ""
+    with contextlib.suppress(Exception):  # the store itself may be what failed
+        from signdigits import links
+
+        run = f"; its run: {links.failed()}"
+    return readable(f"{type(error).__name__}: {first}; the traceback is in {file.name}{run}")
 
 
 def note_failure(error: SignDigitsError) -> None:

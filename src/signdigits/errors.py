@@ -4,10 +4,18 @@ The command line prints such an error as one message, without a traceback, and e
 """
 
 
+def readable(text: str) -> str:
+    """`text` with an escape in place of each byte that is not UTF-8, which a file's name may hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class SignDigitsError(Exception):
     """An error whose message names the value at fault and the remedy."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return readable(super().__str__())
 
 
 class ParameterError(SignDigitsError):

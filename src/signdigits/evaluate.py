@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from mlflow.entities import LoggedModel
 from scipy.stats import binomtest
-from sklearn.metrics import classification_report
+from sklearn.metrics import precision_recall_fscore_support
 
-from signdigits import plots, tracking
+from signdigits import plots, tables, tracking
 from signdigits.artifact import answers
 from signdigits.errors import ModelError
 from signdigits.hyperparameters import SourceParameters
@@ -77,16 +77,18 @@ def score(model: LoggedModel, dataset: Dataset) -> Scores:
     mlflow.log_input(tracking.dataset_input(dataset, made.testing), context="testing")
     served = scoring.load(model.model_uri)
     table = predict(served, dataset, made.testing)
-    mlflow.log_text(table.to_csv(index=False), tracking.PREDICTIONS)
-    mlflow.log_text(reference(served, dataset, table).to_csv(index=False), tracking.REFERENCE)
+    mlflow.log_text(tables.write(table), tracking.PREDICTIONS)
+    mlflow.log_text(tables.write(reference(served, dataset, table)), tracking.REFERENCE)
     scores = measure(table, dataset.class_names, float(model.tags.get("temperature", "1")))
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
     per_class = class_table(table)
-    mlflow.log_text(per_class.to_csv(), "test/per_class.csv")
+    mlflow.log_text(tables.write(per_class), "test/per_class.csv")
     log_mlflow_evaluation(table)
-    log_reliability(table, dataset.class_names)
-    log_mistakes(table, dataset)
-    rows = [["class", *per_class.columns], *([row[0], *row[1:]] for row in per_class.round(4).itertuples())]
+    reliability = calibrate.reliability(*arrays(table, dataset.class_names))
+    tracking.log_figure("test/reliability.png", lambda: plots.reliability(reliability))
+    if not (wrong := table[table["label"] != table["prediction"]].nlargest(WORST, "probability")).empty:
+        tracking.log_figure("test/worst_mistakes.png", lambda: mistakes(wrong, dataset))
+    rows = [list(per_class.columns), *per_class.round(4).itertuples(index=False)]
     tracking.describe(f"Test images of `{dataset.name}`: {scores}.\n\n{tracking.markdown(rows)}")
     active = mlflow.active_run()
     assert active is not None
@@ -101,7 +103,7 @@ def predict(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.nda
     chunks = []
     for start in range(0, len(indices), CHUNK):
         chosen = [dataset.photographs[i] for i in indices[start : start + CHUNK]]
-        encoded = [base64.b64encode((dataset.folder / photograph.path).read_bytes()).decode() for photograph in chosen]
+        encoded = [base64.b64encode(dataset.read(photograph)).decode() for photograph in chosen]
         reply = served.predict(pd.DataFrame({"image": encoded}))
         given = {
             "path": [photograph.path for photograph in chosen],
@@ -119,7 +121,7 @@ def reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: pd.Dat
     model = served.unwrap_python_model()
 
     def look(path: str) -> dict[str, float]:
-        image = images.open_image((dataset.folder / path).read_bytes())
+        image = images.open_image(images.read_file(dataset.folder / path))
         return answers.statistics(image.size, images.to_array(image, model.image_size, model.color_mode))
 
     seen = pd.DataFrame(map(look, table["path"]))
@@ -153,15 +155,24 @@ def arrays(table: pd.DataFrame, class_names: tuple[str, ...]) -> tuple[np.ndarra
 
 def class_table(table: pd.DataFrame) -> pd.DataFrame:
     """Precision, recall, F1 and number of images of every class, and their means."""
-    report = classification_report(table["label"], table["prediction"], output_dict=True, zero_division=0)
-    report.pop("accuracy", None)
-    return pd.DataFrame(report).T.rename_axis("class").rename(columns={"support": "images"}).astype({"images": int})
+    names, scores = (
+        sorted(set(table["label"]) | set(table["prediction"])),
+        ("precision", "recall", "f1-score", "images"),
+    )
+    judged = {"y_true": table["label"], "y_pred": table["prediction"], "labels": names, "zero_division": 0}
+    rows = [pd.DataFrame(dict(zip(scores, precision_recall_fscore_support(**judged), strict=True)))]
+    for average in ("macro", "weighted"):
+        found = precision_recall_fscore_support(**judged, average=average)[:3]
+        rows.append(pd.DataFrame([dict(zip(scores, (*found, len(table)), strict=True))]))
+    every = pd.concat(rows, ignore_index=True).astype({"images": int})
+    every.insert(0, "class", [*names, "macro average", "weighted average"])
+    return every
 
 
 def log_mlflow_evaluation(table: pd.DataFrame) -> None:
     """MLflow's own evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
     read = table[["label", "prediction"]]
-    with matplotlib.rc_context():  # MLflow leaves its style behind
+    with matplotlib.rc_context({"text.parse_math": False}):  # MLflow leaves its style behind; $ may be in a name
         mlflow.models.evaluate(
             data=mlflow.data.from_pandas(read, name="predictions", targets="label", predictions="prediction"),
             model_type="classifier",
@@ -170,16 +181,8 @@ def log_mlflow_evaluation(table: pd.DataFrame) -> None:
         )
 
 
-def log_reliability(table: pd.DataFrame, class_names: tuple[str, ...]) -> None:
-    found = calibrate.reliability(*arrays(table, class_names))
-    mlflow.log_figure(plots.reliability(found), "test/reliability.png")
-
-
-def log_mistakes(table: pd.DataFrame, dataset: Dataset) -> None:
-    """Show the photographs that the model was surest about and wrong."""
-    wrong = table[table["label"] != table["prediction"]].nlargest(WORST, "probability")
-    if wrong.empty:
-        return
-    pictures = [images.decode((dataset.folder / path).read_bytes(), 200, "rgb") for path in wrong["path"]]
+def mistakes(wrong: pd.DataFrame, dataset: Dataset) -> plots.Figure:
+    """The photographs that the model was surest about and wrong."""
+    pictures = [images.decode(images.read_file(dataset.folder / path), 200, "rgb") for path in wrong["path"]]
     titles = [f"{row.label} read as {row.prediction}\n{row.probability:.0%}, {row.path}" for row in wrong.itertuples()]
-    mlflow.log_figure(plots.photographs(pictures, titles, "Worst mistakes", columns=4), "test/worst_mistakes.png")
+    return plots.photographs(pictures, titles, "Worst mistakes", columns=4)

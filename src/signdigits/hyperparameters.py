@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from signdigits.errors import ParameterError
+from signdigits.errors import ParameterError, readable
 
 if TYPE_CHECKING:
     import optuna
@@ -71,6 +71,8 @@ def check(declared: Field[Any], value: Any) -> None:
         raise ParameterError(f"{name}={value!r}: must be of type {type_name(declared)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ParameterError(f"{name}={value}: must be a finite number")
+    if isinstance(value, str) and readable(value) != value:
+        raise ParameterError(f"{name}={value}: must be UTF-8 text")
     if rule["choices"] and value not in rule["choices"]:
         raise ParameterError(f"{name}={value!r}: must be one of {', '.join(rule['choices'])}")
     if isinstance(value, str) and not re.fullmatch(rule["pattern"][0], value):

@@ -52,6 +52,12 @@ def model(ui: str) -> str:
     return f"{ui}/#/models/{register.REGISTERED_MODEL}"
 
 
+def failed() -> str:
+    """The address of the run that this process opened last."""
+    last = mlflow.last_active_run()
+    return run(ui(), last) if last else "none"
+
+
 def latest(parameters: LinkParameters) -> list[str]:
     """A line for each address that matters after the latest study, or what to do if there is none."""
     studies = mlflow.search_runs(

@@ -69,6 +69,7 @@ def refit(opened: search.Search, seed: int) -> LoggedModel:
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit(network, data.fitting, None, hyperparameters)
         training.log_curves(fitted)
+        tracking.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
         facts |= {"val_accuracy": best.user_attrs["val_accuracy"]}
         info = package.log_model(fitted.in_float32(), best.user_attrs["temperature"], data, facts)
         evaluate.score(mlflow.get_logged_model(info.model_id), data.dataset)
@@ -104,7 +105,7 @@ def summary(opened: search.Search, models: Sequence[LoggedModel], decision: regi
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
         f"over {len(models)} seeds": f"{mean:.4f} +/- {spread:.4f}",
         "calibration error": f"{float(tags['test_ece']):.4f}",
-        "registered": f"{register.REGISTERED_MODEL} version {decision.version}, {decision.alias}",
+        "registered": f"{register.REGISTERED_MODEL} version {decision.version}, {register.standing(decision)}",
         "because": decision.reason,
     }
     width = max(map(len, rows))

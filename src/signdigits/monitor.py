@@ -6,7 +6,6 @@ mlflow run . -e monitor -P answers=FOLDER -P hours=24
 
 import datetime
 import heapq
-import io
 import json
 import logging
 import tempfile
@@ -21,7 +20,7 @@ import pandas as pd
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
-from signdigits import plots, register, tracking
+from signdigits import plots, register, tables, tracking
 from signdigits.artifact import answers
 from signdigits.errors import DataError, DriftFound, ModelError, TooFewAnswers
 from signdigits.hyperparameters import MonitorParameters
@@ -73,7 +72,7 @@ def read_reference(model: LoggedModel) -> pd.DataFrame:
         text = mlflow.artifacts.load_text(f"runs:/{model.tags['test_run_id']}/{tracking.REFERENCE}")
     except (MlflowException, OSError) as error:
         raise ModelError(f"model {model.model_id}: no reference in run {model.tags['test_run_id']}; {again}") from error
-    return pd.read_csv(io.StringIO(text))
+    return tables.read(text, lambda column: True)
 
 
 def read_window(folder: Path, version: str, parameters: MonitorParameters) -> list[dict[str, Any]]:
@@ -148,7 +147,7 @@ def compare(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorPa
         found = drift.compare(reference, window, parameters, report)
         mlflow.log_artifact(str(report))
     mlflow.log_metrics({f"drift_{name}": distance for name, distance in found.distances.items()})
-    mlflow.log_figure(plots.drift(reference, window, found), "drift.png")
+    tracking.log_figure("drift.png", lambda: plots.drift(reference, window, found))
     return found
 
 

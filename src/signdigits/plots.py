@@ -33,13 +33,13 @@ def photographs(images: Sequence[np.ndarray], titles: Sequence[str], title: str,
     """A grid of decoded photographs, each of shape (height, width, channels), under a title of its own."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.5 * rows + 0.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, image, caption in zip(figure.axes, images, titles, strict=False):
         # One channel is the inverted grayscale of the reader: gray_r shows it as the photograph looked.
         axes.imshow(image.squeeze(), cmap="gray_r" if image.shape[-1] == 1 else None)
-        axes.set_title(caption, fontsize=9)
+        axes.set_title(caption, fontsize=9, parse_math=False)
     return figure
 
 
@@ -73,7 +73,7 @@ def drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bin
             for offset, (part, column) in zip((-0.2, 0.2), both.items(), strict=True):
                 shares = [(column == label).mean() for label in labels]
                 axes.bar(np.arange(len(labels)) + offset, shares, 0.4, label=part)
-            axes.set_xticks(range(len(labels)), labels)
+            axes.set_xticks(range(len(labels)), labels, parse_math=False)
         else:
             ends = np.histogram_bin_edges(np.concatenate(list(both.values())), bins)
             for part, column in both.items():

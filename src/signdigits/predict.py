@@ -125,7 +125,7 @@ def report(output: Output, found: Listing, scored: int, seconds: float) -> None:
     mlflow.log_metrics(facts)
     if csv.stat().st_size <= SMALL:
         mlflow.log_artifact(str(csv))
-    show_least_certain(table, found)
+    tracking.log_figure("least_certain.png", lambda: least_certain(table, found))
     tracking.describe(description(output, found, table, unreadable))
     log.info(
         "%d images read with version %s, %d unreadable; the tables: %s and %s",
@@ -142,12 +142,11 @@ def description(output: Output, found: Listing, table: pd.DataFrame, unreadable:
     return "\n\n".join([f"{len(table)} images of `{found.name}`, read with version {output.job.version}.", *tables])
 
 
-def show_least_certain(table: pd.DataFrame, found: Listing) -> None:
-    chosen = table.nsmallest(LEAST_CERTAIN, "probability")
+def least_certain(table: pd.DataFrame, found: Listing) -> plots.Figure:
+    """The photographs with the smallest probabilities."""
     pictures, titles = [], []
-    for path, label, probability in zip(chosen["path"], chosen["label"], chosen["probability"], strict=True):
+    for row in table.nsmallest(LEAST_CERTAIN, "probability").to_dict("records"):
         with contextlib.suppress(OSError, images.ImageError):  # gone meanwhile
-            pictures.append(images.decode((found.folder / path).read_bytes(), 200, "rgb"))
-            titles.append(f"{label} with {probability:.0%}\n{Path(path).name}")
-    if pictures:
-        mlflow.log_figure(plots.photographs(pictures, titles, "Least certain", columns=4), "least_certain.png")
+            pictures.append(images.decode(images.read_file(found.folder / row["path"]), 200, "rgb"))
+            titles.append(f"{row['label']} with {row['probability']:.0%}\n{Path(row['path']).name}")
+    return plots.photographs(pictures, titles, "Least certain", columns=4)

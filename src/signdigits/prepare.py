@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 
-from signdigits import plots, tracking
+from signdigits import plots, tables, tracking
 from signdigits.photographs import findings, groups
 from signdigits.photographs.data import Data
 
@@ -43,11 +43,11 @@ def log_report(data: Data) -> None:
         }
     )
     mlflow.log_dict(found, "data/report.json")
-    mlflow.log_text(files_table(data).to_csv(index=False), "data/files.csv")
-    mlflow.log_figure(sample(data), "data/sample.png")
-    mlflow.log_text(worth_a_look.to_csv(index=False), "data/findings.csv")
-    if picture := findings.picture(data, worth_a_look):
-        mlflow.log_figure(picture, "data/findings.png")
+    mlflow.log_text(tables.write(files_table(data)), "data/files.csv")
+    tracking.log_figure("data/sample.png", lambda: sample(data))
+    mlflow.log_text(tables.write(worth_a_look), "data/findings.csv")
+    if set(worth_a_look["finding"]) - {"imbalance"}:
+        tracking.log_figure("data/findings.png", lambda: findings.picture(data, worth_a_look))
     for line in summary(data, found, worth_a_look):
         log.info("%s", line)
 

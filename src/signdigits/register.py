@@ -5,7 +5,6 @@ python -m signdigits register --version 1                  # move the alias back
 mlflow run . -e register -P run_id=RUN
 """
 
-import io
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from signdigits import tracking
+from signdigits import tables, tracking
 from signdigits.errors import ModelError, ParameterError
 from signdigits.hyperparameters import ModelParameters, RegistryParameters, VersionParameters
 
@@ -159,7 +158,7 @@ def read_predictions(version: ModelVersion) -> pd.DataFrame:
             f"version {version.version}: its predictions are not in run {run_id!r} any more; evaluate it again "
             f"(python -m signdigits evaluate --model_uri {version.source}), or pass --force true"
         ) from error
-    return pd.read_csv(io.StringIO(text), dtype={"label": str, "prediction": str})
+    return tables.read(text, tables.is_probability)
 
 
 def agree(challenger: pd.DataFrame, champion: pd.DataFrame) -> Agreement:
@@ -197,6 +196,20 @@ def decided(model: LoggedModel) -> Decision | None:
     return Decision(str(version.version), alias, reason)
 
 
+def aliases(version: str) -> list[str]:
+    """The aliases that a version has at present."""
+    return sorted(mlflow.MlflowClient().get_model_version(REGISTERED_MODEL, version).aliases)
+
+
+def standing(decision: Decision) -> str:
+    """What a version is now: somebody may have moved or deleted its alias since the decision."""
+    present = aliases(decision.version)
+    if decision.alias in present:
+        return ", ".join(present)
+    was = f"{', '.join(present) or 'no alias'}; it was {decision.alias}"
+    return f"{was}, and `python -m signdigits register --version {decision.version} --alias {decision.alias}` makes it so again"
+
+
 def give(decision: Decision) -> None:
     """Set the alias, and write why on the version and the active run; a champion is no longer a challenger."""
     client = mlflow.MlflowClient()
@@ -219,7 +232,7 @@ def show() -> str:
     """What is served: the champion's version and what it was measured at. Raises ModelError if there is none."""
     champion = find_alias(CHAMPION)
     if champion is None:
-        raise ModelError(f"{REGISTERED_MODEL} has no {CHAMPION} in {tracking.address()}; run scripts/quickstart")
+        raise ModelError(no_alias(CHAMPION))
     tags = champion.tags
     if "test_accuracy" not in tags:
         return f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: registered by other means, never evaluated"
@@ -227,6 +240,15 @@ def show() -> str:
         f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "
         f"{tags['test_images']} images of {tags['dataset']}"
     )
+
+
+def no_alias(alias: str) -> str:
+    """Why nobody has an alias, and what gives it to somebody."""
+    versions = mlflow.MlflowClient().search_model_versions(f"name = '{REGISTERED_MODEL}'")
+    newest = max((int(version.version) for version in versions), default=0)
+    remedy = f"python -m signdigits register --version {newest} --alias {alias}" if newest else "scripts/quickstart"
+    found = f"its {len(versions)} versions have other aliases or none" if newest else "it has no version"
+    return f"{REGISTERED_MODEL} has no {alias} in {tracking.address()}, {found}; run {remedy}"
 
 
 def create_version(model: LoggedModel) -> ModelVersion:

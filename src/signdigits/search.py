@@ -17,7 +17,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import plots, tracking
+from signdigits import plots, tables, tracking
 from signdigits.errors import StorageError, StudyError
 from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
 from signdigits.network import model
@@ -183,7 +183,7 @@ def log_study(opened: Search) -> None:
     mlflow.log_metrics(importances(study))
     for name, figure in plots.study(study, objective).items():
         mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
-    mlflow.log_text(study.trials_dataframe().to_csv(index=False), "study/trials.csv")
+    mlflow.log_text(tables.write(study.trials_dataframe()), "study/trials.csv")
     log.info(
         "best: trial %d, %s %.4f with %s", best.number, objective, best.value,
         ", ".join(f"{name}={shown(value)}" for name, value in best.params.items()),

@@ -9,16 +9,19 @@ import fcntl
 import ipaddress
 import logging
 import os
+import queue
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
@@ -32,6 +35,8 @@ from signdigits.serving.processes import Process, adopt_orphans
 
 log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 TICK = 0.2  # seconds between two looks at the processes
 
 # Tags of a version: what became of it here, why, and when.
@@ -43,9 +48,7 @@ def serve(parameters: ServeParameters) -> None:
     """Serve until interrupted. Raises ServingError or ModelError if that cannot begin."""
     version = register.find_alias(parameters.alias)
     if version is None:
-        raise ModelError(
-            f"{register.REGISTERED_MODEL} has no {parameters.alias} in {tracking.address()}; run scripts/quickstart"
-        )
+        raise ModelError(register.no_alias(parameters.alias))
     check_port(parameters)
     if not (parameters.token_file or is_loopback(parameters.host)):
         log.warning("host=%s, and no token_file: whoever reaches this machine may ask", parameters.host)
@@ -139,6 +142,8 @@ class Supervisor:
         self.refused = ""  # the version that the alias names, if it was turned away
         self.said = ""  # what was logged last of the registry
         self.looked = 0.0
+        self.registry = Background()
+        self.looking: Future[ModelVersion | None] | None = None
 
     def run(self, version: ModelVersion) -> None:
         adopt_orphans()
@@ -185,11 +190,17 @@ class Supervisor:
                 self.front = self.start_front()
 
     def look(self) -> None:
-        """Ask the registry for the alias, every now and then, and follow it where it moved."""
-        if time.monotonic() - self.looked < self.parameters.poll:
+        """Ask the registry for the alias, every now and then, and follow it where it moved.
+
+        The registry may be away, and MLflow asks it for minutes then: the processes are looked after meanwhile.
+        """
+        if self.looking is None:
+            if time.monotonic() - self.looked >= self.parameters.poll:
+                self.looking = self.registry.submit(self.find_alias)
             return
-        version = self.find_alias()
-        self.looked = time.monotonic()
+        if not self.looking.done():
+            return
+        version, self.looking, self.looked = self.looking.result(), None, time.monotonic()
         assert self.live is not None
         if version is None or str(version.version) == self.refused:
             return
@@ -218,7 +229,7 @@ class Supervisor:
             self.examine(pool)
         except Refused as refusal:
             log.warning("version %s is not served: %s", version.version, refusal)
-            note(version, REFUSED, str(refusal))
+            self.registry.submit(note, version, REFUSED, str(refusal))
             self.refused = str(version.version)
             self.end(pool, seconds=0)
             return False
@@ -228,9 +239,9 @@ class Supervisor:
         before, self.live = self.live, pool
         front.point_live(self.home, pool.name)
         log.info("version %s is live%s", version.version, f"; version {before.version.version} ends" if before else "")
-        note(version, LIVE)
+        self.registry.submit(note, version, LIVE)
         if before:
-            note(before.version, RETIRED, f"version {version.version} follows it")
+            self.registry.submit(note, before.version, RETIRED, f"version {version.version} follows it")
             self.end(before, seconds=self.parameters.drain)
         return True
 
@@ -276,6 +287,27 @@ class Supervisor:
             last.signal(signal.SIGKILL)
         if live:
             self.end(live, seconds=self.parameters.drain)
+
+
+class Background:
+    """A thread for calls that may wait for the registry; they are made in order, and nobody waits for its end."""
+
+    def __init__(self) -> None:
+        self.calls = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]()
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def submit(self, function: Callable[..., Answer], *arguments: Any) -> Future[Answer]:
+        future = Future[Answer]()
+        self.calls.put((future, function, arguments))
+        return future
+
+    def work(self) -> None:
+        while True:
+            future, function, arguments = self.calls.get()
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
 
 
 def served_before(version: ModelVersion) -> list[ModelVersion]:

@@ -38,6 +38,8 @@ def set_up_mlflow() -> None:
     """Leave MLflow's warnings, drop its chatter, and let a run end without a second's wait. What is set is kept."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # It loses parameters and epochs of runs that end while it still writes.
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
     import mlflow  # noqa: F401, it sets its own levels when imported
 
     for name in ("mlflow", "alembic"):  # alembic tells of making tables

@@ -1,11 +1,15 @@
 """What every command does with an MLflow run: open it, name it, describe it, and leave it with a true status."""
 
+import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -17,9 +21,13 @@ from mlflow.exceptions import MlflowException
 from signdigits.errors import ModelError, TrackingError
 
 if TYPE_CHECKING:  # commands that touch no photograph need not wait for scikit-learn
+    from matplotlib.figure import Figure
+
     from signdigits.photographs.data import Data
     from signdigits.photographs.dataset import Dataset
     from signdigits.photographs.split import Split
+
+log = logging.getLogger(__name__)
 
 EXPERIMENT = "sign-digits"
 
@@ -33,7 +41,7 @@ The best is fitted again (*refit*), scored once on test images that nothing befo
 # What the result of a run depends on; their versions are recorded with it.
 PACKAGES = ("mlflow", "tensorflow", "keras", "optuna", "numpy", "pillow", "pandas", "scikit-learn")
 
-# The tag that says which process works on a run, as host:number.
+# The tag that says which process works on a run, as host:number:start.
 PROCESS = "process"
 
 # Where a run keeps what a model made of the test images; the gate between champion and challenger reads it.
@@ -41,9 +49,6 @@ PREDICTIONS = "test/predictions.csv"
 
 # Where it keeps the same images as the endpoint's log of answers would have them; `monitor` reads it.
 REFERENCE = "test/reference.csv"
-
-# MLflow's own invention for a run that nobody named: adjective-animal-number.
-RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 
 
 @contextmanager
@@ -64,18 +69,47 @@ def run(
     described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: this_process()}
     active = start(name, run_id, parent_run_id, described)
     try:
-        if RANDOM_NAME.fullmatch(active.info.run_name or ""):
-            mlflow.set_tag("mlflow.runName", name)
         yield active
     except KeyboardInterrupt:
-        mlflow.set_tag("failure_reason", "interrupted")
-        mlflow.end_run("KILLED")  # `mlflow run`, which launched it perhaps, makes it FAILED
+        close(active, "KILLED", "interrupted")  # `mlflow run`, which launched it perhaps, makes it FAILED
         raise
     except BaseException as error:
-        mlflow.set_tag("failure_reason", f"{type(error).__name__}: {error}"[:5000])
-        mlflow.end_run("FAILED")
+        close(active, "FAILED", f"{type(error).__name__}: {error}")
+        if isinstance(error, MlflowException) and is_deleted(active.info.run_id):
+            raise deleted(active.info.run_id) from error
         raise
-    mlflow.end_run()
+    close(active, "FINISHED")
+
+
+def close(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
+    """End the active run. One that somebody has deleted meanwhile stays as it is, and cannot be FINISHED."""
+    try:
+        if reason:
+            mlflow.set_tag("failure_reason", reason[:5000])
+    except MlflowException as error:
+        log.warning("run %s: its failure reason cannot be recorded (%s)", active.info.run_id, error.message)
+    try:
+        mlflow.end_run(status)
+    except MlflowException as error:
+        if is_deleted(active.info.run_id):
+            if status == "FINISHED":
+                raise deleted(active.info.run_id) from error
+            return
+        raise
+
+
+def is_deleted(run_id: str) -> bool:
+    """Whether a run, or its experiment, was deleted, in the UI say."""
+    run = mlflow.get_run(run_id)
+    stages = (run.info.lifecycle_stage, mlflow.get_experiment(run.info.experiment_id).lifecycle_stage)
+    return "deleted" in stages
+
+
+def deleted(run_id: str) -> TrackingError:
+    return TrackingError(
+        f"run {run_id} was deleted, or its experiment was; bring it back with `mlflow runs restore --run-id {run_id}` "
+        "(or `mlflow experiments restore`), then the same command continues"
+    )
 
 
 def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
@@ -90,9 +124,9 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
             return mlflow.start_run(
                 run_name=None if launched else name, nested=nested, parent_run_id=parent_run_id, tags=tags
             )
-        known = mlflow.get_run(run_id)
-        if known.info.lifecycle_stage == "deleted":
-            raise TrackingError(f"run {run_id} was deleted; bring it back with `mlflow runs restore --run-id {run_id}`")
+        known = find_continued(run_id)
+        if is_deleted(run_id):
+            raise deleted(run_id)
         hand_over(known)
         mlflow.set_experiment(experiment_id=known.info.experiment_id)  # MLflow refuses a run of another experiment
         continued = mlflow.start_run(run_id=run_id, tags=tags)
@@ -103,6 +137,16 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
         raise TrackingError(
             f"{address()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
             "to the address of the store that holds the run"
+        ) from error
+
+
+def find_continued(run_id: str) -> Run:
+    try:
+        return mlflow.get_run(run_id)
+    except MlflowException as error:
+        raise TrackingError(
+            f"{address()}: does not hold run {run_id}, which this would continue; set MLFLOW_TRACKING_URI to the store that "
+            "does, or begin anew: a search with another --study_name, a prediction with another --output"
         ) from error
 
 
@@ -162,13 +206,42 @@ def address() -> str:
 
 
 def connect() -> None:
-    """Raise TrackingError if the tracking store cannot be used."""
+    """Raise TrackingError if the tracking store cannot be used. A SQLite store that is not there is created."""
     try:
+        create_database()
         mlflow.search_experiments(max_results=1)
     except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
+        file = database_file()
+        if file and re.search("already exists|no such table|Can't locate revision", str(error)):
+            raise TrackingError(
+                f"{file}: its tables are not whole: the start that made them was killed, or it is of another version of "
+                f"MLflow; if no run is in it, remove it, else run `mlflow db upgrade {address()}`"
+            ) from error
         raise TrackingError(
             f"{address()}: {str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a store that can be used"
         ) from error
+
+
+def database_file() -> Path | None:
+    """The file of the tracking store, if that is SQLite."""
+    scheme, _, path = mlflow.get_tracking_uri().partition(":///")
+    return Path(path) if scheme == "sqlite" and path else None
+
+
+def create_database() -> None:
+    """Create a SQLite store beside its place, and move it there when it is whole.
+
+    MLflow makes its tables in hundreds of steps; a start that is killed between two of them would leave a file that no
+    later start can use.
+    """
+    file = database_file()
+    if file is None or file.exists() or not file.parent.is_dir():
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
+        whole = Path(folder, file.name)
+        mlflow.MlflowClient(tracking_uri=f"sqlite:///{whole}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            os.link(whole, file)
 
 
 def open_experiment(role: str) -> None:
@@ -199,25 +272,40 @@ def open_experiment(role: str) -> None:
 
 
 def this_process() -> str:
-    return f"{platform.node()}:{os.getpid()}"
+    return f"{platform.node()}:{os.getpid()}:{started(os.getpid())}"
 
 
-def close_stale_runs() -> None:
-    """Mark as KILLED what processes of this machine, killed with no chance to say so, left RUNNING."""
-    ours = f"tags.{PROCESS} LIKE '{platform.node()}:%' and attributes.status = 'RUNNING'"
-    for left in search_runs(ours):
-        if not alive(int(left.data.tags[PROCESS].rpartition(":")[2])):
-            close_interrupted(left)
+def started(process: int) -> str:
+    """When a process was started: the machine's boot and the clock ticks since; empty if there is no such process.
 
-
-def alive(process: int) -> bool:
+    The number alone is no identity: in a container every command is process 1. Without /proc it has to do.
+    """
     try:
-        os.kill(process, 0)  # signal 0 only asks
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        return f"{boot}-{Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except OSError:
+        return ""
+
+
+def is_alive(identity: str) -> bool:
+    """Whether the process of this machine that `this_process` described is still at work."""
+    _, number, start = [*identity.split(":"), ""][:3]
+    if start:
+        return started(int(number)) == start
+    try:
+        os.kill(int(number), 0)  # signal 0 only asks
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
     return True
+
+
+def close_stale_runs() -> None:
+    """Mark as KILLED what processes of this machine, killed with no chance to say so, left RUNNING."""
+    for left in search_runs(f"tags.{PROCESS} LIKE '{platform.node()}:%' and attributes.status = 'RUNNING'"):
+        if not is_alive(left.data.tags[PROCESS]):
+            close_interrupted(left)
 
 
 def note_failure(error: Exception) -> None:
@@ -227,10 +315,23 @@ def note_failure(error: Exception) -> None:
         client.set_tag(run_id, "failure_reason", f"{type(error).__name__}: {error}"[:5000])
 
 
+def log_figure(path: str, draw: "Callable[[], Figure]", **options: Any) -> None:
+    """Log a figure to the active run. One that cannot be drawn costs a warning, and nothing else."""
+    try:
+        mlflow.log_figure(draw(), path, **options)
+    except Exception as error:  # a name, or a picture, that matplotlib cannot draw
+        log.warning("%s: not drawn (%s)", path, error)
+
+
 def markdown(rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; the first row is its head."""
-    head, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    head, *body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def cell(value: Any) -> str:
+    """A value as one cell of a Markdown table: a name may hold what Markdown takes for its own."""
+    return re.sub(r"([\\`|*_<>])", r"\\\1", " ".join(str(value).split()))
 
 
 def describe(text: str) -> None:
@@ -244,6 +345,23 @@ def log_params(params: Mapping[str, Any]) -> None:
     assert active is not None
     present = mlflow.get_run(active.info.run_id).data.params
     mlflow.log_params({name: value for name, value in params.items() if name not in present})
+
+
+def check_recorded(params: Mapping[str, Any], metric: str, steps: int) -> None:
+    """Raise TrackingError unless the active run holds all `params` and `steps` values of `metric`.
+
+    Settings of MLflow's own, such as asynchronous logging, can lose them without a word.
+    """
+    active = mlflow.active_run()
+    assert active is not None
+    run_id = active.info.run_id
+    missing = sorted(params.keys() - mlflow.get_run(run_id).data.params.keys())
+    found = len(mlflow.MlflowClient().get_metric_history(run_id, metric))
+    if missing or found < steps:
+        raise TrackingError(
+            f"run {run_id}: MLflow recorded {found} of {steps} values of {metric}, and not the parameters "
+            f"{', '.join(missing) or '(all are there)'}; look for MLFLOW_ variables in the environment that change its logging"
+        )
 
 
 def log_data(data: "Data", *, parts: tuple[str, ...]) -> None:

@@ -30,6 +30,7 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit(network, data.training, data.validation, hyperparameters)
         training.log_curves(fitted)
+        tracking.check_recorded(asdict(hyperparameters), "val_accuracy", hyperparameters.epochs)
         temperature = training.fit_temperature(fitted, data.validation)
         mlflow.log_metric("temperature", temperature)
         package.log_model(fitted.in_float32(), temperature, data, {"val_accuracy": fitted.last("val_accuracy")})

@@ -92,7 +92,7 @@ def settings(data: Data, temperature: float) -> dict[str, Any]:
 def input_example(data: Data) -> pd.DataFrame:
     """One training photograph as the endpoint takes it: a column `image` of base64 text."""
     first = data.dataset.photographs[data.split.training[0]]
-    photograph = images.open_image((data.dataset.folder / first.path).read_bytes())
+    photograph = images.open_image(data.dataset.read(first))
     array = images.to_array(photograph, data.parameters.image_size, "rgb")
     jpeg = io.BytesIO()
     Image.fromarray(array).save(jpeg, "JPEG")

@@ -13,13 +13,16 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from signdigits.errors import DataError
+from signdigits.errors import DataError, readable
 from signdigits.hyperparameters import SourceParameters
 from signdigits.photographs import sources
-from signdigits.photographs.images import ImageError, open_image, orientation, to_array
+from signdigits.photographs.images import ImageError, open_image, orientation, read_file, to_array
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+
+JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
 CHUNK = 1024  # photographs that threads may be ahead of whoever takes what they found
 
@@ -56,6 +59,17 @@ class Dataset:
         """What the folder holds, as 32 hexadecimal digits: the same paths and bytes give the same digest."""
         return sources.digest((photograph.path, photograph.checksum) for photograph in self.photographs)
 
+    def read(self, photograph: Photograph) -> bytes:
+        """The bytes of a photograph. Raises DataError if it is gone, or was changed since the folder was scanned."""
+        path = self.folder / photograph.path
+        try:
+            content = read_file(path)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; put it back, then the same command continues") from error
+        if hashlib.sha256(content).hexdigest() != photograph.checksum:
+            raise DataError(f"{path}: changed since the folder was read; start again to use it as it is now")
+        return content
+
     def part_digest(self, indices: np.ndarray) -> str:
         """The digest of some of the photographs."""
         return sources.digest((self.photographs[i].path, self.photographs[i].checksum) for i in indices)
@@ -69,7 +83,7 @@ class Dataset:
 def scan(parameters: SourceParameters) -> Dataset:
     """Open every file of every class folder and note what it holds.
 
-    Class names are the sorted names of the folders. Hidden files and folders (such as .DS_Store) are passed over.
+    Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are passed over.
     Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
     (unless `skip_unreadable`, which lists it in the result instead).
     """
@@ -95,7 +109,7 @@ def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
         if isinstance(found, Photograph):
             photographs.append(found)
         elif skip_unreadable:
-            unreadable[path.relative_to(folder).as_posix()] = str(found)
+            unreadable[readable(path.relative_to(folder).as_posix())] = str(found)
         else:
             raise DataError(f"{path}: {found}; remove it, or pass --skip_unreadable true") from found
     present = {photograph.label for photograph in photographs}
@@ -121,22 +135,57 @@ def find_classes(folder: Path) -> tuple[str, ...]:
     """The sorted names of the class folders in `folder`."""
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder; pass --data a folder of class folders, or one of the names "
+            f"{folder}: no such folder{seen_from(folder)}; pass --data a folder of class folders, or one of the names "
             f"{sources.HANDWRITTEN_DIGITS} and {sources.SIGN_LANGUAGE_DIGITS}"
         )
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not hidden(entry)))
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_junk(entry)))
     if not names:
         raise DataError(f"{folder}: no class folder in it; put the photographs of each class into a folder of its own")
     if len(names) == 1:
         raise DataError(f"{folder}: only one class folder, {names[0]!r}; a classifier needs two or more")
+    for name in names:
+        if not is_text(Path(name)):
+            raise DataError(f"{folder / name}: the name is not UTF-8; rename it")
+    check_layout(folder, names)
     return names
 
 
+def seen_from(folder: Path) -> str:
+    """From where a relative path was looked for: `mlflow run` works in the project's folder."""
+    return "" if folder.is_absolute() else f" in {Path.cwd()}, where `mlflow run` works too: an absolute path is sure"
+
+
 def find_files(folder: Path) -> Iterator[Path]:
-    """The files of one class folder and the folders in it, in the order in which Keras lists them."""
-    inside = sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}, key=str)
-    for directory in inside:
-        yield from sorted(path for path in directory.iterdir() if is_file(path) and not hidden(path))
+    """The files of a folder and the folders in it, in the order in which Keras lists them; junk is passed over.
+
+    Links are followed once: a link to what lies in the folder anyway adds nothing.
+    """
+    whole = folder.resolve()
+    for directory in find_folders(folder):
+        for path in sorted(directory.iterdir()):
+            again = path.is_symlink() and path.exists() and path.resolve().is_relative_to(whole)
+            if is_file(path) and not is_junk(path) and not again:
+                yield path
+
+
+def find_folders(folder: Path) -> list[Path]:
+    """`folder` and the folders in it, each once, however many links lead to it."""
+    found: dict[Path, Path] = {}
+    waiting, links = [folder], list[Path]()
+    while waiting or links:
+        directory = waiting.pop() if waiting else links.pop(0)
+        if directory.resolve() in found:
+            continue
+        found[directory.resolve()] = directory
+        for entry in sorted(directory.iterdir()):
+            if entry.is_dir() and not is_junk(entry):
+                (links if entry.is_symlink() else waiting).append(entry)
+    return sorted(found.values(), key=str)
+
+
+def is_text(path: Path) -> bool:
+    """Tell names that are UTF-8 from bytes of another encoding, which old archives hold."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def is_file(path: Path) -> bool:
@@ -144,14 +193,37 @@ def is_file(path: Path) -> bool:
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
-def hidden(path: Path) -> bool:
-    return path.name.startswith(".")
+def is_junk(path: Path) -> bool:
+    """Hidden files and folders, and what systems and archivers leave beside photographs."""
+    return path.name.startswith(".") or path.name in JUNK
+
+
+def check_layout(folder: Path, names: Sequence[str]) -> None:
+    """Raise DataError if the class folders hold nothing but the same folders: train/CLASS and test/CLASS, say."""
+    inside = []
+    for name in names:
+        entries = [entry for entry in (folder / name).iterdir() if not is_junk(entry)]
+        if not all(entry.is_dir() for entry in entries):
+            return
+        inside.append({entry.name for entry in entries})
+    shared = set.intersection(*inside)
+    if len(shared) > 1 and not all(name.lower() in SPLITS for name in shared):
+        raise DataError(
+            f"{folder}: {listed(names)} each hold the folders {listed(sorted(shared))}, which seem to be the classes; pass "
+            f"--data {folder / names[0]}, or move the photographs of each class into one folder"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def examine(path: Path, relative: str, label: int) -> Photograph | ImageError:
     """Read one file to the array that the network would see, and note what it holds, or why that fails."""
+    if not is_text(path):
+        return ImageError("its name, or its folder's, is not UTF-8; rename it")
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         image = open_image(content)
         to_array(image, image_size=8, color_mode="rgb")  # what fails would otherwise fail in the last evaluation
     except OSError as error:

@@ -81,8 +81,7 @@ def decode(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) ->
     """Each photograph as the network sees it."""
 
     def one(index: int) -> np.ndarray:
-        content = (dataset.folder / dataset.photographs[index].path).read_bytes()
-        return images.decode(content, parameters.image_size, parameters.color_mode)
+        return images.decode(dataset.read(dataset.photographs[index]), parameters.image_size, parameters.color_mode)
 
     return in_threads(one, indices.tolist(), "decoding")
 

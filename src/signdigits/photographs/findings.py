@@ -65,7 +65,7 @@ def look(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """
 
     def one(photograph: Photograph) -> tuple[np.ndarray, np.ndarray]:
-        pixels = images.decode((dataset.folder / photograph.path).read_bytes(), 100, "rgb")
+        pixels = images.decode(dataset.read(photograph), 100, "rgb")
         bits = imagehash.phash(Image.fromarray(pixels)).hash
         return np.packbits(bits).view(">u8")[0], pixels.mean(axis=(0, 1))
 
@@ -126,8 +126,8 @@ def near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> 
         yield Finding("near-duplicate", path, f"{bits} of 64 bits differ", parts[i], other, parts[j])
 
 
-def picture(data: Data, found: pd.DataFrame) -> plots.Figure | None:
-    """The first findings of each kind, side by side; None if there is nothing to show."""
+def picture(data: Data, found: pd.DataFrame) -> plots.Figure:
+    """The first findings of each kind, side by side; imbalance has no picture."""
     found = found.assign(caption=[textwrap.fill(detail, 34) for detail in found["detail"]])
     kinds = found[found["finding"] != "imbalance"].groupby("finding", sort=False)
     captions: list[tuple[str, str]] = []
@@ -135,7 +135,5 @@ def picture(data: Data, found: pd.DataFrame) -> plots.Figure | None:
         captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['caption']}\n{row['part']}"))
         if row["other"]:
             captions.append((row["other"], f"looks like\n{row['other']}\n{row['other_part']}"))
-    if not captions:
-        return None
-    shown = [images.decode((data.dataset.folder / path).read_bytes(), 150, "rgb") for path, _ in captions]
+    shown = [images.decode(images.read_file(data.dataset.folder / path), 150, "rgb") for path, _ in captions]
     return plots.photographs(shown, [caption for _, caption in captions], "Worth a look", columns=4)

@@ -10,6 +10,7 @@ import stat
 import numpy as np
 import pandas as pd
 
+from signdigits import tables
 from signdigits.errors import DataError
 from signdigits.photographs import sources
 from signdigits.photographs.dataset import Dataset
@@ -28,12 +29,12 @@ def of(dataset: Dataset) -> np.ndarray:
     if not file.exists() and is_sign_language_digits(dataset):
         return students(dataset)  # where `prepare` may not write
     try:
-        table = pd.read_csv(file, dtype=str, usecols=["path", "group"]).dropna()
-    except (OSError, ValueError) as error:
+        table = tables.read(file)[["path", "group"]]
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{file}: split=grouped needs it, with the columns path and group ({error}); write it, or pass --split random"
         ) from error
-    known = dict(zip(table["path"], table["group"], strict=True))
+    known = {path: group for path, group in zip(table["path"], table["group"], strict=True) if group}
     missing = [photograph.path for photograph in dataset.photographs if photograph.path not in known]
     if missing:
         raise DataError(f"{file}: no group for {len(missing)} photographs, the first of them {missing[0]}; add them")
@@ -56,7 +57,7 @@ def write(dataset: Dataset) -> None:
     table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": students(dataset)})
     try:
         with sources.all_or_nothing_file(file) as workshop:
-            table.to_csv(workshop, index=False)
+            workshop.write_text(tables.write(table))
     except OSError as error:
         log.info("%s: not written (%s); the groups are told from the files' numbers each time", file, error.strerror)
     else:

@@ -5,16 +5,28 @@ Imports Pillow and NumPy alone, so that the served model can carry this file alo
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# What a folder of photographs may hold; the endpoint takes fewer (see served_model.py). MPO is what some telephones
-# write under the name .jpg: a JPEG with further pictures behind it.
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+# Pillow's formats and their media types, for folders, endpoint, batch and page alike. MPO is what some telephones write
+# under the name .jpg: a JPEG with further pictures behind it.
+FORMATS = {
+    "BMP": "image/bmp",
+    "GIF": "image/gif",
+    "JPEG": "image/jpeg",
+    "MPO": "image/jpeg",
+    "PNG": "image/png",
+    "TIFF": "image/tiff",
+    "WEBP": "image/webp",
+}
 
 # A photograph of 12,000 x 9,000 pixels passes; a small file that unfolds to gigabytes does not.
 MAX_PIXELS = 120_000_000
+MAX_BYTES = 40_000_000  # of a file; as base64 text, 53 megabytes, it fits into the request body that `serve` allows
+
+WHITE_IS_ZERO = 0  # TIFF 6.0, tag 262, PhotometricInterpretation
 
 
 class ImageError(ValueError):
@@ -33,24 +45,32 @@ TURNS = {
 }
 
 
-def open_image(data: bytes, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in `data`, decoded to its last byte, its EXIF orientation not yet applied.
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, or the first MAX_BYTES + 1 of them, which `open_image` refuses. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
 
-    Raises ImageError if the bytes are no image, another format than `formats`, more pixels than `max_pixels`
-    (read from the header, before anything is decoded), or truncated.
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode the image in `data` to its last byte; its EXIF orientation is not yet applied.
+
+    Raises ImageError if there are more bytes than MAX_BYTES, if they are no image of one of the FORMATS, if it has more
+    pixels than MAX_PIXELS (read from the header, before anything is decoded), or if it is truncated.
     """
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"more than the {MAX_BYTES:,} bytes allowed")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is the limit here
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
             image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise ImageError("not an image") from None
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
         raise ImageError(f"not a readable image ({error})") from error
-    if image.format not in formats:
-        raise ImageError(f"format {image.format} is not one of {', '.join(formats)}")
-    if image.width * image.height > max_pixels:
-        raise ImageError(f"{image.width}x{image.height} pixels are more than the {max_pixels:,} allowed")
+    if image.format not in FORMATS:
+        raise ImageError(f"format {image.format} is not one of {', '.join(FORMATS)}")
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
     try:
         image.load()
     except Exception as error:
@@ -81,6 +101,8 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
             .convert("RGB" if color_mode == "rgb" else "L")
             .resize((image_size, image_size), Image.Resampling.BILINEAR)
         )
+    except ImageError:
+        raise
     except Exception as error:  # again whatever Pillow raises
         raise ImageError(f"cannot be converted ({error})") from error
     if color_mode == "rgb":
@@ -94,17 +116,23 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """`image` in 8 bits a channel and opaque: 16-bit gray is scaled, not cut off; transparency turns white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    """`image` in 8 bits a channel and opaque: 16-bit gray is scaled, not cut off; transparency turns white.
+
+    Raises ImageError for 32 bits a channel, whole or floating: nothing says which number is white.
+    """
+    if image.mode in ("F", "I"):
+        raise ImageError("32 bits a channel, of which nothing says what is white; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        gray = (np.asarray(image) / 257).astype(np.uint8)
+        # Pillow turns white-is-zero TIFFs around with 8 bits a channel, but not with 16.
+        inverted = getattr(image, "tag_v2", {}).get(262) == WHITE_IS_ZERO
+        return Image.fromarray(255 - gray if inverted else gray)
     if not image.has_transparency_data:
         return image
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 
-def decode(
-    data: bytes, image_size: int, color_mode: str, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def decode(data: bytes, image_size: int, color_mode: str) -> np.ndarray:
     """`to_array` of the image in `data`; raises ImageError as they do."""
-    return to_array(open_image(data, formats, max_pixels), image_size, color_mode)
+    return to_array(open_image(data), image_size, color_mode)

@@ -111,7 +111,7 @@ def digest(entries: Iterable[tuple[str, str]]) -> str:
     """SHA-256 over sorted pairs of relative path and checksum of the bytes, shortened to 32 hexadecimal digits."""
     total = hashlib.sha256()
     for path, checksum in sorted(entries):
-        total.update(f"{path}\0{checksum}\n".encode())
+        total.update(os.fsencode(f"{path}\0{checksum}\n"))
     return total.hexdigest()[:32]
 
 

@@ -9,16 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from signdigits import tables
 from signdigits.errors import DataError
 from signdigits.photographs.dataset import find_files
 
-
-def read_csv(table: Path) -> pd.DataFrame:
-    """All cells as text: a photograph may be called 007 or NA."""
-    return pd.read_csv(table, dtype=str, keep_default_na=False)
-
-
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": read_csv, ".parquet": pd.read_parquet}
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": tables.read, ".parquet": pd.read_parquet}
 
 
 @dataclass(frozen=True)

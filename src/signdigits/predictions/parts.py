@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from signdigits import tables
 from signdigits.errors import OutputError
 
 TABLES = ("predictions.parquet", "predictions.csv")
@@ -85,8 +86,7 @@ class Output:
 
 def schema_of(columns: Sequence[str]) -> pa.Schema:
     """Text, but for `probability` and each `p(class)`; a chunk without a readable photograph has no type of its own."""
-    numbers = {name for name in columns if name == "probability" or name.startswith("p(")}
-    return pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in columns])
+    return pa.schema([(name, pa.float64() if tables.is_probability(name) else pa.string()) for name in columns])
 
 
 def join_parquet(parts: Sequence[Path], target: Path) -> None:

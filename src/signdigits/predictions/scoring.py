@@ -16,11 +16,11 @@ from mlflow.exceptions import MlflowException
 from signdigits import startup
 from signdigits.artifact import answers
 from signdigits.cluster import cluster, is_distributed
-from signdigits.errors import ClusterError, DataError, SignDigitsError
+from signdigits.errors import ClusterError, DataError, SignDigitsError, readable
 from signdigits.hyperparameters import PredictParameters
+from signdigits.photographs import images
 
 TOGETHER = 32  # photographs that one thread holds in memory
-MAX_FILE = 100_000_000  # bytes; the model itself accepts fewer, but is not handed everything
 ATTEMPTS = 3  # that a chunk has if a worker dies over it
 
 
@@ -88,17 +88,14 @@ def read(path: Path) -> bytes | str:
     try:
         if path.exists() and not path.is_file():
             return "cannot be read (not a file)"
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE + 1)
+        content = images.read_file(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
-    if not content:
-        return "empty"
-    return content if len(content) <= MAX_FILE else f"more than {MAX_FILE:,} bytes"
+    return content or "empty"
 
 
 def row(path: str, answer: dict[str, Any] | str) -> dict[str, Any]:
-    told = path.encode("utf-8", "backslashreplace").decode()  # a file name may hold bytes that are no text
+    told = readable(path)
     if isinstance(answer, str):
         return {"path": told, "reason": answer}
     each = {f"p({name})": value for name, value in answer["probabilities"].items()}

@@ -18,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from signdigits.errors import SignDigitsError
+from signdigits.errors import SignDigitsError, readable
 
 URL = "http://127.0.0.1:5001"  # where scripts/serve listens
 TOKEN = "SIGN_DIGITS_TOKEN"
-ROWS = 32  # photographs in one request
+ROWS = 32  # photographs in one request, at most
+BYTES = 40_000_000  # of photographs in one request, at most, unless a single one has more: 53 megabytes as base64 text
 
 
 class ClientError(SignDigitsError):
@@ -33,18 +34,22 @@ class ClientError(SignDigitsError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="predict", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a JPEG or PNG photograph")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a photograph")
     parser.add_argument("--url", default=URL, help="where the model is served (default: %(default)s)")
     parser.add_argument("--token_file", type=Path, help="file with the token, where the server asks for one")
     parsed = parser.parse_args(arguments)
-    width = max(len(str(file)) for file in parsed.files)
+    width = max(len(readable(str(file))) for file in parsed.files)
     try:
         token = read(parsed.token_file).decode().strip() if parsed.token_file else os.environ.get(TOKEN, "")
         print(f"{'file':{width}}  label  probability  next")
         for file, answer in predict(parsed.files, parsed.url, token):
             others = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[1:2]
             then = "".join(f"{label} {probability:.4f}" for label, probability in others)
-            print(f"{file!s:{width}}  {answer['label']:5}  {answer['probability']:11.4f}  {then}", flush=True)
+            name = readable(str(file))
+            print(f"{name:{width}}  {answer['label']:5}  {answer['probability']:11.4f}  {then}", flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SignDigitsError as error:
         print(f"predict: {error}", file=sys.stderr)
         return error.exit_code
@@ -56,15 +61,34 @@ def predict(files: Sequence[Path], url: str = URL, token: str = "") -> Iterator[
 
     Raises ClientError for a file that cannot be read, a server that does not answer, and a photograph it refuses.
     """
-    contents = [read(file) for file in files]
-    for start in range(0, len(files), ROWS):
-        chunk = files[start : start + ROWS]
-        rows = [{"image": base64.b64encode(content).decode()} for content in contents[start : start + ROWS]]
+    for chunk in divide(files):
+        rows = [{"image": base64.b64encode(read(file)).decode()} for file in chunk]
         try:
             answers = post(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows}, token)["predictions"]
         except ClientError as error:
             raise ClientError(name_rows(str(error), chunk)) from error
         yield from zip(chunk, answers, strict=True)
+
+
+def divide(files: Sequence[Path]) -> Iterator[list[Path]]:
+    """The files of each request: no more of them, and no more bytes, than a server takes."""
+    chunk, size = list[Path](), 0
+    for file in files:
+        bytes_of_file = measure(file)
+        if chunk and (len(chunk) == ROWS or size + bytes_of_file > BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(file)
+        size += bytes_of_file
+    if chunk:
+        yield chunk
+
+
+def measure(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise ClientError(f"{file}: {error.strerror}") from error
 
 
 def name_rows(message: str, files: Sequence[Path]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from signdigits.errors import ServingError
 from signdigits.hyperparameters import ServeParameters
+from signdigits.photographs import images
 
 POOLS = ("blue", "green")
 NO_POOL = "none"
@@ -242,6 +243,10 @@ http {{
         location ~ ^/(ping|health)$ {{
             proxy_pass http://$pool;
         }}
+        location = /limits.json {{
+            {page_headers()}
+            return 200 '{limits_of_images()}';
+        }}
         location / {{
             root {home}/page;
             gzip on;
@@ -338,6 +343,11 @@ def replies(parameters: ServeParameters) -> str:
             f"location = /.front/{number} {{ internal; {version} {refusal.headers} {unreadable}{refusal.reply} }}"
         ]
     return "\n        ".join(lines)
+
+
+def limits_of_images() -> str:
+    """What the decoder takes, for the page."""
+    return json.dumps({"max_bytes": images.MAX_BYTES, "media_types": sorted(set(images.FORMATS.values()))})
 
 
 def page_headers() -> str:

@@ -14,7 +14,7 @@ from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import startup
+from signdigits import startup, tracking
 from signdigits.cluster import asked, cluster, is_distributed
 from signdigits.errors import StudyError
 from signdigits.hyperparameters import DataParameters, Space, StudyParameters
@@ -65,8 +65,16 @@ class FailureLimit:
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         reason = trial.user_attrs.get(FAILURE_REASON)
         self.failures = self.failures + 1 if reason else 0
+        if reason:
+            refuse_deleted(study)
         if self.failures >= MAX_FAILURES:
             raise StudyError(f"study {study.study_name}: the last {MAX_FAILURES} trials failed, at last with {reason}")
+
+
+def refuse_deleted(study: optuna.Study) -> None:
+    """Raise TrackingError if the study's run has been deleted: every further trial would fail for its sake."""
+    if tracking.is_deleted(run_id := study.user_attrs["mlflow_run_id"]):
+        raise tracking.deleted(run_id)
 
 
 def run_on_workers(
@@ -239,6 +247,8 @@ class RayExecutor:
         self.free.append(member)
         reason = self.study.get_trials(deepcopy=False)[number].user_attrs.get(FAILURE_REASON)
         self.failures[member.host] = self.failures[member.host] + 1 if reason else 0
+        if reason:
+            refuse_deleted(self.study)
         if self.failures[member.host] >= MAX_FAILURES:
             self.let_go(member.host, reason)
         return [number]

@@ -56,7 +56,7 @@ def trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
 
 
 def log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
-    """Record the last epoch and the temperature on the trial and its run."""
+    """Record the last epoch and the temperature on the trial and its run, and check that MLflow has recorded the rest."""
     for metric in ("val_accuracy", "val_loss"):
         trial.set_user_attr(metric, fitted.last(metric))
     temperature = training.fit_temperature(fitted, data.validation)
@@ -64,6 +64,7 @@ def log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned:
     fluctuation = training.fluctuation(fitted.history["val_loss"])
     mlflow.log_metrics({"val_loss_fluctuation": fluctuation, "temperature": temperature})
     mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
+    tracking.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))
 
 
 class Pruning(keras.callbacks.Callback):

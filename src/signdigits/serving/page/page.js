@@ -1,9 +1,7 @@
 // Takes a photograph from a file, a drop or the camera, asks /invocations about it, and shows the answer or the trouble.
 
 const LONGEST_SIDE = 1024; // pixels; the network sees a tenth of it, and a telephone's photograph has 4000
-const MOST_BYTES = 20_000_000; // what the model takes in one photograph
 const PATIENCE = 30_000; // milliseconds that an answer may take
-const SENT_AS_THEY_ARE = ["image/jpeg", "image/png"]; // what the model decodes
 const TOKEN = "token"; // its name in the tab's storage
 const EMPTY = "Drop a photograph here";
 
@@ -22,6 +20,8 @@ const CAMERA_WORDS = {
   NotFoundError: "No camera was found. Choose a photograph instead.",
   NotReadableError: "The camera is used by another program. Close that one, or choose a photograph.",
 };
+
+const limits = fetch("limits.json").then((reply) => reply.json()); // the decoder's: max_bytes, media_types
 
 const page = (id) => document.getElementById(id);
 
@@ -112,16 +112,19 @@ async function take(file) {
  * browser cannot read either goes as it is: the server says what is wrong with it.
  */
 async function prepare(file) {
+  const { max_bytes, media_types } = await limits;
   let picture;
   try {
     picture = await createImageBitmap(file); // upright: the browser follows the EXIF orientation
   } catch {
-    if (file.size > MOST_BYTES) throw new Trouble("This file is no photograph, or is larger than 20 megabytes.");
+    if (file.size > max_bytes) {
+      throw new Trouble(`This file is no photograph, or is larger than ${Math.floor(max_bytes / 1e6)} megabytes.`);
+    }
     return { blob: file, shown: false };
   }
   const { width, height } = picture;
-  const small = Math.max(width, height) <= LONGEST_SIDE && file.size <= MOST_BYTES;
-  const kept = small && SENT_AS_THEY_ARE.includes(file.type);
+  const small = Math.max(width, height) <= LONGEST_SIDE && file.size <= max_bytes;
+  const kept = small && media_types.includes(file.type);
   const blob = kept ? file : await draw(picture, { left: 0, top: 0, width, height });
   picture.close();
   return { blob, shown: true };

@@ -1,0 +1,32 @@
+"""Tables as CSV text: the one place that reads and writes them, so that text stays text.
+
+pandas takes `None`, `NA`, `null` and `nan` for missing values, and `007` for a number, unless told otherwise. All may be
+names of classes, groups or files.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+
+def read(source: Path | str, is_number: Callable[[str], bool] = lambda column: False) -> pd.DataFrame:
+    """Read a CSV file, or the text of one. Columns are text, but for those that `is_number` selects by name.
+
+    Raises OSError or ValueError if it cannot be read.
+    """
+    stream = io.StringIO(source) if isinstance(source, str) else source
+    table = pd.read_csv(stream, dtype=str, keep_default_na=False, na_filter=False)
+    numbers = [column for column in table if is_number(str(column))]
+    return table.astype(dict.fromkeys(numbers, float))
+
+
+def write(table: pd.DataFrame) -> str:
+    """Return the table as CSV text, without its index; what is missing is empty."""
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def is_probability(column: str) -> bool:
+    """Tell the columns that hold probabilities: `probability`, and `p(CLASS)` of each class."""
+    return column == "probability" or column.startswith("p(")
