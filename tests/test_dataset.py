@@ -1,3 +1,5 @@
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,52 @@ def test_a_link_that_leads_nowhere_is_told_of(tmp_path: Path) -> None:
         dataset.scan(SourceParameters(data=str(folder)))
     found = dataset.scan(SourceParameters(data=str(folder), skip_unreadable=True))
     assert list(found.unreadable) == ["0/lost.jpg"]
+
+
+def test_junk_is_passed_over_at_every_depth(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    for name in (".ipynb_checkpoints", "__MACOSX", "more/.cache"):
+        (folder / "0" / name).mkdir(parents=True)
+        shutil.copy(folder / "0" / "IMG_0000.JPG", folder / "0" / name / "copy.JPG")
+    for name in ("Thumbs.db", "._IMG_0000.JPG", "more/desktop.ini"):
+        (folder / "0" / name).write_bytes(b"junk")
+    assert dataset.scan(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    (folder / "0" / "again").symlink_to(".")
+    (folder / "1" / "a").mkdir()
+    (folder / "1" / "a" / "up").symlink_to("../../1")
+    (folder / "2" / "twin.JPG").symlink_to("IMG_0000.JPG")
+    shutil.move(folder / "2" / "IMG_0001.JPG", tmp_path / "outside.JPG")
+    (folder / "2" / "linked.JPG").symlink_to(tmp_path / "outside.JPG")
+    assert dataset.scan(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
+
+
+@pytest.mark.parametrize("outer", [("train", "test"), ("alice", "bob"), ("fold1", "fold2", "fold3")])
+def test_classes_inside_other_folders_are_refused(tmp_path: Path, outer: tuple[str, ...]) -> None:
+    for name in outer:
+        write_photographs(tmp_path / "bars" / name)
+    with pytest.raises(DataError, match=r"each hold the folders 0, 1, 2, which seem to be the classes; pass --data"):
+        dataset.scan(SourceParameters(data=str(tmp_path / "bars")))
+
+
+def test_folders_inside_classes_are_read(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    for name in "012":
+        for inner in ("train", "test"):
+            (folder / name / inner).mkdir()
+        for number, path in enumerate(sorted((folder / name).glob("*.JPG"))):
+            path.rename(folder / name / ("train" if number % 2 else "test") / path.name)
+    assert dataset.scan(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
+
+
+@pytest.mark.parametrize("name", [b"0/caf\xe9.JPG", b"0/caf\xe9/IMG.JPG", b"caf\xe9/IMG.JPG"])
+def test_a_name_that_is_not_utf8_is_told_in_a_line(tmp_path: Path, name: bytes) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    path = folder / os.fsdecode(name)
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "0" / "IMG_0000.JPG", path)
+    with pytest.raises(DataError, match=r"udce9.*name.* is not UTF-8.*; rename it"):
+        dataset.scan(SourceParameters(data=str(folder)))

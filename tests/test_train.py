@@ -142,7 +142,7 @@ def test_what_was_trained_in_bfloat16_comes_back_in_float32_and_agrees(store: st
 def test_averaged_weights_are_validated_and_kept(store: str, loaded: data.Data) -> None:
     averaged = dataclasses.replace(SHORT, ema_momentum=0.9)
     fitted, plain = fit(loaded, averaged), fit(loaded, SHORT)
-    assert fitted.history["loss"] == plain.history["loss"], "the training is the same"
+    assert fitted.history["loss"] == pytest.approx(plain.history["loss"], rel=1e-4), "the training is the same"
     assert fitted.history["val_loss"] != plain.history["val_loss"]
     loss, accuracy = fitted.network.evaluate(loaded.validation.x, loaded.validation.y, batch_size=16, verbose=0)
     assert loss == pytest.approx(fitted.last("val_loss"))

@@ -1,0 +1,279 @@
+"""What others do to files, stores and terminals meanwhile: the rows of docs/what-happens-if.md."""
+
+import dataclasses
+import os
+import platform
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from signdigits import cli, evaluate, main, register, search, tracking, train
+from signdigits.errors import DataError, TrackingError
+from signdigits.hyperparameters import (
+    DataParameters,
+    Hyperparameters,
+    ModelParameters,
+    Range,
+    RefitParameters,
+    RegistryParameters,
+    Space,
+    StudyParameters,
+    VersionParameters,
+)
+from signdigits.network import training
+from signdigits.photographs import data
+
+from .conftest import command, use_store, wait_until, write_photographs
+
+SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
+STUDY = StudyParameters(n_trials=3, pruner="none")
+ONCE = RefitParameters(repeats=1)
+
+
+def during_the_second_trial(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Have somebody act on the stores when the second trial has been fitted."""
+    fits, original = [], training.fit
+
+    def fit(*arguments: object, **options: object) -> training.Fit:
+        fitted = original(*arguments, **options)  # type: ignore[arg-type]
+        fits.append(fitted)
+        if len(fits) == 2:
+            act()
+        return fitted
+
+    monkeypatch.setattr(training, "fit", fit)
+
+
+def runs(role: str) -> list[mlflow.entities.Run]:
+    return tracking.search_runs(f"tags.role = '{role}'", run_view_type=mlflow.entities.ViewType.ALL)
+
+
+@pytest.mark.parametrize("what", ["study", "experiment"])
+def test_deleting_the_study_ends_the_search(
+    store: str, loaded: data.Data, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def delete() -> None:
+        (study,) = runs("study")
+        if what == "study":
+            mlflow.delete_run(study.info.run_id)
+        else:
+            mlflow.delete_experiment(study.info.experiment_id)
+
+    during_the_second_trial(monkeypatch, delete)
+    with pytest.raises(TrackingError, match=r"was deleted.* bring it back with `mlflow runs restore --run-id"):
+        search.search(loaded, SPACE, STUDY)
+    monkeypatch.undo()
+    (study,) = runs("study")
+    if what == "study":
+        mlflow.MlflowClient().restore_run(study.info.run_id)
+    else:
+        mlflow.MlflowClient().restore_experiment(study.info.experiment_id)
+    again = search.search(loaded, SPACE, STUDY)
+    assert (again.run_id, again.finished) == (study.info.run_id, 3)
+
+
+def test_deleting_a_running_trial_costs_that_trial(
+    store: str, loaded: data.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during_the_second_trial(monkeypatch, lambda: mlflow.delete_run(runs("trial")[-1].info.run_id))
+    opened = search.search(loaded, SPACE, STUDY)
+    assert [trial.state.name for trial in opened.study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_lost_tracking_store_is_named_with_what_helps(store: str, loaded: data.Data, tmp_path: Path) -> None:
+    search.search(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1))
+    with use_store(tmp_path / "..") as uri:
+        mlflow.set_tracking_uri(f"{uri}.new")
+        mlflow.set_experiment("tests")
+        os.chdir(tmp_path)
+        with pytest.raises(TrackingError, match=r"does not hold run .* begin anew: a search with another --study_name"):
+            search.search(loaded, SPACE, STUDY)
+        assert search.search(loaded, SPACE, dataclasses.replace(STUDY, study_name="anew", n_trials=1)).finished == 1
+
+
+@pytest.mark.parametrize("when", ["moved", "changed"])
+def test_a_photograph_that_changes_meanwhile_is_named(store: str, tmp_path: Path, when: str) -> None:
+    folder = write_photographs(tmp_path / "bars")
+    source = DataParameters(data=str(folder), image_size=16)
+    loaded = data.load(source)
+    run_id = train.train(loaded, Hyperparameters(epochs=1))
+    first = folder / loaded.dataset.photographs[loaded.split.testing[0]].path
+    if when == "moved":
+        first.rename(tmp_path / "elsewhere.jpg")
+    else:
+        Image.new("RGB", (24, 24)).save(first)
+    message = "No such file.*put it back" if when == "moved" else "changed since the folder was read"
+    with tracking.run("evaluate", "evaluate"), pytest.raises(DataError, match=f"{first.name}: {message}"):
+        evaluate.score(tracking.find_model(run_id, ""), loaded.dataset)
+
+
+@pytest.mark.parametrize("statement", ["DROP TABLE runs", "CREATE TABLE _alembic_tmp_metrics (id INTEGER)"])
+def test_a_half_made_store_is_told_in_a_line(tmp_path: Path, statement: str) -> None:
+    """As a start leaves it that is killed while MLflow makes its tables."""
+    with use_store(tmp_path):
+        mlflow.search_experiments()
+    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")  # an early step
+        connection.execute(statement)
+    connection.close()
+    done = command("show", cwd=tmp_path, env=os.environ | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"})
+    assert done.returncode == 2
+    assert "its tables are not whole" in done.stderr
+    assert "remove it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_first_start_leaves_no_half_made_store(tmp_path: Path, number: int) -> None:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    line = [sys.executable, "-m", "signdigits", "show"]
+    first = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    wait_until(lambda: list(tmp_path.glob(".mlflow.db-*/mlflow.db")) or first.poll() is not None, seconds=60)
+    first.send_signal(number)
+    first.wait()
+    done = command("show", cwd=tmp_path, env=environment)
+    assert "it has no version; run scripts/quickstart" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("start", "alive"),
+    [("", True), ("its own", True), ("00000000-1", False), ("another-boot", False)],
+)
+def test_a_process_is_known_by_its_start_too(start: str, alive: bool) -> None:
+    """In a container every command is process 1."""
+    start = start.replace("its own", tracking.started(os.getpid()))
+    assert tracking.is_alive(f"{platform.node()}:{os.getpid()}:{start}") == alive
+
+
+@pytest.mark.parametrize("alias", ["champion", "challenger"])
+def test_a_deleted_alias_is_told_and_brought_back(
+    store: str, loaded: data.Data, caplog: pytest.LogCaptureFixture, alias: str
+) -> None:
+    registry = RegistryParameters(alias=alias)
+    main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, registry)
+    client = mlflow.MlflowClient()
+    client.delete_registered_model_alias(register.REGISTERED_MODEL, alias)
+    with caplog.at_level("INFO", "signdigits"):
+        main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, registry)
+    remedy = f"python -m signdigits register --version 1 --alias {alias}"
+    assert f"version 1, no alias; it was {alias}, and `{remedy}` makes it so again" in caplog.text
+    assert remedy in register.no_alias(alias)
+    register.register(ModelParameters(), VersionParameters(version=1, alias=alias))
+    assert register.aliases("1") == [alias]
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_ENABLE_ASYNC_LOGGING", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"])
+def test_mlflows_own_settings_lose_nothing(store: str, loaded: data.Data, photographs: Path, name: str) -> None:
+    line = ["search", "--data", str(photographs), "--image_size", "16", "--space", "notebook", "--n_trials", "2"]
+    done = command(*line, "--epochs", "3", env=os.environ | {name: "true"})
+    assert done.returncode == 0, done.stderr
+    for run in runs("trial"):
+        assert {"initial_learning_rate", "decay_rate", "epochs"} <= set(run.data.params)
+        assert len(mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_loss")) == 3
+
+
+@pytest.mark.parametrize(("params", "steps"), [({"epochs": 3, "dropout": 0.5}, 1), ({"epochs": 3}, 2)])
+def test_what_was_not_recorded_fails_the_run(store: str, params: dict[str, float], steps: int) -> None:
+    with tracking.run("train", "train"):
+        mlflow.log_param("epochs", 3)
+        mlflow.log_metric("val_accuracy", 0.5, step=0)
+        with pytest.raises(TrackingError, match=f"MLflow recorded 1 of {steps} values of val_accuracy"):
+            tracking.check_recorded(params, "val_accuracy", steps)
+
+
+@pytest.mark.parametrize("arguments", [["links"], ["prepare"]])
+def test_a_reader_that_stops_is_let_go(store: str, photographs: Path, arguments: list[str]) -> None:
+    if arguments == ["prepare"]:
+        arguments = ["prepare", "--data", str(photographs), "--image_size", "16"]
+    line = " ".join([sys.executable, "-u", "-m", "signdigits", *arguments])
+    done = subprocess.run(["bash", "-c", f"{line} | true"], text=True, capture_output=True, timeout=120)
+    assert "Logging error" not in done.stderr
+    assert "Traceback" not in done.stderr
+    if arguments[0] == "prepare":
+        (run,) = runs("prepare")
+        assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("six\nfingers"), MlflowException("no such table")])
+def test_an_unforeseen_error_is_one_line(
+    store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail() -> None:
+        with tracking.run("train", "train"):
+            raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "show", fail)
+    assert cli.main(["show"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"signdigits show: {type(error).__name__}: ")
+    assert f"/runs/{runs('train')[0].info.run_id}" in line
+    file = Path(line.partition("the traceback is in ")[2].partition(";")[0])
+    assert "Traceback" in file.read_text()
+    file.unlink()
+
+
+@pytest.mark.parametrize("name", ["cheap$$", "under_$score^2$", "pipe|and`tick`"])
+def test_names_are_text_in_every_picture(store: str, tmp_path: Path, name: str) -> None:
+    """Names of files and classes, through report, mistakes, MLflow's evaluation and tables."""
+    folder = write_photographs(tmp_path / "bars", classes=2)
+    (folder / "0").rename(folder / name)
+    for path in (folder / name).iterdir():
+        path.rename(path.with_stem(f"{path.stem}{name}"))
+    done = command("prepare", "--data", str(folder), "--image_size", "16")
+    assert done.returncode == 0, done.stderr
+    loaded = data.load(DataParameters(data=str(folder), image_size=16))
+    run_id = train.train(loaded, Hyperparameters(epochs=1, initial_learning_rate=1e-6))
+    evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
+    (run,) = runs("evaluate")
+    kept = {item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, "test")}
+    assert {"test/worst_mistakes.png", "test/per_class.csv"} <= kept
+    (report,) = runs("prepare")
+    assert "data/sample.png" in {item.path for item in mlflow.MlflowClient().list_artifacts(report.info.run_id, "data")}
+
+
+@pytest.mark.parametrize("classes", [("None", "NA"), ("nan", "null"), ("accuracy", "macro avg")])
+def test_class_names_are_text(store: str, tmp_path: Path, classes: tuple[str, str]) -> None:
+    folder = write_photographs(tmp_path / "bars", classes=2)
+    for number, name in enumerate(classes):
+        (folder / str(number)).rename(folder / name)
+    loaded = data.load(DataParameters(data=str(folder), image_size=16))
+    for epochs, rate in ((1, 1e-7), (10, 3e-3)):
+        run_id = train.train(loaded, Hyperparameters(epochs=epochs, initial_learning_rate=rate, batch_size=8))
+        scores = evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
+        decision = register.register(ModelParameters(run_id=run_id), VersionParameters(significance_level=0.5))
+    assert scores.test_accuracy == 1
+    assert decision.agreement is not None
+    assert decision.agreement.both + decision.agreement.challenger_only == scores.test_images
+
+
+def test_every_format_is_read_from_folder_to_endpoint(store: str, tmp_path: Path) -> None:
+    """Whatever the reader takes, the served model takes."""
+    folder = write_photographs(tmp_path / "bars")
+    for number, suffix in enumerate((".webp", ".bmp", ".gif", ".tif", ".png")):
+        for path in sorted((folder / "0").glob("*.JPG"))[: 4 if number < 4 else None]:
+            Image.open(path).save(path.with_suffix(suffix))
+            path.unlink()
+    loaded = data.load(DataParameters(data=str(folder), image_size=16))
+    run_id = train.train(loaded, Hyperparameters(epochs=1))
+    scores = evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
+    assert scores.test_images == len(loaded.split.testing)
+
+
+def test_a_data_url_is_a_photograph(champion: str, photographs: Path) -> None:
+    import base64
+
+    text = base64.b64encode((photographs / "1" / "IMG_0000.JPG").read_bytes()).decode()
+    served = mlflow.pyfunc.load_model("models:/sign-digits@champion")
+    plain, url, named = (
+        served.predict([{"image": image}])["label"][0]
+        for image in (text, f"data:image/jpeg;base64,{text}", f"data:image/jpeg;name=a.jpg;base64,{text}")
+    )
+    assert plain == url == named

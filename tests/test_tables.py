@@ -1,0 +1,36 @@
+import pandas as pd
+import pytest
+
+from signdigits import tables
+
+NAMES = [
+    "None",
+    "NA",
+    "null",
+    "nan",
+    "N/A",
+    "",
+    "007",
+    "1e3",
+    "True",
+    "-inf",
+    "2026-11-25",
+    'a "quoted", name',
+    "two\nlines",
+]
+
+
+def test_text_stays_text() -> None:
+    read = tables.read(tables.write(pd.DataFrame({"label": NAMES, "p(NA)": [0.5] * len(NAMES)})), tables.is_probability)
+    assert read["label"].tolist() == NAMES
+    assert read["p(NA)"].tolist() == [0.5] * len(NAMES)
+
+
+@pytest.mark.parametrize("column", ["probability", "p(0)", "p(None)"])
+def test_probabilities_are_numbers(column: str) -> None:
+    assert tables.is_probability(column)
+
+
+def test_a_damaged_table_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="EOF inside string"):
+        tables.read('path,group\n"0/a.jpg,1\n')
