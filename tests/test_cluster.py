@@ -142,7 +142,7 @@ def check(search: Search, output: str) -> None:
 
 def kill_worker(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
     victim = search.at_work()[0]
-    os.kill(int(victim.data.tags["process"].rpartition(":")[2]), signal.SIGKILL)
+    os.kill(int(victim.data.tags["process"].split(":")[1]), signal.SIGKILL)
     wait_until(lambda: mlflow.get_run(victim.info.run_id).info.status == "KILLED", seconds=60)
     assert victim.data.tags["trial"] in {str(trial.user_attrs.get("retry_of")) for trial in search.trials()}
     return driver

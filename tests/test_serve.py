@@ -299,6 +299,34 @@ def test_a_port_that_is_taken_is_told(first: Server, registry: Registry) -> None
     assert f"127.0.0.1:{first.port}: Address already in use; stop what listens there" in second.stderr
 
 
+@pytest.mark.parametrize("answer", [None, RuntimeError("no route to host")])
+def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Exception | None
+) -> None:
+    back = threading.Event()
+
+    def find_alias(alias: str) -> None:
+        back.wait(60)
+        if answer:
+            raise answer
+
+    monkeypatch.setattr(register, "find_alias", find_alias)
+    supervisor = serve.Supervisor(ServeParameters(poll=0.01), "nginx", tmp_path)
+    supervisor.live = object()  # type: ignore[assignment]  # somebody answers, and is not asked
+    started_at = time.monotonic()
+    for _ in range(3):
+        time.sleep(0.02)
+        supervisor.look()
+    assert time.monotonic() - started_at < 30, "the look is still waiting, and nobody with it"
+    looking = supervisor.looking
+    assert looking is not None
+    assert not looking.done()
+    back.set()
+    wait_until(looking.done, seconds=30)
+    supervisor.look()
+    assert supervisor.looking is None
+
+
 def test_a_killed_supervisor_leaves_nobody_behind_and_the_next_serves_what_was_served(
     registry: Registry, tmp_path: Path
 ) -> None:
