@@ -156,7 +156,7 @@ def plain_loop(loaded: data.Data, seed: int) -> list[Ended]:
     def objective(trial: optuna.Trial) -> float:
         drawn = SPACE.complete(
             {
-                "initial_learning_rate": trial.suggest_float("initial_learning_rate", 1e-4, 1e-2, log=True),
+                "initial_learning_rate": trial.suggest_float("initial_learning_rate", 1e-4, 5e-3, log=True),
                 "decay_rate": trial.suggest_float("decay_rate", 0.1, 1.0),
                 "epochs": trial.suggest_int("epochs", 5, 20),
             }
