@@ -16,7 +16,7 @@ from signdigits.hyperparameters import LinkParameters
 from . import browser
 
 DOCS = Path(__file__).parents[1] / "docs"
-PLOTTED = ("augmentation", "batch_size", "conv_blocks", "decay_rate", "initial_learning_rate")
+PLOTTED = ("initial_learning_rate", "decay_rate", "epochs")
 
 
 def main() -> None:

@@ -252,10 +252,18 @@ def test_a_large_photograph_is_sent_smaller_and_upright(page: Page, made: Made) 
     expect_answer(page, "0")
 
 
-def test_what_only_the_browser_can_read_is_sent_as_jpeg(page: Page, made: Made) -> None:
+def test_what_the_model_reads_is_sent_as_it_is(page: Page, made: Made) -> None:
     buffer = io.BytesIO()
     Image.open(made.photographs / "2" / "IMG_0004.JPG").resize((96, 96)).save(buffer, "WEBP", quality=95)
     picture = sent(page, lambda: choose(page, file("hand.webp", buffer.getvalue(), "image/webp")))
+    assert (picture.format, picture.size) == ("WEBP", (96, 96))
+    expect_answer(page, "2")
+
+
+def test_what_only_the_browser_can_read_is_sent_as_jpeg(page: Page, made: Made) -> None:
+    buffer = io.BytesIO()
+    Image.open(made.photographs / "2" / "IMG_0004.JPG").resize((96, 96)).save(buffer, "AVIF", quality=95)
+    picture = sent(page, lambda: choose(page, file("hand.avif", buffer.getvalue(), "image/avif")))
     assert (picture.format, picture.size) == ("JPEG", (96, 96))
     expect_answer(page, "2")
 

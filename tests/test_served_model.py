@@ -150,7 +150,7 @@ def test_a_request_of_a_thousand_photographs_is_answered_in_order(served: Served
 
 
 GOOD = text(encode(Image.new("RGB", (20, 20)), "PNG"))
-LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2600, 2600, 3), np.uint8))  # 20.3 MB as PNG
+LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3700, 3700, 3), np.uint8))  # 41.1 MB as PNG
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2600, 2600, 3
         (records(5), "row 0: not base64 text of a photograph but int"),
         (records({"a": 1}), "row 0: not base64 text of a photograph but dict"),
         (records(text(encode(Image.new("RGB", (99, 99), "red"), "JPEG")[:-100])), "row 0: truncated or damaged"),
-        (records(text(encode(Image.new("RGB", (9, 9)), "GIF"))), "row 0: format GIF is not one of JPEG, MPO, PNG"),
-        (records(text(encode(Image.new("1", (9000, 9000)), "PNG"))), "row 0: 9000x9000 pixels are more than"),
+        (records(text(encode(Image.new("RGB", (9, 9)), "PPM"))), "row 0: format PPM is not one of BMP, GIF, JPEG"),
+        (records(text(encode(Image.new("1", (11000, 11000)), "PNG"))), "row 0: 11000x11000 pixels are more than"),
         (records(text(encode(Image.new("1", (20000, 20000)), "PNG"))), "row 0: not a readable image"),
-        (records(text(encode(LARGE, "PNG"))), "bytes are more than the 20,000,000 allowed"),
+        (records(text(encode(LARGE, "PNG"))), "row 0: more than the 40,000,000 bytes allowed"),
         ({"dataframe_records": []}, "Model is missing inputs ['image']"),
         ({"dataframe_split": {"columns": ["image"], "data": []}}, "no rows: send one photograph or more"),
         ({"dataframe_records": [{"photo": GOOD}]}, "Model is missing inputs ['image']"),

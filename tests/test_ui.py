@@ -33,9 +33,9 @@ from . import browser
 
 pytestmark = pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Chromium")
 
-DIFFERING = {"decay_rate", "initial_learning_rate"}  # of what is searched: all trials are trained for the same epochs
-SPACE = Space.of("notebook", epochs=Range(1, 3), batch_size=16, initial_learning_rate=Range(1e-4, 1e-3, log=True))
-STUDY = StudyParameters(n_trials=3, pruner="none")
+SEARCHED = {"decay_rate", "initial_learning_rate", "epochs"}
+SPACE = Space.of("notebook", epochs=Range(1, 4), batch_size=16, initial_learning_rate=Range(1e-4, 1e-3, log=True))
+STUDY = StudyParameters(n_trials=4, pruner="none")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def window() -> Iterator[Browser]:
 
 
 def test_the_trials_and_the_refit_are_nested_under_their_study(window: Browser, finished: Finished) -> None:
-    nested = ["refit, seed 1337", "trial-002", "trial-001", "trial-000"]
+    nested = ["refit, seed 1337", "trial-003", "trial-002", "trial-001", "trial-000"]
     study = finished.study.info.run_name
     with browser.opened(window, finished.runs) as page:
         names = page.locator('[role="gridcell"] a[href*="/runs/"]')
@@ -93,8 +93,9 @@ def test_the_compare_view_plots_what_was_searched_against_validation_accuracy(
     window: Browser, finished: Finished
 ) -> None:
     with browser.opened(window, finished.trials) as page:
-        expect(page.get_by_role("heading", name="Comparing 3 Runs from 1 Experiment")).to_be_visible()
-        assert {*DIFFERING, "val_accuracy"} <= set(browser.plot(page, "val_accuracy").all_text_contents())
+        expect(page.get_by_role("heading", name="Comparing 4 Runs from 1 Experiment")).to_be_visible()
+        axes = browser.plot(page, "val_accuracy", sorted(SEARCHED))
+        assert {*SEARCHED, "val_accuracy"} == set(axes.all_text_contents())
 
 
 def test_the_studys_run_shows_its_pictures(window: Browser, finished: Finished) -> None:
