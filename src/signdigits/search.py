@@ -25,7 +25,7 @@ from signdigits.photographs.data import Data
 from signdigits.tuning import executors, storage
 from signdigits.tuning.objective import TrialContext
 from signdigits.tuning.progress import shown
-from signdigits.tuning.study import FINISHED, automatic_name, identity, load_study, ranked, reconcile
+from signdigits.tuning.study import automatic_name, count_finished, identity, load_study, ranked, reconcile
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Search:
 
     @property
     def finished(self) -> int:
-        return len(self.study.get_trials(deepcopy=False, states=FINISHED))
+        return count_finished(self.study)
 
 
 def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
@@ -97,7 +97,7 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
 def study_run(study: optuna.Study) -> Iterator[str]:
     """Open the study's run, or continue it; then the run that `mlflow run` launched records how many trials this start added."""
     run_id = study.user_attrs.get("mlflow_run_id")
-    before = len(study.get_trials(deepcopy=False, states=FINISHED))
+    before = count_finished(study)
     launched = tracking.launched_run()
     with tracking.run("study", study.study_name, run_id=run_id) as run:
         study.set_user_attr("mlflow_run_id", run.info.run_id)
@@ -105,7 +105,7 @@ def study_run(study: optuna.Study) -> Iterator[str]:
             yield run.info.run_id
         finally:
             if launched not in (None, run.info.run_id):
-                added = len(study.get_trials(deepcopy=False, states=FINISHED)) - before
+                added = count_finished(study) - before
                 mlflow.MlflowClient().log_metric(launched, "trials_added", added)
 
 

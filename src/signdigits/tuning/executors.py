@@ -21,7 +21,7 @@ from signdigits.hyperparameters import DataParameters, Space, StudyParameters
 from signdigits.photographs import sources
 from signdigits.tuning import dataset_transfer, storage
 from signdigits.tuning.progress import Progress
-from signdigits.tuning.study import FAILURE_REASON, FINISHED, make_sampler, retry_interrupted
+from signdigits.tuning.study import FAILURE_REASON, FINISHED, count_finished, make_sampler, retry_interrupted
 
 if TYPE_CHECKING:  # a worker imports TensorFlow when it knows on how many threads
     from signdigits.tuning.objective import TrialContext
@@ -34,13 +34,13 @@ MAX_FAILURES = 3  # in a row: then the fault lies with the data, the settings or
 def run_trials(study: optuna.Study, context: "TrialContext", parameters: StudyParameters) -> None:
     """Bring the study to `n_trials` finished trials, or run until its time is up."""
     progress = Progress(parameters)
-    log.info("study %s: %d of %d trials are finished", study.study_name, progress.finished(study), parameters.n_trials)
-    if progress.finished(study) < parameters.n_trials:
+    log.info("study %s: %d of %d trials are finished", study.study_name, count_finished(study), parameters.n_trials)
+    if count_finished(study) < parameters.n_trials:
         if is_distributed(parameters):
             run_on_workers(study, context, parameters, progress)
         else:
             run_here(study, context, parameters, progress)
-    if (finished := progress.finished(study)) < parameters.n_trials:
+    if (finished := count_finished(study)) < parameters.n_trials:
         log.info("time is up after %d of %d trials; the same command goes on", finished, parameters.n_trials)
 
 
@@ -183,7 +183,7 @@ class RayExecutor:
                 progress(self.study, self.study.get_trials(deepcopy=False)[number])
 
     def missing(self, progress: Progress) -> int:
-        finished = progress.finished(self.study)
+        finished = count_finished(self.study)
         if finished and progress.is_time_up:
             return 0
         return self.parameters.n_trials - finished - len(self.busy)

@@ -25,9 +25,6 @@ class Progress:
         if reason:
             log.warning("trial %d failed: %s", trial.number, reason)
 
-    def finished(self, study: optuna.Study) -> int:
-        return len(study.get_trials(deepcopy=False, states=FINISHED))
-
     @property
     def is_time_up(self) -> bool:
         return bool(self.parameters.timeout) and time.monotonic() - self.started >= self.parameters.timeout

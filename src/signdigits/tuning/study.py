@@ -98,6 +98,10 @@ def ranked(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(kept, key=lambda trial: (sign * (trial.value or 0.0), trial.user_attrs.get("val_loss", 0.0)))
 
 
+def count_finished(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
 def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
