@@ -49,7 +49,7 @@ def main() -> int:
 
 def markdown(found: list[Row]) -> str:
     head = ("what", "against", "result", "should reach", "measured")
-    return tracking.markdown([head, *(shown(row) for row in found)])
+    return tracking.markdown_table([head, *(shown(row) for row in found)])
 
 
 def shown(row: Row) -> tuple[str, ...]:
@@ -60,11 +60,11 @@ def shown(row: Row) -> tuple[str, ...]:
 def record(found: list[Row]) -> None:
     """Write the table to a run of its own."""
     tracking.open_experiment("benchmark")
-    with tracking.run("benchmark", "benchmark"):
+    with tracking.start_run("benchmark", "benchmark"):
         tracking.log_versions()
         mlflow.log_dict({"machine": machine(), "rows": [asdict(row) for row in found]}, "benchmark.json")
         mlflow.log_text(markdown(found), "benchmark.md")
-        tracking.describe(f"{machine()}\n\n{markdown(found)}")
+        tracking.set_description(f"{machine()}\n\n{markdown(found)}")
 
 
 def machine() -> str:

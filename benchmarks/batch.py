@@ -10,24 +10,25 @@ from ai_edge_litert.interpreter import Interpreter
 
 from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import predict, tracking
-from signdigits.artifact import package
-from signdigits.hyperparameters import DataParameters, PredictParameters
-from signdigits.network import model
-from signdigits.photographs import data, images
-from signdigits.predictions import listing, parts
-from signdigits.predictions.listing import Listing
+from signdigits.batch import inputs
+from signdigits.batch.inputs import BatchInput
+from signdigits.batch.output import BatchJob, lock_output
+from signdigits.config import DataParameters, PredictParameters
+from signdigits.data import images, loading
+from signdigits.model import architecture
+from signdigits.packaging import package
 
 ROUNDS = 5
 ENOUGH = 2000  # photographs of a round, so that what a start costs is not what is measured
 
 
 def rows(photographs: str) -> list[Row]:
-    loaded = data.load(DataParameters(data=photographs))
+    loaded = loading.load_data(DataParameters(data=photographs))
     with temporary_store("batch") as folder:
-        with tracking.run("train", "train"):
-            info = package.log_model(model.build((100, 100, 3), 10), 1.0, loaded, {})
-        found = listing.find(str(loaded.dataset.folder), Path(folder, "tables"))
-        found = Listing(found.name, found.folder, found.paths[:ENOUGH])
+        with tracking.start_run("train", "train"):
+            info = package.log_model(architecture.build_network((100, 100, 3), 10), 1.0, loaded, {})
+        found = inputs.find_inputs(str(loaded.dataset.folder), Path(folder, "tables"))
+        found = BatchInput(found.name, found.folder, found.paths[:ENOUGH])
         parameters = PredictParameters(images=str(found.folder), output=folder, model_uri=info.model_uri)
         network = Path(mlflow.artifacts.download_artifacts(info.model_uri), "artifacts", "network.tflite")
         rounds = itertools.count()
@@ -49,24 +50,24 @@ def rows(photographs: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def bare_loop(network: Path, found: Listing) -> list[np.ndarray]:
+def bare_loop(network: Path, found: BatchInput) -> list[np.ndarray]:
     interpreter = Interpreter(str(network), num_threads=1)
     interpreter.allocate_tensors()
     (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
     answers = []
     for path in found.paths:
-        array = images.decode((found.folder / path).read_bytes(), 100, "rgb")
+        array = images.decode_image((found.folder / path).read_bytes(), 100, "rgb")
         interpreter.set_tensor(taken["index"], array[np.newaxis].astype(np.float32))
         interpreter.invoke()
         answers.append(interpreter.get_tensor(given["index"])[0])
     return answers
 
 
-def into_tables(found: Listing, parameters: PredictParameters, target: Path) -> None:
+def into_tables(found: BatchInput, parameters: PredictParameters, target: Path) -> None:
     """All that grows with the number of photographs: reading, answering, part files, tables."""
     served = tracking.find_model("", parameters.model_uri)
-    job = parts.Job(served.model_id, "1", parameters.images, found.digest, len(found.paths))
-    with parts.hold(target, job) as output:
-        chunks = predict.divide(found)
-        predict.score(output, chunks, served, parameters)
+    job = BatchJob(served.model_id, "1", parameters.images, found.digest, len(found.paths))
+    with lock_output(target, job) as output:
+        chunks = predict.split_into_chunks(found)
+        predict.score_missing(output, chunks, served, parameters)
         output.assemble(len(chunks))

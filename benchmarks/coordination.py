@@ -20,11 +20,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from benchmarks.measure import Row
 from benchmarks.sleeper import SECONDS, Sleeper
-from signdigits import cluster, search, tracking
-from signdigits.hyperparameters import DataParameters, Space, StudyParameters
-from signdigits.photographs import data
+from signdigits import ray_cluster, search, tracking
+from signdigits.config import DataParameters, Space, StudyParameters
+from signdigits.data import loading
 from signdigits.tuning import executors
-from signdigits.tuning.progress import Progress
+from signdigits.tuning.progress import SearchProgress
 from signdigits.tuning.study import STARTUP_TRIALS, make_sampler
 
 WORKERS = (1, 8, 32, 64)
@@ -63,7 +63,7 @@ class Carried:
 
 
 def rows(photographs: str) -> list[Row]:
-    loaded = data.load(DataParameters(data=photographs))
+    loaded = loading.load_data(DataParameters(data=photographs))
     carried = [measure(loaded, workers) for workers in WORKERS]
     print(f"drawing a trial beside {CROWD} that run: {crowded(loaded):.2f} s", file=sys.stderr, flush=True)
     return [
@@ -77,17 +77,20 @@ def rows(photographs: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def measure(loaded: data.Data, workers: int) -> Carried:
+def measure(loaded: loading.Data, workers: int) -> Carried:
     """A study of sleeping trials. The first of each worker starts its process, and does not count."""
     parameters = sleeping(workers)
-    with search.open_study(loaded, Space.of("notebook"), parameters) as opened, cluster.cluster(parameters, cpus=0):
+    with (
+        search.open_study(loaded, Space.of("notebook"), parameters) as opened,
+        ray_cluster.connect_ray(parameters, cpus=0),
+    ):
         config = executors.worker_config(opened.study, opened.context, parameters, cpus=0)
         executor = executors.RayExecutor(config, opened.study, parameters, kind=Sleeper)
-        executor.run(Progress(parameters))
+        executor.run(SearchProgress(parameters))
         trials = EACH * workers
         before = processor_seconds()
         executor.parameters = replace(parameters, n_trials=workers + trials)
-        executor.run(Progress(executor.parameters))
+        executor.run(SearchProgress(executor.parameters))
         used = {part: after - before[part] for part, after in processor_seconds().items()}
         filling, rate = pace([trial.datetime_start for trial in opened.study.trials[workers:]], workers)
         asking = drawing(opened, workers)
@@ -105,7 +108,7 @@ def sleeping(workers: int) -> StudyParameters:
     )  # fmt: skip
 
 
-def crowded(loaded: data.Data) -> float:
+def crowded(loaded: loading.Data) -> float:
     """Seconds to draw a trial beside `CROWD` that run, of a study with as many complete ones as the sampler waits for."""
     with search.open_study(loaded, Space.of("notebook"), sleeping(CROWD)) as opened:
         complete = like_the_first(opened, value=0.5)

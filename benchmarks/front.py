@@ -21,10 +21,10 @@ from benchmarks.load import Load, until
 from benchmarks.measure import Row, in_turns, temporary_store
 from benchmarks.saturation import memory, saturate
 from signdigits import register, tracking
-from signdigits.artifact import package
-from signdigits.hyperparameters import DataParameters, ServeParameters
-from signdigits.network import model
-from signdigits.photographs import data
+from signdigits.config import DataParameters, ServeParameters
+from signdigits.data import loading
+from signdigits.model import architecture
+from signdigits.packaging import package
 from signdigits.serving import processes
 
 PROCESSES = 2
@@ -59,7 +59,7 @@ def rows(
     connections: int = 200,
     mutated: int = 10_000,
 ) -> list[Row]:
-    loaded = data.load(DataParameters(data=photographs))
+    loaded = loading.load_data(DataParameters(data=photographs))
     body = json.dumps({"dataframe_records": [serving.encode(loaded, 0)]}).encode()
     with temporary_store("front") as name, contextlib.ExitStack() as servers:
         folder = Path(name)
@@ -75,10 +75,10 @@ def rows(
     return found
 
 
-def register_model(loaded: data.Data) -> str:
+def register_model(loaded: loading.Data) -> str:
     """An untrained network as the next version, and its address."""
-    network = model.build((100, 100, 3), len(loaded.dataset.class_names))
-    with tracking.run("train", "train"):
+    network = architecture.build_network((100, 100, 3), len(loaded.dataset.class_names))
+    with tracking.start_run("train", "train"):
         uri: str = package.log_model(network, 1.0, loaded, {}).model_uri
     mlflow.register_model(uri, register.REGISTERED_MODEL)
     return uri
@@ -108,7 +108,7 @@ def started(folder: Path, body: bytes) -> Iterator[Server]:
         process.wait()
 
 
-def added(server: Server, direct: int, loaded: data.Data, rounds: int) -> Row:
+def added(server: Server, direct: int, loaded: loading.Data, rounds: int) -> Row:
     one = {"dataframe_records": [serving.encode(loaded, 0)]}
     ways = {"front": serving.asker(server.port, one), "direct": serving.asker(direct, one)}
     took = {name: seconds * 1000 for name, seconds in in_turns(ways, rounds).items()}
@@ -165,7 +165,7 @@ def back(server: Server, path: Path, victim: int) -> bool:
     if server.endpoints().get(path, victim) == victim:
         return False
     try:
-        return processes.ask(path, "GET", "/ping", timeout=1).status == 200
+        return processes.send_request(path, "GET", "/ping", timeout=1).status == 200
     except (OSError, http.client.HTTPException):
         return False
 

@@ -19,9 +19,9 @@ from PIL import Image, ImageOps
 
 from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import search, startup
-from signdigits.hyperparameters import DataParameters, Hyperparameters, SourceParameters, Space, StudyParameters
-from signdigits.network import input_pipeline, model
-from signdigits.photographs import data, dataset, sources
+from signdigits.config import DataParameters, Hyperparameters, SourceParameters, Space, StudyParameters
+from signdigits.data import dataset, loading, sources
+from signdigits.model import architecture, input_pipeline
 
 FACTORS = (10, 100)
 EPOCHS = {1: 10, 10: 2, 100: 1}  # that are timed, after one that is not
@@ -37,7 +37,7 @@ def rows(photographs: str) -> list[Row]:
 
 def images(photographs: str) -> list[Row]:
     """Time per image and epoch, and peak memory; each number of images in a process of its own."""
-    originals = sources.resolve(photographs).resolve()
+    originals = sources.resolve_source(photographs).resolve()
     found = {1: in_a_process(originals, 1)}
     for factor in FACTORS:
         with TemporaryDirectory(dir=".") as folder:
@@ -61,7 +61,7 @@ def images(photographs: str) -> list[Row]:
 
 def copy(originals: Path, target: Path, times: int) -> None:
     """Fill `target` with so many copies of each photograph, each a little darker or lighter, shifted, and noisy."""
-    found = dataset.scan(SourceParameters(data=str(originals)))
+    found = dataset.scan_dataset(SourceParameters(data=str(originals)))
     for name in found.class_names:
         (target / name).mkdir(parents=True)
 
@@ -76,7 +76,7 @@ def copy(originals: Path, target: Path, times: int) -> None:
             name = f"{path.stem}-{number}-{version:03d}.jpg"
             Image.fromarray(changed).save(target / found.class_names[photograph.label] / name, quality=90)
 
-    for _ in dataset.in_threads(write, range(len(found.photographs)), f"copying {times} times"):
+    for _ in dataset.map_in_threads(write, range(len(found.photographs)), f"copying {times} times"):
         pass
 
 
@@ -95,12 +95,12 @@ def measure(photographs: Path, epochs: int) -> dict[str, float]:
 
 def measure_here(photographs: Path, epochs: int) -> dict[str, float]:
     started = time.perf_counter()
-    loaded = data.load(DataParameters(data=str(photographs)))
+    loaded = loading.load_data(DataParameters(data=str(photographs)))
     load = time.perf_counter() - started
-    network = model.build(
-        loaded.fitting.shape, len(loaded.dataset.class_names), precision=model.resolve_precision("auto")
+    network = architecture.build_network(
+        loaded.fitting.shape, len(loaded.dataset.class_names), precision=architecture.resolve_precision("auto")
     )
-    model.compile_network(network, Hyperparameters())
+    architecture.compile_network(network, Hyperparameters())
     batches = input_pipeline.training_batches(loaded.fitting, BATCH, 1.0, seed=0)
     steps = input_pipeline.steps_per_epoch(loaded.fitting, BATCH)
     network.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
@@ -114,7 +114,7 @@ def measure_here(photographs: Path, epochs: int) -> dict[str, float]:
 
 def trials(photographs: str) -> Row:
     """What a trial that trains next to nothing costs in a study of a thousand, against one of its first."""
-    loaded = tiny(data.load(DataParameters(data=photographs, image_size=TINY)))
+    loaded = tiny(loading.load_data(DataParameters(data=photographs, image_size=TINY)))
     with temporary_store("growth") as folder:
         space = Space.of("notebook", epochs=1)
         young = StudyParameters(study_name="young", pruner="median", storage=f"sqlite:///{folder}/optuna.db")
@@ -130,12 +130,12 @@ def trials(photographs: str) -> Row:
     return Row(f"a trial in a study of {TRIALS}", f"one of the first {ROUNDS}", last / first, 2.0, False, detail)
 
 
-def tiny(loaded: data.Data) -> data.Data:
+def tiny(loaded: loading.Data) -> loading.Data:
     """The data with all but a hundred of the training and the validation images left out."""
     kept = np.concatenate([loaded.split.training[:100], loaded.split.validation[:100]])
     numbers = np.concatenate([np.arange(100), len(loaded.split.training) + np.arange(100)])
     split = replace(loaded.split, training=kept[:100], validation=kept[100:])
-    return replace(loaded, split=split, fitting=data.Images(loaded.fitting.x[numbers], loaded.fitting.y[numbers]))
+    return replace(loaded, split=split, fitting=loading.Images(loaded.fitting.x[numbers], loaded.fitting.y[numbers]))
 
 
 def fill(opened: search.Search) -> None:
@@ -167,6 +167,6 @@ def next_trial(opened: search.Search) -> Callable[[], object]:
     """The search, asked for one more finished trial."""
 
     def run() -> None:
-        search.run_trials(replace(opened, parameters=replace(opened.parameters, n_trials=opened.finished + 1)))
+        search.run_missing_trials(replace(opened, parameters=replace(opened.parameters, n_trials=opened.finished + 1)))
 
     return run

@@ -57,7 +57,7 @@ def temporary_store(experiment: str) -> Iterator[str]:
 
 def part(name: str, photographs: str) -> list[Row]:
     """The rows of one part, without what the peers would say meanwhile: a warning an epoch, for thousands of epochs."""
-    startup.set_up_mlflow()
+    startup.configure_mlflow()
     startup.import_tensorflow()
     for peer in ("mlflow", "absl", "tensorflow"):
         logging.getLogger(peer).setLevel(logging.ERROR)

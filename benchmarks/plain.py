@@ -4,20 +4,20 @@ import keras
 import mlflow
 import mlflow.tensorflow
 
-from signdigits.hyperparameters import Hyperparameters
-from signdigits.network import model
-from signdigits.photographs import data
+from signdigits.config import Hyperparameters
+from signdigits.data import loading
+from signdigits.model import architecture
 
 
-def compiled(loaded: data.Data, hyperparameters: Hyperparameters, precision: str = "float32") -> keras.Model:
+def compiled(loaded: loading.Data, hyperparameters: Hyperparameters, precision: str = "float32") -> keras.Model:
     """The notebook's network, new."""
     keras.utils.set_random_seed(hyperparameters.seed)
-    network = model.build(loaded.training.shape, len(loaded.dataset.class_names), precision=precision)
-    model.compile_network(network, hyperparameters)
+    network = architecture.build_network(loaded.training.shape, len(loaded.dataset.class_names), precision=precision)
+    architecture.compile_network(network, hyperparameters)
     return network
 
 
-def run(loaded: data.Data, hyperparameters: Hyperparameters, precision: str = "float32") -> list[float]:
+def run(loaded: loading.Data, hyperparameters: Hyperparameters, precision: str = "float32") -> list[float]:
     """A training in a nested run, with autolog's defaults; the validation accuracy of each epoch."""
     mlflow.tensorflow.autolog(disable=False)
     with mlflow.start_run(nested=True):

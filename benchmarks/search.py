@@ -30,8 +30,8 @@ from optuna.trial import TrialState
 from benchmarks import plain
 from benchmarks.measure import Row, temporary_store
 from signdigits import search
-from signdigits.hyperparameters import DataParameters, Range, Space, StudyParameters
-from signdigits.photographs import data
+from signdigits.config import DataParameters, Range, Space, StudyParameters
+from signdigits.data import loading
 from signdigits.tuning.study import make_pruner
 
 SEEDS = (1337, 1338, 1339)
@@ -71,7 +71,7 @@ class Compared:
 
 
 def rows(photographs: str) -> list[Row]:
-    loaded = data.load(DataParameters(data=photographs))
+    loaded = loading.load_data(DataParameters(data=photographs))
     found = [kept(loaded, seed) for seed in SEEDS]
     return [
         against(found, "plain", "a plain Optuna loop, autolog's defaults", 4.0),
@@ -117,7 +117,7 @@ def replay(forty: list[Ended], pruner: str) -> tuple[float, float]:
     return trained / sum(len(one.curve) for one in forty), max(one.accuracy for one in forty) - best
 
 
-def kept(loaded: data.Data, seed: int) -> Compared:
+def kept(loaded: loading.Data, seed: int) -> Compared:
     """`compare`, or what it has measured before."""
     code = [path.read_bytes() for path in sorted([*Path("src/signdigits").rglob("*.py"), Path(__file__)])]
     key = hashlib.sha256(b"\0".join([*code, loaded.split.digest.encode(), platform.node().encode()])).hexdigest()[:16]
@@ -133,7 +133,7 @@ def kept(loaded: data.Data, seed: int) -> Compared:
     return found
 
 
-def compare(loaded: data.Data, seed: int) -> Compared:
+def compare(loaded: loading.Data, seed: int) -> Compared:
     """Run each until it has found what is near the best of the plain loop's forty trials."""
     with temporary_store("search") as folder:
         forty = plain_loop(loaded, seed)
@@ -149,7 +149,7 @@ def compare(loaded: data.Data, seed: int) -> Compared:
     return compared
 
 
-def plain_loop(loaded: data.Data, seed: int) -> list[Ended]:
+def plain_loop(loaded: loading.Data, seed: int) -> list[Ended]:
     """Forty full trials as somebody writes them who turns autologging on and thinks no more of it."""
     started, ended = time.perf_counter(), []
 
@@ -171,7 +171,7 @@ def plain_loop(loaded: data.Data, seed: int) -> list[Ended]:
     return ended
 
 
-def ours(loaded: data.Data, seed: int, target: float, folder: str) -> float:
+def ours(loaded: loading.Data, seed: int, target: float, folder: str) -> float:
     """This project's search, one trial after the other, until one reaches the target."""
     storage = f"sqlite:///{folder}/optuna.db"
     started = time.perf_counter()
@@ -179,13 +179,13 @@ def ours(loaded: data.Data, seed: int, target: float, folder: str) -> float:
         loaded, Space.of("notebook", epochs=EPOCHS, seed=seed), StudyParameters(space="notebook", storage=storage)
     ) as opened:
         for n_trials in range(1, 10 * TRIALS):
-            search.run_trials(replace(opened, parameters=replace(opened.parameters, n_trials=n_trials)))
+            search.run_missing_trials(replace(opened, parameters=replace(opened.parameters, n_trials=n_trials)))
             if (opened.best.value or 0.0) >= target:
                 break
         return time.perf_counter() - started
 
 
-def hyperband(loaded: data.Data, seed: int, target: float, folder: str) -> tuple[float, bool]:
+def hyperband(loaded: loading.Data, seed: int, target: float, folder: str) -> tuple[float, bool]:
     """Keras Tuner's Hyperband, without MLflow; it has its own idea of how long to train, up to as many epochs.
 
     Its seconds, and whether it gave up before it reached the target.

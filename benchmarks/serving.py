@@ -22,10 +22,10 @@ import tensorflow as tf
 
 from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import tracking
-from signdigits.artifact import package
-from signdigits.hyperparameters import DataParameters
-from signdigits.network import model
-from signdigits.photographs import data
+from signdigits.config import DataParameters
+from signdigits.data import loading
+from signdigits.model import architecture
+from signdigits.packaging import package
 
 # An endpoint that is asked finds its own code and weights in the caches, not what another server's threads have left there.
 ROUNDS, EACH = 20, 10
@@ -41,8 +41,8 @@ class Nothing(mlflow.pyfunc.PythonModel):
 
 
 def rows(photographs: str) -> list[Row]:
-    loaded = data.load(DataParameters(data=photographs))
-    network = model.build((100, 100, 3), 10)
+    loaded = loading.load_data(DataParameters(data=photographs))
+    network = architecture.build_network((100, 100, 3), 10)
     with temporary_store("serving") as folder, contextlib.ExitStack() as servers:
         uris = log_models(network, loaded)
         ports = {name: servers.enter_context(serving(uri, Path(folder))) for name, uri in uris.items()}
@@ -76,9 +76,9 @@ def rows(photographs: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def log_models(network: Any, loaded: data.Data) -> dict[str, str]:
+def log_models(network: Any, loaded: loading.Data) -> dict[str, str]:
     """The three models, logged; their addresses."""
-    with tracking.run("train", "train"):
+    with tracking.start_run("train", "train"):
         ours = package.log_model(network, 1.0, loaded, {}).model_uri
         stock = mlflow.tensorflow.log_model(network, name="stock", input_example=loaded.training.x[:1]).model_uri
         nothing = mlflow.pyfunc.log_model(
@@ -87,7 +87,7 @@ def log_models(network: Any, loaded: data.Data) -> dict[str, str]:
     return {"ours": ours, "stock": stock, "nothing": nothing}
 
 
-def encode(loaded: data.Data, index: int) -> dict[str, str]:
+def encode(loaded: loading.Data, index: int) -> dict[str, str]:
     photograph = loaded.dataset.photographs[loaded.split.training[index]]
     return {"image": base64.b64encode((loaded.dataset.folder / photograph.path).read_bytes()).decode()}
 
@@ -107,7 +107,7 @@ def asker(port: int, body: Any) -> Callable[[], object]:
     return ask
 
 
-def forward_pass(network: Any, loaded: data.Data) -> Callable[[], object]:
+def forward_pass(network: Any, loaded: loading.Data) -> Callable[[], object]:
     forward = tf.function(lambda x: tf.nn.softmax(network(x, training=False)))
     x = tf.constant(loaded.training.x[:1].astype(np.float32))
     return lambda: forward(x).numpy()

@@ -11,7 +11,7 @@ from signdigits.tuning import executors
 SECONDS = 10.0  # that a trial sleeps
 
 
-class Sleeper(executors.Worker):
+class Sleeper(executors.TrialWorker):
     """A worker whose trials sleep. It needs no photographs and no TensorFlow."""
 
     def prepare(self) -> None:
@@ -22,7 +22,9 @@ class Sleeper(executors.Worker):
     def objective(self, trial: optuna.Trial, name: str) -> float:
         self.config.space.suggest(trial)
         tags = {"trial": trial.number, "study": self.config.study_name}
-        with tracking.run("trial", f"trial-{trial.number:03d}", parent_run_id=self.config.run_id, tags=tags) as run:
+        with tracking.start_run(
+            "trial", f"trial-{trial.number:03d}", parent_run_id=self.config.run_id, tags=tags
+        ) as run:
             trial.set_user_attr("mlflow_run_id", run.info.run_id)
             mlflow.log_params(trial.params)
             time.sleep(SECONDS)

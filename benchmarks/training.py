@@ -7,9 +7,9 @@ import keras
 import tensorflow as tf
 
 from benchmarks.measure import Row, in_turns
-from signdigits.hyperparameters import DataParameters, Hyperparameters
-from signdigits.network import input_pipeline, model
-from signdigits.photographs import data
+from signdigits.config import DataParameters, Hyperparameters
+from signdigits.data import loading
+from signdigits.model import architecture, input_pipeline
 
 ROUNDS = 9
 BATCH = 128
@@ -21,9 +21,9 @@ CONVOLUTIONS = 3 * sum(FORWARDS) - FORWARDS[0]  # operations for one image
 
 
 def rows(photographs: str) -> list[Row]:
-    loaded = data.load(DataParameters(data=photographs))
+    loaded = loading.load_data(DataParameters(data=photographs))
     images = loaded.fitting  # what the notebook trains on: 1,650
-    auto = model.resolve_precision("auto")
+    auto = architecture.resolve_precision("auto")
     ways = {
         "notebook": notebooks_epoch(loaded.dataset.folder),
         "float32": epoch(images, "float32"),
@@ -95,10 +95,10 @@ def notebooks_epoch(folder: Path) -> Callable[[], object]:
     return lambda: network.fit(batches, epochs=1, verbose=0)
 
 
-def epoch(images: data.Images, precision: str, augmentation: float = 0.0) -> Callable[[], object]:
+def epoch(images: loading.Images, precision: str, augmentation: float = 0.0) -> Callable[[], object]:
     """This project's epoch, one a call."""
-    network = model.build((100, 100, 3), 10, precision=precision)
-    model.compile_network(network, Hyperparameters())
+    network = architecture.build_network((100, 100, 3), 10, precision=precision)
+    architecture.compile_network(network, Hyperparameters())
     batches = input_pipeline.training_batches(images, BATCH, augmentation, seed=0)
     steps = input_pipeline.steps_per_epoch(images, BATCH)
     return lambda: network.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from benchmarks import plain
 from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import search
-from signdigits.hyperparameters import DataParameters, Hyperparameters, Space, StudyParameters
-from signdigits.network import model
-from signdigits.photographs import data
+from signdigits.config import DataParameters, Hyperparameters, Space, StudyParameters
+from signdigits.data import loading
+from signdigits.model import architecture
 from signdigits.tuning.objective import objective
 
 ROUNDS = 5
@@ -17,7 +17,7 @@ SHORT, LONG = 1, 3  # epochs: what a trial costs at none follows from the two
 
 
 def rows(photographs: str) -> list[Row]:
-    loaded = data.load(DataParameters(data=photographs))
+    loaded = loading.load_data(DataParameters(data=photographs))
     with temporary_store("trial") as folder:
         parameters = StudyParameters(space="notebook", pruner="none", storage=f"sqlite:///{folder}/optuna.db")
         with search.open_study(loaded, space(SHORT), parameters) as opened:
@@ -46,5 +46,5 @@ def ours(opened: search.Search, epochs: int) -> Callable[[], object]:
     return lambda: opened.study.optimize(functools.partial(objective, context=context), n_trials=1)
 
 
-def theirs(loaded: data.Data, epochs: int) -> Callable[[], object]:
-    return lambda: plain.run(loaded, Hyperparameters(epochs=epochs), model.resolve_precision("auto"))
+def theirs(loaded: loading.Data, epochs: int) -> Callable[[], object]:
+    return lambda: plain.run(loaded, Hyperparameters(epochs=epochs), architecture.resolve_precision("auto"))

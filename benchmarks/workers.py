@@ -11,11 +11,11 @@ import time
 from dataclasses import replace
 
 from benchmarks.measure import Row
-from signdigits import cluster, search, tracking
-from signdigits.hyperparameters import DataParameters, Space, StudyParameters
-from signdigits.photographs import data
+from signdigits import ray_cluster, search, tracking
+from signdigits.config import DataParameters, Space, StudyParameters
+from signdigits.data import loading
 from signdigits.tuning import executors
-from signdigits.tuning.progress import Progress
+from signdigits.tuning.progress import SearchProgress
 
 EPOCHS = 8  # the notebook's second and third run
 TRIALS = 6  # after a first one of each worker, which imports TensorFlow and traces
@@ -24,7 +24,7 @@ CREWS = ((1, 2), (2, 1), (2, 2))
 
 
 def rows(photographs: str) -> list[Row]:
-    loaded = data.load(DataParameters(data=photographs))
+    loaded = loading.load_data(DataParameters(data=photographs))
     hourly = {(workers, cpus): trials_an_hour(loaded, workers, cpus) for workers, cpus in CREWS}
     alone = hourly[CREWS[0]]
     return [
@@ -36,7 +36,7 @@ def rows(photographs: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def trials_an_hour(loaded: data.Data, workers: int, cpus: int) -> float:
+def trials_an_hour(loaded: loading.Data, workers: int, cpus: int) -> float:
     name = f"workers-{workers}-{cpus}-{int(time.time())}"
     parameters = StudyParameters(
         space="notebook", storage=os.environ["STORAGE"], study_name=name, workers=workers, cpus_per_trial=cpus,
@@ -44,13 +44,13 @@ def trials_an_hour(loaded: data.Data, workers: int, cpus: int) -> float:
     )  # fmt: skip
     tracking.open_experiment("benchmark")
     space = Space.of("notebook", epochs=EPOCHS)
-    with search.open_study(loaded, space, parameters) as opened, cluster.cluster(parameters, cpus):
+    with search.open_study(loaded, space, parameters) as opened, ray_cluster.connect_ray(parameters, cpus):
         config = executors.worker_config(opened.study, opened.context, parameters, cpus)
         executor = executors.RayExecutor(config, opened.study, parameters)
-        executor.run(Progress(parameters))
+        executor.run(SearchProgress(parameters))
         started = time.perf_counter()
         executor.parameters = replace(parameters, n_trials=workers + TRIALS)
-        executor.run(Progress(executor.parameters))
+        executor.run(SearchProgress(executor.parameters))
         hourly = TRIALS / (time.perf_counter() - started) * 3600
     print(f"{workers} workers of {cpus} processors: {hourly:.0f} trials an hour", file=sys.stderr, flush=True)
     return hourly

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from signdigits import evaluate, register, startup, tracking, train
-from signdigits.artifact import package
-from signdigits.hyperparameters import DataParameters, Hyperparameters, ModelParameters, VersionParameters
-from signdigits.photographs import data
+from signdigits.config import DataParameters, Hyperparameters, ModelParameters, VersionParameters
+from signdigits.data import loading
+from signdigits.packaging import package
 
 PROJECT = Path(__file__).parents[1]
 SIZE = 16  # pixels: the smallest network that still has its three poolings
@@ -69,8 +69,8 @@ def source(photographs: Path) -> DataParameters:
 
 
 @pytest.fixture(scope="session")
-def loaded(source: DataParameters) -> data.Data:
-    return data.load(source)
+def loaded(source: DataParameters) -> loading.Data:
+    return loading.load_data(source)
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +118,7 @@ def store(tmp_path: Path, empty_store: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def champion_store(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, empty_store: Path) -> Path:
+def champion_store(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Path:
     """An MLflow database, to copy, with a network that was trained for a few epochs, evaluated and registered."""
     folder = tmp_path_factory.mktemp("champion")
     shutil.copy(empty_store, folder / "mlflow.db")
@@ -138,17 +138,17 @@ def champion(tmp_path: Path, champion_store: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def log_model(store: str, loaded: data.Data) -> Callable[..., Any]:
+def log_model(store: str, loaded: loading.Data) -> Callable[..., Any]:
     """A function that logs a network, untrained, and returns the logged model; its arguments become tags."""
     import keras
 
-    from signdigits.network import model
+    from signdigits.model import architecture
 
     def log(temperature: float = 1.0, **tags: str) -> Any:
-        with tracking.run("train", "train"):
+        with tracking.start_run("train", "train"):
             keras.utils.set_random_seed(0)
-            network = model.build(loaded.training.shape, 3)
-            model.compile_network(network, Hyperparameters())
+            network = architecture.build_network(loaded.training.shape, 3)
+            architecture.compile_network(network, Hyperparameters())
             info = package.log_model(network, temperature, loaded, {"val_accuracy": 0.5, **tags})
         return mlflow.get_logged_model(info.model_id)
 

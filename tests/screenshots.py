@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.sync_api import Browser
 
 from signdigits import links, tracking
-from signdigits.hyperparameters import LinkParameters
+from signdigits.config import LinkParameters
 
 from . import browser
 
@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:5001", help="where the page is (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=DOCS, help="where the pictures go (default: docs)")
     given = parser.parse_args()
-    tracking.connect()
-    runs, study, trials, _ = (line.rpartition(" ")[2] for line in links.latest(LinkParameters(port=given.ui_port)))
+    tracking.connect_store()
+    runs, study, trials, _ = (line.rpartition(" ")[2] for line in links.list_links(LinkParameters(port=given.ui_port)))
     with browser.chromium() as chromium:
         show_runs(chromium, runs, study.partition("/runs/")[2].partition("?")[0], given.folder / "runs.png")
         show_trials(chromium, trials, given.folder / "compare.png")

@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 
 from signdigits import predict
-from signdigits.artifact import answers
-from signdigits.artifact.answers import Answers, statistics
-from signdigits.hyperparameters import PredictParameters
+from signdigits.config import PredictParameters
+from signdigits.packaging import prediction_log
+from signdigits.packaging.prediction_log import PredictionLog, image_statistics
 
 from .conftest import serving
 from .test_served_model import post, records, text
@@ -29,64 +29,66 @@ KEYS = {"time", "version", "width", "height", "brightness", "contrast", "sharpne
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in answers.files(folder) for line in file.read_text().splitlines()]
+    return [
+        json.loads(line) for file in prediction_log.list_log_files(folder) for line in file.read_text().splitlines()
+    ]
 
 
 def test_it_is_off_unless_the_environment_names_a_folder() -> None:
-    assert Answers.of_surroundings({}) is None
-    assert Answers.of_surroundings({"SIGN_DIGITS_ANSWERS": "", "SIGN_DIGITS_VERSION": "3"}) is None
+    assert PredictionLog.from_environ({}) is None
+    assert PredictionLog.from_environ({"SIGN_DIGITS_ANSWERS": "", "SIGN_DIGITS_VERSION": "3"}) is None
 
 
 @pytest.mark.parametrize("limit", ["many", "0", "-1", "nan", "inf"])
 def test_a_limit_that_is_none_is_refused_by_name(limit: str) -> None:
     with pytest.raises(ValueError, match=f"SIGN_DIGITS_ANSWERS_MB={limit}: must be a number of megabytes"):
-        Answers.of_surroundings({"SIGN_DIGITS_ANSWERS": "log", "SIGN_DIGITS_ANSWERS_MB": limit})
+        PredictionLog.from_environ({"SIGN_DIGITS_ANSWERS": "log", "SIGN_DIGITS_ANSWERS_MB": limit})
 
 
 def test_a_line_says_when_which_and_what_but_holds_no_picture(tmp_path: Path) -> None:
-    Answers(tmp_path, 64_000_000, "3").add([(640, 480)], [PHOTOGRAPH], [SHARES])
+    PredictionLog(tmp_path, 64_000_000, "3").add([(640, 480)], [PHOTOGRAPH], [SHARES])
     (line,) = lines(tmp_path)
     assert set(line) == KEYS
     assert line["time"].endswith("+00:00")
     assert (line["version"], line["width"], line["height"]) == ("3", 640, 480)
     assert line["probabilities"] == SHARES
-    assert all(isinstance(line[name], int | float) for name in answers.STATISTICS)
+    assert all(isinstance(line[name], int | float) for name in prediction_log.STATISTICS)
 
 
 def test_the_statistics_are_those_of_the_picture() -> None:
     """Of known pictures, worked out by hand; gray ones are inverted as the network sees them."""
     half = np.zeros((10, 10, 3), np.uint8)
     half[:, 5:] = 255
-    assert statistics((1, 2), half) == {
+    assert image_statistics((1, 2), half) == {
         "width": 1, "height": 2, "brightness": 0.5, "contrast": 0.5, "sharpness": round((1 / 9) ** 0.5, 5),
     }  # fmt: skip
     gray = (1 - half[..., :1] / 255).astype(np.float32)
-    assert statistics((1, 2), gray) == statistics((1, 2), half)
-    assert statistics((1, 2), half.astype(np.float32)) == statistics((1, 2), half)
+    assert image_statistics((1, 2), gray) == image_statistics((1, 2), half)
+    assert image_statistics((1, 2), half.astype(np.float32)) == image_statistics((1, 2), half)
 
 
 def test_however_much_is_answered_the_folder_stays_within_its_limit(tmp_path: Path) -> None:
     limit = 200_000
-    first, second = Answers(tmp_path, limit, "1"), Answers(tmp_path, limit, "1")
+    first, second = PredictionLog(tmp_path, limit, "1"), PredictionLog(tmp_path, limit, "1")
     for _ in range(400):
         for log in (first, second):
             log.add([(1, 1)] * 4, [PHOTOGRAPH] * 4, [SHARES] * 4)
-        assert sum(file.stat().st_size for file in answers.files(tmp_path)) <= limit
-    assert len(answers.files(tmp_path)) == answers.FILES
-    assert sum(file.stat().st_size for file in answers.files(tmp_path)) > limit / 2
+        assert sum(file.stat().st_size for file in prediction_log.list_log_files(tmp_path)) <= limit
+    assert len(prediction_log.list_log_files(tmp_path)) == prediction_log.FILES
+    assert sum(file.stat().st_size for file in prediction_log.list_log_files(tmp_path)) > limit / 2
     assert all(set(line) == KEYS for line in lines(tmp_path))
 
 
 def test_other_files_of_the_folder_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("mine")
-    log = Answers(tmp_path, 100_000, "1")
+    log = PredictionLog(tmp_path, 100_000, "1")
     for _ in range(2000):
         log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
 def test_threads_do_not_write_into_each_others_lines(tmp_path: Path) -> None:
-    log = Answers(tmp_path, 64_000_000, "1")
+    log = PredictionLog(tmp_path, 64_000_000, "1")
 
     def ask(number: int) -> None:
         for _ in range(200):
@@ -103,7 +105,7 @@ def test_threads_do_not_write_into_each_others_lines(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_costs_the_log_and_not_the_answer(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    log = Answers(tmp_path / "file", 64_000_000, "1")
+    log = PredictionLog(tmp_path / "file", 64_000_000, "1")
     log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
     assert log.silent_until > time.monotonic(), "it is left alone for a while"
     log.silent_until = 0.0
@@ -131,7 +133,7 @@ log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("pauses for") == 1
-    first, second = answers.files(tmp_path)
+    first, second = prediction_log.list_log_files(tmp_path)
     whole, cut = first.read_text().splitlines()[:-1], first.read_text().splitlines()[-1]
     assert [json.loads(line)["width"] for line in whole] == list(range(len(whole)))
     with pytest.raises(json.JSONDecodeError):
@@ -140,9 +142,9 @@ log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
 
 
 def test_a_file_that_somebody_removed_is_begun_anew(tmp_path: Path) -> None:
-    log = Answers(tmp_path, 64_000_000, "1")
+    log = PredictionLog(tmp_path, 64_000_000, "1")
     log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
-    answers.files(tmp_path)[0].unlink()
+    prediction_log.list_log_files(tmp_path)[0].unlink()
     log.add([(2, 1)], [PHOTOGRAPH], [SHARES])
     assert [line["width"] for line in lines(tmp_path)] == [2]
 
@@ -150,10 +152,10 @@ def test_a_file_that_somebody_removed_is_begun_anew(tmp_path: Path) -> None:
 def test_what_evaluate_and_predict_ask_is_not_logged(
     champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(answers.FOLDER, str(tmp_path / "log"))
+    monkeypatch.setenv(prediction_log.FOLDER, str(tmp_path / "log"))
     predict.predict(PredictParameters(images=str(photographs)))
     assert not (tmp_path / "log").exists()
-    assert os.environ[answers.FOLDER] == str(tmp_path / "log")
+    assert os.environ[prediction_log.FOLDER] == str(tmp_path / "log")
     mlflow.pyfunc.load_model("models:/sign-digits@champion").predict(
         pd.DataFrame({"image": [(photographs / "0" / "IMG_0000.JPG").read_bytes()]})
     )
@@ -163,8 +165,8 @@ def test_what_evaluate_and_predict_ask_is_not_logged(
 def test_the_endpoint_logs_every_photograph_that_it_answered(
     champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(answers.FOLDER, str(tmp_path / "log"))
-    monkeypatch.setenv(answers.VERSION, "1")
+    monkeypatch.setenv(prediction_log.FOLDER, str(tmp_path / "log"))
+    monkeypatch.setenv(prediction_log.VERSION, "1")
     content = (photographs / "2" / "IMG_0000.JPG").read_bytes()
     with serving("models:/sign-digits@champion", tmp_path / "server.log") as url:
         status, reply = post(url, records(text(content), text(content)))
@@ -177,14 +179,14 @@ def test_the_endpoint_logs_every_photograph_that_it_answered(
     answered = reply["predictions"][0]["probabilities"]
     assert first["probabilities"] == {name: round(share, 6) for name, share in answered.items()}
     assert {**first, "time": ""} == {**second, "time": ""}
-    assert text(content)[:40] not in answers.files(tmp_path / "log")[0].read_text()
+    assert text(content)[:40] not in prediction_log.list_log_files(tmp_path / "log")[0].read_text()
 
 
 def test_an_endpoint_whose_log_cannot_be_written_answers_all_the_same(
     champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv(answers.FOLDER, str(tmp_path / "file"))
+    monkeypatch.setenv(prediction_log.FOLDER, str(tmp_path / "file"))
     model = mlflow.pyfunc.load_model("models:/sign-digits@champion")
     reply = model.predict(pd.DataFrame({"image": [(photographs / "0" / "IMG_0000.JPG").read_bytes()]}))
     assert len(reply) == 1

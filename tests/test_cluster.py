@@ -108,7 +108,7 @@ class Search:
         return subprocess.Popen(self.line, env=self.environment, **output)
 
     def trials(self) -> list[FrozenTrial]:
-        backend = storage.connect(self.environment["STORAGE"])
+        backend = storage.open_storage(self.environment["STORAGE"])
         if self.name not in optuna.get_all_study_names(backend):
             return []
         return optuna.load_study(study_name=self.name, storage=backend).get_trials(deepcopy=False)
@@ -209,7 +209,7 @@ def test_a_bad_host_is_let_go(cluster: Cluster, settings: dict[str, str], photog
 
 def test_a_second_driver_is_refused(settings: dict[str, str], photographs: Path) -> None:
     search = Search("held", photographs, settings)
-    with storage.exclusive(settings["STORAGE"], "held"):
+    with storage.lock_study(settings["STORAGE"], "held"):
         second = search.start()
         output, _ = second.communicate(timeout=120)
     assert second.returncode == 2

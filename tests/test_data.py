@@ -3,14 +3,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from signdigits.hyperparameters import DataParameters
-from signdigits.photographs import data
+from signdigits.config import DataParameters
+from signdigits.data import loading
 
 from .conftest import SIZE
 
 
-def test_a_second_reading_gives_the_same(loaded: data.Data, source: DataParameters) -> None:
-    again = data.load(source)
+def test_a_second_reading_gives_the_same(loaded: loading.Data, source: DataParameters) -> None:
+    again = loading.load_data(source)
     assert again.dataset.digest == loaded.dataset.digest
     np.testing.assert_array_equal(again.training.x, loaded.training.x)
     np.testing.assert_array_equal(again.split.testing, loaded.split.testing)
@@ -20,7 +20,7 @@ def test_a_second_reading_gives_the_same(loaded: data.Data, source: DataParamete
 def test_arrays_have_the_size_and_channels_asked_for(
     photographs: Path, color_mode: str, channels: int, dtype: type
 ) -> None:
-    loaded = data.load(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
+    loaded = loading.load_data(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
     assert loaded.training.x.shape[1:] == (SIZE, SIZE, channels)
     assert loaded.training.x.dtype == dtype
     assert len(loaded.training) == len(loaded.training.x)

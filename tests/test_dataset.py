@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from signdigits.config import DataParameters, SourceParameters
+from signdigits.data import dataset, loading
 from signdigits.errors import DataError
-from signdigits.hyperparameters import DataParameters, SourceParameters
-from signdigits.photographs import data, dataset
 
 from .conftest import SIZE, write_photographs
 
 
 def test_the_real_photographs_are_all_read(sign_digits: Path) -> None:
-    found = dataset.scan(SourceParameters(data=str(sign_digits)))
+    found = dataset.scan_dataset(SourceParameters(data=str(sign_digits)))
     assert found.class_names == tuple("0123456789")
     assert list(found.counts().values()) == [205, 206, 206, 206, 207, 207, 207, 206, 208, 204]
     turned = [photograph for photograph in found.photographs if photograph.orientation != 1]
@@ -25,11 +25,11 @@ def test_the_real_photographs_are_all_read(sign_digits: Path) -> None:
 def test_the_digest_changes_with_a_byte_and_with_a_name(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars")
     first, parameters = folder / "0" / "IMG_0000.JPG", SourceParameters(data=str(folder))
-    before = dataset.scan(parameters).digest
+    before = dataset.scan_dataset(parameters).digest
     first.rename(first.with_name("IMG_9999.JPG"))
-    renamed = dataset.scan(parameters).digest
+    renamed = dataset.scan_dataset(parameters).digest
     first.with_name("IMG_9999.JPG").write_bytes((folder / "0" / "IMG_0001.JPG").read_bytes())
-    assert len({before, renamed, dataset.scan(parameters).digest}) == 3
+    assert len({before, renamed, dataset.scan_dataset(parameters).digest}) == 3
 
 
 def test_class_names_are_the_sorted_folder_names_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_class_names_are_the_sorted_folder_names_and_hidden_files_are_passed_ove
     (folder / ".cache").mkdir()
     (folder / "0" / ".DS_Store").write_bytes(b"?")
     (folder / "notes.txt").write_text("beside the class folders")
-    assert dataset.scan(SourceParameters(data=str(folder))).class_names == ("0", "2", "paper")
+    assert dataset.scan_dataset(SourceParameters(data=str(folder))).class_names == ("0", "2", "paper")
 
 
 def no_class_folder(folder: Path) -> str:
@@ -88,18 +88,18 @@ def test_an_unfit_folder_is_refused_with_its_path(tmp_path: Path, spoil: object)
     assert callable(spoil)
     message = spoil(tmp_path / "bad")
     with pytest.raises(DataError) as raised:
-        data.load(DataParameters(data=str(tmp_path / "bad"), image_size=SIZE))
+        loading.load_data(DataParameters(data=str(tmp_path / "bad"), image_size=SIZE))
     assert message in str(raised.value)
 
 
 def test_a_missing_folder_is_refused_with_the_names_that_would_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such folder; pass --data .* handwritten-digits and sign-language-digits"):
-        dataset.scan(SourceParameters(data=str(tmp_path / "missing")))
+        dataset.scan_dataset(SourceParameters(data=str(tmp_path / "missing")))
 
 
 def test_unreadable_files_are_skipped_and_listed_if_asked(tmp_path: Path) -> None:
     truncated(tmp_path / "bad")
-    found = dataset.scan(SourceParameters(data=str(tmp_path / "bad"), skip_unreadable=True))
+    found = dataset.scan_dataset(SourceParameters(data=str(tmp_path / "bad"), skip_unreadable=True))
     assert list(found.unreadable) == ["1/IMG_0003.JPG"]
     assert found.counts() == {"0": 20, "1": 19, "2": 20}
 
@@ -108,8 +108,8 @@ def test_a_link_that_leads_nowhere_is_told_of(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars")
     (folder / "0" / "lost.jpg").symlink_to(tmp_path / "gone.jpg")
     with pytest.raises(DataError, match=r"lost.jpg: cannot be read \(No such file or directory\)"):
-        dataset.scan(SourceParameters(data=str(folder)))
-    found = dataset.scan(SourceParameters(data=str(folder), skip_unreadable=True))
+        dataset.scan_dataset(SourceParameters(data=str(folder)))
+    found = dataset.scan_dataset(SourceParameters(data=str(folder), skip_unreadable=True))
     assert list(found.unreadable) == ["0/lost.jpg"]
 
 
@@ -120,7 +120,7 @@ def test_junk_is_passed_over_at_every_depth(tmp_path: Path) -> None:
         shutil.copy(folder / "0" / "IMG_0000.JPG", folder / "0" / name / "copy.JPG")
     for name in ("Thumbs.db", "._IMG_0000.JPG", "more/desktop.ini"):
         (folder / "0" / name).write_bytes(b"junk")
-    assert dataset.scan(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
+    assert dataset.scan_dataset(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (folder / "2" / "twin.JPG").symlink_to("IMG_0000.JPG")
     shutil.move(folder / "2" / "IMG_0001.JPG", tmp_path / "outside.JPG")
     (folder / "2" / "linked.JPG").symlink_to(tmp_path / "outside.JPG")
-    assert dataset.scan(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
+    assert dataset.scan_dataset(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
 
 
 @pytest.mark.parametrize("outer", [("train", "test"), ("alice", "bob"), ("fold1", "fold2", "fold3")])
@@ -139,7 +139,7 @@ def test_classes_inside_other_folders_are_refused(tmp_path: Path, outer: tuple[s
     for name in outer:
         write_photographs(tmp_path / "bars" / name)
     with pytest.raises(DataError, match=r"each hold the folders 0, 1, 2, which seem to be the classes; pass --data"):
-        dataset.scan(SourceParameters(data=str(tmp_path / "bars")))
+        dataset.scan_dataset(SourceParameters(data=str(tmp_path / "bars")))
 
 
 def test_folders_inside_classes_are_read(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_folders_inside_classes_are_read(tmp_path: Path) -> None:
             (folder / name / inner).mkdir()
         for number, path in enumerate(sorted((folder / name).glob("*.JPG"))):
             path.rename(folder / name / ("train" if number % 2 else "test") / path.name)
-    assert dataset.scan(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
+    assert dataset.scan_dataset(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
 
 
 @pytest.mark.parametrize("name", [b"0/caf\xe9.JPG", b"0/caf\xe9/IMG.JPG", b"caf\xe9/IMG.JPG"])
@@ -159,4 +159,4 @@ def test_a_name_that_is_not_utf8_is_told_in_a_line(tmp_path: Path, name: bytes) 
     path.parent.mkdir(exist_ok=True)
     shutil.copy(folder / "0" / "IMG_0000.JPG", path)
     with pytest.raises(DataError, match=r"udce9.*name.* is not UTF-8.*; rename it"):
-        dataset.scan(SourceParameters(data=str(folder)))
+        dataset.scan_dataset(SourceParameters(data=str(folder)))

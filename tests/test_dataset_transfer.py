@@ -6,38 +6,40 @@ import mlflow
 import numpy as np
 import pytest
 
+from signdigits.config import DataParameters
+from signdigits.data import loading
 from signdigits.errors import DataError
-from signdigits.hyperparameters import DataParameters
-from signdigits.photographs import data
 from signdigits.tuning import dataset_transfer
 
 from .conftest import SIZE
 
 
 @pytest.fixture
-def mine(photographs: Path, tmp_path: Path, store: str) -> data.Data:
+def mine(photographs: Path, tmp_path: Path, store: str) -> loading.Data:
     """The photographs in a folder that can be lost."""
     folder = tmp_path / "hands"
     shutil.copytree(photographs, folder)
-    return data.load(DataParameters(data=str(folder), image_size=SIZE))
+    return loading.load_data(DataParameters(data=str(folder), image_size=SIZE))
 
 
-def test_a_machine_without_the_photographs_is_sent_them_once(mine: data.Data) -> None:
+def test_a_machine_without_the_photographs_is_sent_them_once(mine: loading.Data) -> None:
     with mlflow.start_run() as run:
-        dataset_transfer.publish(mine, run.info.run_id)
+        dataset_transfer.upload_photographs(mine, run.info.run_id)
     shutil.rmtree(mine.dataset.folder)
     for _ in range(2):
-        sent = dataset_transfer.load(mine.parameters, mine.split.digest, run.info.run_id)
+        sent = dataset_transfer.load_study_data(mine.parameters, mine.split.digest, run.info.run_id)
         assert sent.dataset.name == mine.dataset.name
         np.testing.assert_array_equal(sent.fitting.x, mine.fitting.x)
         mlflow.set_tracking_uri("sqlite:///elsewhere.db")  # it is not asked a second time
 
 
-def test_the_photographs_of_the_machine_itself_are_used_where_they_are_the_same(mine: data.Data) -> None:
-    assert dataset_transfer.load(mine.parameters, mine.split.digest, "no run").split.digest == mine.split.digest
+def test_the_photographs_of_the_machine_itself_are_used_where_they_are_the_same(mine: loading.Data) -> None:
+    assert (
+        dataset_transfer.load_study_data(mine.parameters, mine.split.digest, "no run").split.digest == mine.split.digest
+    )
 
 
-def test_other_photographs_are_refused(mine: data.Data) -> None:
+def test_other_photographs_are_refused(mine: loading.Data) -> None:
     next(path for path in mine.dataset.folder.rglob("*.JPG")).unlink()
     with pytest.raises(DataError, match="holds other photographs than the study's"):
-        dataset_transfer.load(dataclasses.replace(mine.parameters), mine.split.digest, "no run")
+        dataset_transfer.load_study_data(dataclasses.replace(mine.parameters), mine.split.digest, "no run")

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from signdigits.config import DataParameters
+from signdigits.data import cache, loading
+from signdigits.data.cache import DiskArray
 from signdigits.errors import DataError
-from signdigits.hyperparameters import DataParameters
-from signdigits.photographs import data, decoded
-from signdigits.photographs.decoded import Stored
 
 from .conftest import SIZE, write_photographs
 
@@ -27,7 +27,7 @@ print(loaded.fitting.x[:].sum())
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, in which the file is made."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path / decoded.FOLDER
+    return tmp_path / cache.FOLDER
 
 
 @pytest.fixture
@@ -38,37 +38,37 @@ def parameters(photographs: Path) -> DataParameters:
 @pytest.mark.parametrize("color_mode", ["rgb", "grayscale"])
 def test_what_is_read_from_the_file_is_what_memory_would_hold(photographs: Path, color_mode: str) -> None:
     parameters = DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode)
-    held = data.load(parameters).fitting
-    kept = data.load(dataclasses.replace(parameters, memory_budget=0)).fitting
+    held = loading.load_data(parameters).fitting
+    kept = loading.load_data(dataclasses.replace(parameters, memory_budget=0)).fitting
     assert isinstance(held.x, np.ndarray)
-    assert isinstance(kept.x, Stored)
+    assert isinstance(kept.x, DiskArray)
     assert (kept.x.shape, kept.x.dtype, kept.shape) == (held.x.shape, held.x.dtype, held.shape)
     np.testing.assert_array_equal(kept.x[:], held.x)
     some = np.array([7, 2, 2])
     np.testing.assert_array_equal(kept.x[some], held.x[some])
     middle = kept.part(10, 20)
-    assert isinstance(middle.x, Stored)
+    assert isinstance(middle.x, DiskArray)
     np.testing.assert_array_equal(middle.x[3:5], held.x[13:15])
     np.testing.assert_array_equal(middle.y, held.y[10:20])
 
 
 def test_the_file_is_made_once_and_another_size_has_another(folder: Path, parameters: DataParameters) -> None:
-    data.load(parameters)
+    loading.load_data(parameters)
     (made,) = folder.glob("*.npy")
     before = made.stat().st_mtime_ns
-    data.load(parameters)
+    loading.load_data(parameters)
     assert made.stat().st_mtime_ns == before
-    data.load(DataParameters(data=parameters.data, image_size=SIZE * 2, memory_budget=0))
+    loading.load_data(DataParameters(data=parameters.data, image_size=SIZE * 2, memory_budget=0))
     assert len(list(folder.glob("*.npy"))) == 2
 
 
 def test_a_changed_photograph_has_another_file(folder: Path, tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photographs")
     parameters = DataParameters(data=str(photographs), image_size=SIZE, memory_budget=0)
-    data.load(parameters)
+    loading.load_data(parameters)
     for path in (photographs / "0").iterdir():
         path.write_bytes((photographs / "1" / path.name).read_bytes())
-    data.load(parameters)
+    loading.load_data(parameters)
     assert len(list(folder.glob("*.npy"))) == 2
 
 
@@ -83,7 +83,7 @@ def test_what_a_killed_process_left_is_not_taken_for_whole(folder: Path, tmp_pat
     process.wait()
     assert not list(folder.glob("*.npy"))
     again = subprocess.run(line, check=True, capture_output=True, text=True).stdout
-    held = data.load(DataParameters(data=str(photographs), image_size=64)).fitting.x
+    held = loading.load_data(DataParameters(data=str(photographs), image_size=64)).fitting.x
     assert int(again) == held[:].sum()
     assert not list(folder.glob("*.part"))
 
@@ -100,4 +100,4 @@ def test_two_processes_share_one_file(folder: Path, photographs: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(parameters: DataParameters, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("in the way")
     with pytest.raises(DataError, match=r"data/cache/.*\.npy: .*; make room for it, or raise --memory_budget"):
-        data.load(parameters)
+        loading.load_data(parameters)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from signdigits.hyperparameters import MonitorParameters
+from signdigits.config import MonitorParameters
 from signdigits.measures import drift
 
 from .test_monitor import pytestmark  # noqa: F401  # skipped likewise where evidently is not installed
@@ -17,7 +17,7 @@ def table(rows: int, seed: int, shift: float = 0.0, label: str = "") -> pd.DataF
 
 
 def compare(reference: pd.DataFrame, window: pd.DataFrame, folder: Path) -> drift.Drift:
-    return drift.compare(reference, window, MonitorParameters(), folder / "report.html")
+    return drift.measure_drift(reference, window, MonitorParameters(), folder / "report.html")
 
 
 def test_a_shift_is_measured_in_standard_deviations_of_the_reference(tmp_path: Path) -> None:

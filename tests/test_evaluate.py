@@ -9,9 +9,9 @@ from mlflow.entities import LoggedModel
 from PIL import Image
 
 from signdigits import evaluate
+from signdigits.config import DataParameters
+from signdigits.data import loading
 from signdigits.errors import ModelError
-from signdigits.hyperparameters import DataParameters
-from signdigits.photographs import data
 
 from .conftest import write_photographs
 
@@ -21,7 +21,7 @@ def download(run_id: str, name: str) -> Path:
 
 
 def test_the_test_images_are_scored_through_the_served_artifact(
-    store: str, loaded: data.Data, log_model: Callable[..., LoggedModel]
+    store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]
 ) -> None:
     model = log_model()
     scores = evaluate.evaluate(model, loaded.parameters)
@@ -46,7 +46,7 @@ def test_the_test_images_are_scored_through_the_served_artifact(
     assert used.dataset.digest == loaded.dataset.part_digest(loaded.split.testing)
 
 
-def test_the_scores_follow_the_model(store: str, loaded: data.Data, log_model: Callable[..., LoggedModel]) -> None:
+def test_the_scores_follow_the_model(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
     scores = evaluate.evaluate(log_model(), loaded.parameters)
     (model,) = mlflow.search_logged_models(output_format="list")
     assert float(model.tags["test_accuracy"]) == pytest.approx(scores.test_accuracy)
@@ -56,7 +56,7 @@ def test_the_scores_follow_the_model(store: str, loaded: data.Data, log_model: C
     )
 
 
-def test_the_worst_mistakes_are_shown(store: str, loaded: data.Data, log_model: Callable[..., LoggedModel]) -> None:
+def test_the_worst_mistakes_are_shown(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
     """An untrained network is wrong about most of three classes."""
     evaluate.evaluate(log_model(), loaded.parameters)
     with Image.open(download(mlflow.last_active_run().info.run_id, "test/worst_mistakes.png")) as picture:
@@ -72,7 +72,7 @@ def test_a_model_of_other_photographs_is_refused(
 
 
 def test_the_calibration_error_before_the_temperature_is_told_too(
-    store: str, loaded: data.Data, log_model: Callable[..., LoggedModel]
+    store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]
 ) -> None:
     """Of the same network, once with its probabilities as they are, and once served at a temperature of 3."""
     plain, cooled = (evaluate.evaluate(log_model(temperature=t), loaded.parameters) for t in (1.0, 3.0))
@@ -85,7 +85,7 @@ def test_the_confidence_interval_is_wilsons() -> None:
     """407 of 412: centre and half-width from the formula in Wilson's paper, worked out by hand."""
     table = pd.DataFrame({"label": ["0"] * 412, "prediction": ["0"] * 407 + ["1"] * 5})
     table["p(0)"], table["p(1)"] = 0.9, 0.1
-    scores = evaluate.measure(table, ("0", "1"), 1.0)
+    scores = evaluate.compute_scores(table, ("0", "1"), 1.0)
     n, p, z = 412, 407 / 412, 1.959964
     centre, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     assert scores.test_accuracy_low == pytest.approx((centre - half) / (1 + z * z / n))

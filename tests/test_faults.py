@@ -16,8 +16,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from signdigits import cli, evaluate, main, register, search, tracking, train
-from signdigits.errors import DataError, TrackingError
-from signdigits.hyperparameters import (
+from signdigits.config import (
     DataParameters,
     Hyperparameters,
     ModelParameters,
@@ -28,8 +27,9 @@ from signdigits.hyperparameters import (
     StudyParameters,
     VersionParameters,
 )
-from signdigits.network import training
-from signdigits.photographs import data
+from signdigits.data import loading
+from signdigits.errors import DataError, TrackingError
+from signdigits.model import training
 
 from .conftest import command, use_store, wait_until, write_photographs
 
@@ -40,7 +40,7 @@ ONCE = RefitParameters(repeats=1)
 
 def during_the_second_trial(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Have somebody act on the stores when the second trial has been fitted."""
-    fits, original = [], training.fit
+    fits, original = [], training.fit_network
 
     def fit(*arguments: object, **options: object) -> training.Fit:
         fitted = original(*arguments, **options)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def during_the_second_trial(monkeypatch: pytest.MonkeyPatch, act: Callable[[], N
             act()
         return fitted
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(training, "fit_network", fit)
 
 
 def runs(role: str) -> list[mlflow.entities.Run]:
@@ -58,7 +58,7 @@ def runs(role: str) -> list[mlflow.entities.Run]:
 
 @pytest.mark.parametrize("what", ["study", "experiment"])
 def test_deleting_the_study_ends_the_search(
-    store: str, loaded: data.Data, monkeypatch: pytest.MonkeyPatch, what: str
+    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     seen = []
 
@@ -83,14 +83,14 @@ def test_deleting_the_study_ends_the_search(
 
 
 def test_deleting_a_running_trial_costs_that_trial(
-    store: str, loaded: data.Data, monkeypatch: pytest.MonkeyPatch
+    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     during_the_second_trial(monkeypatch, lambda: mlflow.delete_run(runs("trial")[-1].info.run_id))
     opened = search.search(loaded, SPACE, STUDY)
     assert [trial.state.name for trial in opened.study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_a_lost_tracking_store_is_named_with_what_helps(store: str, loaded: data.Data, tmp_path: Path) -> None:
+def test_a_lost_tracking_store_is_named_with_what_helps(store: str, loaded: loading.Data, tmp_path: Path) -> None:
     search.search(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1))
     with use_store(tmp_path / "..") as uri:
         mlflow.set_tracking_uri(f"{uri}.new")
@@ -105,7 +105,7 @@ def test_a_lost_tracking_store_is_named_with_what_helps(store: str, loaded: data
 def test_a_photograph_that_changes_meanwhile_is_named(store: str, tmp_path: Path, when: str) -> None:
     folder = write_photographs(tmp_path / "bars")
     source = DataParameters(data=str(folder), image_size=16)
-    loaded = data.load(source)
+    loaded = loading.load_data(source)
     run_id = train.train(loaded, Hyperparameters(epochs=1))
     first = folder / loaded.dataset.photographs[loaded.split.testing[0]].path
     if when == "moved":
@@ -113,8 +113,8 @@ def test_a_photograph_that_changes_meanwhile_is_named(store: str, tmp_path: Path
     else:
         Image.new("RGB", (24, 24)).save(first)
     message = "No such file.*put it back" if when == "moved" else "changed since the folder was read"
-    with tracking.run("evaluate", "evaluate"), pytest.raises(DataError, match=f"{first.name}: {message}"):
-        evaluate.score(tracking.find_model(run_id, ""), loaded.dataset)
+    with tracking.start_run("evaluate", "evaluate"), pytest.raises(DataError, match=f"{first.name}: {message}"):
+        evaluate.score_model(tracking.find_model(run_id, ""), loaded.dataset)
 
 
 @pytest.mark.parametrize("statement", ["DROP TABLE runs", "ALTER TABLE runs RENAME TO _alembic_tmp_runs"])
@@ -151,13 +151,13 @@ def test_a_killed_first_start_leaves_no_half_made_store(tmp_path: Path, number: 
 )
 def test_a_process_is_known_by_its_start_too(start: str, alive: bool) -> None:
     """In a container every command is process 1."""
-    start = start.replace("its own", tracking.started(os.getpid()))
+    start = start.replace("its own", tracking.process_start(os.getpid()))
     assert tracking.is_alive(f"{platform.node()}:{os.getpid()}:{start}") == alive
 
 
 @pytest.mark.parametrize("alias", ["champion", "challenger"])
 def test_a_deleted_alias_is_told_and_brought_back(
-    store: str, loaded: data.Data, caplog: pytest.LogCaptureFixture, alias: str
+    store: str, loaded: loading.Data, caplog: pytest.LogCaptureFixture, alias: str
 ) -> None:
     registry = RegistryParameters(alias=alias)
     main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, registry)
@@ -167,9 +167,9 @@ def test_a_deleted_alias_is_told_and_brought_back(
         main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, registry)
     remedy = f"python -m signdigits register --version 1 --alias {alias}"
     assert f"version 1, no alias; it was {alias}, and `{remedy}` makes it so again" in caplog.text
-    assert remedy in register.no_alias(alias)
+    assert remedy in register.missing_alias(alias)
     register.register(ModelParameters(), VersionParameters(version=1, alias=alias))
-    assert register.aliases("1") == [alias]
+    assert register.list_aliases("1") == [alias]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_mlflows_own_settings_lose_nothing(store: str, photographs: Path, name: 
 
 @pytest.mark.parametrize(("params", "steps"), [({"epochs": 3, "dropout": 0.5}, 1), ({"epochs": 3}, 2)])
 def test_what_was_not_recorded_fails_the_run(store: str, params: dict[str, float], steps: int) -> None:
-    with tracking.run("train", "train"):
+    with tracking.start_run("train", "train"):
         mlflow.log_param("epochs", 3)
         mlflow.log_metric("val_accuracy", 0.5, step=0)
         with pytest.raises(TrackingError, match=f"MLflow recorded 1 of {steps} values of val_accuracy"):
@@ -211,7 +211,7 @@ def test_an_unforeseen_error_is_one_line(
     store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def fail() -> None:
-        with tracking.run("train", "train"):
+        with tracking.start_run("train", "train"):
             raise error
 
     monkeypatch.setitem(cli.COMMANDS, "show", fail)
@@ -233,7 +233,7 @@ def test_names_are_text_in_every_picture(store: str, tmp_path: Path, name: str) 
         path.rename(path.with_stem(f"{path.stem}{name}"))
     done = command("prepare", "--data", str(folder), "--image_size", "16")
     assert done.returncode == 0, done.stderr
-    loaded = data.load(DataParameters(data=str(folder), image_size=16))
+    loaded = loading.load_data(DataParameters(data=str(folder), image_size=16))
     run_id = train.train(loaded, Hyperparameters(epochs=1, initial_learning_rate=1e-6))
     evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
     (run,) = runs("evaluate")
@@ -248,7 +248,7 @@ def test_class_names_are_text(store: str, tmp_path: Path, classes: tuple[str, st
     folder = write_photographs(tmp_path / "bars", classes=2)
     for number, name in enumerate(classes):
         (folder / str(number)).rename(folder / name)
-    loaded = data.load(DataParameters(data=str(folder), image_size=16))
+    loaded = loading.load_data(DataParameters(data=str(folder), image_size=16))
     for epochs, rate in ((1, 1e-7), (10, 3e-3)):
         run_id = train.train(loaded, Hyperparameters(epochs=epochs, initial_learning_rate=rate, batch_size=8))
         scores = evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
@@ -265,7 +265,7 @@ def test_every_format_is_read_from_folder_to_endpoint(store: str, tmp_path: Path
         for path in sorted((folder / "0").glob("*.JPG"))[: 4 if number < 4 else None]:
             Image.open(path).save(path.with_suffix(suffix))
             path.unlink()
-    loaded = data.load(DataParameters(data=str(folder), image_size=16))
+    loaded = loading.load_data(DataParameters(data=str(folder), image_size=16))
     run_id = train.train(loaded, Hyperparameters(epochs=1))
     scores = evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
     assert scores.test_images == len(loaded.split.testing)

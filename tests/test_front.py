@@ -23,11 +23,12 @@ import mlflow
 import pytest
 
 from signdigits import register, serve
+from signdigits.config import ServeParameters
+from signdigits.data import loading
 from signdigits.errors import ParameterError, ServingError
-from signdigits.hyperparameters import ServeParameters
-from signdigits.photographs import data
-from signdigits.serving import front, pool
+from signdigits.serving import nginx
 from signdigits.serving.processes import Process
+from signdigits.serving.worker_pool import WorkerPool
 
 from .conftest import free_port, store_like, wait_until
 
@@ -59,7 +60,7 @@ class Model:
     """A pool with one process that answers for version 1, in a home that the link leads to it in."""
 
     home: Path
-    pool: pool.Pool
+    pool: WorkerPool
     request: bytes
     photograph: Path
 
@@ -67,36 +68,36 @@ class Model:
     def behind(self, parameters: ServeParameters | None = None) -> Iterator[Front]:
         """nginx before it."""
         chosen = replace(parameters or ServeParameters(), port=free_port())
-        token = front.read_token(chosen.token_file) if chosen.token_file else ""
-        (self.home / "nginx.conf").write_text(front.configuration(chosen, self.home, token))
-        nginx = Process("nginx", ["nginx", "-p", str(self.home), "-c", str(self.home / "nginx.conf")])
+        token = nginx.read_token(chosen.token_file) if chosen.token_file else ""
+        (self.home / "nginx.conf").write_text(nginx.configuration(chosen, self.home, token))
+        front = Process("nginx", ["nginx", "-p", str(self.home), "-c", str(self.home / "nginx.conf")])
         try:
-            wait_until(lambda: serve.listening(chosen) or not nginx.running, seconds=30)
-            assert nginx.running, nginx.reason()
+            wait_until(lambda: serve.is_listening(chosen) or not front.running, seconds=30)
+            assert front.running, front.exit_reason()
             yield Front(chosen.port)
         finally:
-            nginx.signal(signal.SIGTERM)
-            wait_until(nginx.gone, seconds=30)
+            front.signal(signal.SIGTERM)
+            wait_until(front.has_exited, seconds=30)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, champion_store: Path) -> Iterator[Model]:
+def model(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Model]:
     folder = tmp_path_factory.mktemp("front")
     with store_like(champion_store, folder), tempfile.TemporaryDirectory() as home:
         version = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, register.CHAMPION)
-        front.make_home(Path(home))
-        answering = pool.Pool("blue", version, ServeParameters(), Path(home))
+        nginx.make_home(Path(home))
+        answering = WorkerPool("blue", version, ServeParameters(), Path(home))
         try:
-            wait_until(answering.ready, seconds=240)
-            answering.check()
-            front.point_live(Path(home), "blue")
+            wait_until(answering.is_ready, seconds=240)
+            answering.check_health()
+            nginx.point_live(Path(home), "blue")
             photograph = next(loaded.dataset.folder.rglob("*.JPG"))
             rows = [{"image": base64.b64encode(photograph.read_bytes()).decode()}]
             request = json.dumps({"dataframe_records": rows}).encode()
             yield Model(Path(home), answering, request, photograph)
         finally:
             answering.signal(signal.SIGTERM)
-            wait_until(answering.gone, seconds=60)
+            wait_until(answering.have_exited, seconds=60)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_what_mlflow_tells_of_itself_stays(plain: Front, target: str) -> None:
 def test_the_page_may_use_the_camera_and_nothing_of_other_hosts(plain: Front) -> None:
     status, headers, content = plain.ask("GET", "/")
     assert status == 200
-    assert content == (front.PAGE / "index.html").read_bytes()
+    assert content == (nginx.PAGE / "index.html").read_bytes()
     policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
     assert policy["default-src"] == "'self'"
     assert not any("http" in sources or "unsafe" in sources or "*" in sources for sources in policy.values())
@@ -270,7 +271,7 @@ def test_every_request_is_a_line_in_the_access_log_without_the_token(model: Mode
 
 
 def test_a_process_that_hangs_is_given_up_after_the_time_out_and_started_again(model: Model) -> None:
-    (member,) = model.pool.members
+    (member,) = model.pool.workers
     with model.behind(ServeParameters(timeout=2)) as found:
         assert found.post(model.request)[0] == 200
         member.process.signal(signal.SIGSTOP)
@@ -286,10 +287,10 @@ def test_a_process_that_hangs_is_given_up_after_the_time_out_and_started_again(m
 
 
 def test_the_link_moves_without_a_moment_in_which_it_leads_nowhere(tmp_path: Path) -> None:
-    front.make_home(tmp_path)
-    assert front.live_pool(tmp_path) == front.NO_POOL
-    for name in front.POOLS:
-        front.point_live(tmp_path, name)
+    nginx.make_home(tmp_path)
+    assert nginx.live_pool(tmp_path) == nginx.NO_POOL
+    for name in nginx.POOLS:
+        nginx.point_live(tmp_path, name)
         assert (tmp_path / "live").resolve() == (tmp_path / name).resolve()
 
 
@@ -297,9 +298,9 @@ def test_the_link_moves_without_a_moment_in_which_it_leads_nowhere(tmp_path: Pat
 def test_a_token_that_will_not_do_is_refused_with_the_way_to_a_better_one(tmp_path: Path, text: str) -> None:
     (tmp_path / "token").write_text(text)
     with pytest.raises(ServingError, match=r"16 letters.*secrets.token_hex"):
-        front.read_token(str(tmp_path / "token"))
+        nginx.read_token(str(tmp_path / "token"))
     with pytest.raises(ServingError, match="cannot be read"):
-        front.read_token(str(tmp_path / "missing"))
+        nginx.read_token(str(tmp_path / "missing"))
 
 
 def test_a_certificate_needs_its_key() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import optuna
 import pytest
 
-from signdigits import hyperparameters as hp
+from signdigits import config as hp
 from signdigits.errors import ParameterError
 
 

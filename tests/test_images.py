@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits.photographs.images import ImageError, decode, open_image, to_array
+from signdigits.data.images import ImageError, decode_image, open_image, to_array
 
 
 def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -22,7 +22,7 @@ def half_black(mode: str = "RGB", size: tuple[int, int] = (40, 40)) -> Image.Ima
 
 
 def test_rgb_is_unsigned_bytes_from_0_to_255() -> None:
-    array = decode(encode(half_black()), 20, "rgb")
+    array = decode_image(encode(half_black()), 20, "rgb")
     assert array.shape == (20, 20, 3)
     assert array.dtype == np.uint8
     assert array[0, 0].tolist() == [0, 0, 0]
@@ -31,14 +31,14 @@ def test_rgb_is_unsigned_bytes_from_0_to_255() -> None:
 
 def test_grayscale_is_inverted_like_the_notebooks_reader() -> None:
     image = Image.fromarray(np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5))
-    array = decode(encode(image), 5, "grayscale")
+    array = decode_image(encode(image), 5, "grayscale")
     assert array.shape == (5, 5, 1)
     assert array.dtype == np.float32
     np.testing.assert_allclose(array[..., 0], 1 - np.asarray(image) / 255, atol=1e-6)
 
 
 def test_grayscale_resamples_the_whole_picture_where_the_notebook_cut_it() -> None:
-    array = decode(encode(half_black(size=(400, 400))), 20, "grayscale")
+    array = decode_image(encode(half_black(size=(400, 400))), 20, "grayscale")
     notebook = 1 - np.resize(np.asarray(half_black("L", (400, 400))), (20, 20)) / 255
     assert array[0].min() == 1
     assert array[-1].max() == 0
@@ -61,7 +61,7 @@ def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
     turned = image.transpose(stored[orientation]) if orientation in stored else image
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(decode(encode(turned, exif=exif), 40, "rgb"), np.asarray(image))
+    np.testing.assert_array_equal(decode_image(encode(turned, exif=exif), 40, "rgb"), np.asarray(image))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "LA", "I;16", "YCbCr"])
@@ -78,7 +78,7 @@ def test_every_pixel_mode_shows_the_same_picture(mode: str, color_mode: str, cha
 
 
 def test_what_is_transparent_becomes_white() -> None:
-    assert decode(encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0))), 8, "rgb").min() == 255
+    assert decode_image(encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0))), 8, "rgb").min() == 255
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_transparent_becomes_white() -> None:
 )
 def test_unusable_bytes_are_refused_with_a_reason(content: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        decode(content, 20, "rgb")
+        decode_image(content, 20, "rgb")
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
@@ -109,13 +109,13 @@ def test_damaged_metadata_does_not_spoil_a_whole_picture() -> None:
     exif = len(chunk[4:]).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
     after_header = 33
     spoilt = whole[:after_header] + exif + whole[after_header:]
-    np.testing.assert_array_equal(decode(spoilt, 40, "rgb"), decode(whole, 40, "rgb"))
+    np.testing.assert_array_equal(decode_image(spoilt, 40, "rgb"), decode_image(whole, 40, "rgb"))
 
 
 def test_a_telephones_jpeg_with_a_second_picture_is_read_as_its_first() -> None:
     several = encode(half_black(), "MPO", save_all=True, append_images=[Image.new("RGB", (40, 40), "red")])
     assert Image.open(io.BytesIO(several)).format == "MPO"
-    assert decode(several, 40, "rgb")[0].max() < 20
+    assert decode_image(several, 40, "rgb")[0].max() < 20
 
 
 def gradient() -> np.ndarray:
@@ -130,13 +130,15 @@ def test_gray_of_any_depth_gives_the_same_pixels(bits: int, white_is_zero: bool)
     photometric = {262: 0 if white_is_zero else 1}
     stored = np.iinfo(gray.dtype).max - gray if white_is_zero and bits == 16 else gray  # Pillow inverts 8 bits itself
     tiff = encode(Image.fromarray(stored), "TIFF", tiffinfo=photometric)
-    np.testing.assert_array_equal(decode(tiff, 64, "rgb"), decode(encode(Image.fromarray(gradient())), 64, "rgb"))
+    np.testing.assert_array_equal(
+        decode_image(tiff, 64, "rgb"), decode_image(encode(Image.fromarray(gradient())), 64, "rgb")
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_gray_of_32_bits_is_refused(dtype: type) -> None:
     with pytest.raises(ImageError, match="32 bits a channel, of which nothing says what is white"):
-        decode(encode(Image.fromarray(gradient().astype(dtype)), "TIFF"), 16, "rgb")
+        decode_image(encode(Image.fromarray(gradient().astype(dtype)), "TIFF"), 16, "rgb")
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "PA", "LA", "CMYK", "YCbCr", "RGBA", "RGBX", "LAB"])

@@ -4,24 +4,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from signdigits.hyperparameters import DataParameters
-from signdigits.network import input_pipeline
-from signdigits.photographs import data
+from signdigits.config import DataParameters
+from signdigits.data import loading
+from signdigits.model import input_pipeline
 
 from .conftest import SIZE
 
 RANDOM = np.random.default_rng(0)
-IMAGES = data.Images(RANDOM.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8), np.arange(10) % 3)
+IMAGES = loading.Images(RANDOM.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8), np.arange(10) % 3)
 
 
 @pytest.fixture
-def stored(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.Data:
+def stored(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> loading.Data:
     """The photographs, decoded into a file."""
     monkeypatch.chdir(tmp_path)
-    return data.load(DataParameters(data=str(photographs), image_size=SIZE, memory_budget=0))
+    return loading.load_data(DataParameters(data=str(photographs), image_size=SIZE, memory_budget=0))
 
 
-def first(images: data.Images, strength: float, seed: int, n: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
+def first(images: loading.Images, strength: float, seed: int, n: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
     """The first batches of four."""
     return [
         (x.numpy(), y.numpy())
@@ -54,19 +54,19 @@ def test_images_keep_their_labels() -> None:
 
 def test_a_pixel_warped_in_one_epoch_is_warped_otherwise_in_the_next() -> None:
     assert isinstance(IMAGES.x, np.ndarray)
-    same = data.Images(np.stack([IMAGES.x[0]] * 4), np.zeros(4, int))
+    same = loading.Images(np.stack([IMAGES.x[0]] * 4), np.zeros(4, int))
     pictures = {image.tobytes() for x, _ in first(same, 1.0, 0, n=2) for image in x}
     assert len(pictures) == 8
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
-def test_batches_from_a_file_are_those_from_memory(loaded: data.Data, stored: data.Data, strength: float) -> None:
+def test_batches_from_a_file_are_those_from_memory(loaded: loading.Data, stored: loading.Data, strength: float) -> None:
     for (x, y), (a, b) in zip(first(stored.training, strength, 3), first(loaded.training, strength, 3), strict=True):
         np.testing.assert_array_equal(x, a)
         np.testing.assert_array_equal(y, b)
 
 
-def test_validation_images_from_a_file_come_once_and_in_order(loaded: data.Data, stored: data.Data) -> None:
+def test_validation_images_from_a_file_come_once_and_in_order(loaded: loading.Data, stored: loading.Data) -> None:
     fed = input_pipeline.validation_batches(stored.validation, 5)
     np.testing.assert_array_equal(np.concatenate([x.numpy() for x, _ in fed]), loaded.validation.x)
     np.testing.assert_array_equal(np.concatenate([y.numpy() for _, y in fed]), loaded.validation.y)

@@ -7,11 +7,11 @@ import mlflow
 import pytest
 
 from signdigits import links
-from signdigits.hyperparameters import LinkParameters
+from signdigits.config import LinkParameters
 
 
 def test_without_a_study_the_next_step_is_told(store: str) -> None:
-    assert links.latest(LinkParameters()) == [
+    assert links.list_links(LinkParameters()) == [
         "no study yet: run `mlflow run . -e main`; the UI is at http://127.0.0.1:5000"
     ]
 
@@ -23,7 +23,7 @@ def test_the_links_lead_to_the_latest_study_and_its_finished_trials(store: str) 
                 mlflow.log_metric("val_accuracy", accuracy)
         with mlflow.start_run(nested=True, tags={"role": "refit"}):
             pass
-    everything, latest, trials, registry = links.latest(LinkParameters(port=5050))
+    everything, latest, trials, registry = links.list_links(LinkParameters(port=5050))
     experiment = study.info.experiment_id
     assert everything.endswith(f"http://127.0.0.1:5050/#/experiments/{experiment}/runs?workflowType=machine_learning")
     assert latest.endswith(f"/runs/{study.info.run_id}?workflowType=machine_learning")
@@ -36,7 +36,7 @@ def test_the_links_lead_to_the_latest_study_and_its_finished_trials(store: str) 
 
 def test_a_server_is_its_own_ui(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     mlflow.set_tracking_uri("http://tracking.example:8080/")
-    assert links.ui() == "http://tracking.example:8080"
+    assert links.ui_url() == "http://tracking.example:8080"
     mlflow.set_tracking_uri(store)
 
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from signdigits.batch import inputs
 from signdigits.errors import DataError
-from signdigits.predictions import listing
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -16,7 +16,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 def test_a_folder_is_read_with_its_subfolders_in_the_order_of_names(tmp_path: Path) -> None:
     folder = touch(tmp_path / "all", "b/2.jpg", "b/1.jpg", "a/deep/3.jpg", "0.jpg", ".hidden", "b/.hidden")
-    assert listing.find(str(folder), tmp_path / "out").paths == ("0.jpg", "a/deep/3.jpg", "b/1.jpg", "b/2.jpg")
+    assert inputs.find_inputs(str(folder), tmp_path / "out").paths == ("0.jpg", "a/deep/3.jpg", "b/1.jpg", "b/2.jpg")
 
 
 def test_the_digest_changes_with_names_order_bytes_and_folder(tmp_path: Path) -> None:
@@ -24,14 +24,14 @@ def test_the_digest_changes_with_names_order_bytes_and_folder(tmp_path: Path) ->
     digests = set()
     for text in ("path\na.jpg\nb.jpg\n", "path\nb.jpg\na.jpg\n", "path\na.jpg\n", "path\na.jpg\nmissing.jpg\n"):
         table.write_text(text)
-        digests.add(listing.find(str(table), tmp_path / "out").digest)
-    before = listing.find(str(table), tmp_path / "out")
+        digests.add(inputs.find_inputs(str(table), tmp_path / "out").digest)
+    before = inputs.find_inputs(str(table), tmp_path / "out")
     (tmp_path / "a.jpg").write_text("longer than it was")
-    digests |= {listing.find(str(table), tmp_path / "out").digest}
+    digests |= {inputs.find_inputs(str(table), tmp_path / "out").digest}
     assert len(digests) == 5
     assert before.digest in digests
-    again = listing.find(str(table), tmp_path / "out")
-    assert again.digest == listing.find(str(table), tmp_path / "out").digest
+    again = inputs.find_inputs(str(table), tmp_path / "out")
+    assert again.digest == inputs.find_inputs(str(table), tmp_path / "out").digest
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
@@ -40,6 +40,6 @@ def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:
     (folder / "a").chmod(0)
     try:
         with pytest.raises(DataError, match="Permission denied; make it readable"):
-            listing.find(str(folder), tmp_path / "out")
+            inputs.find_inputs(str(folder), tmp_path / "out")
     finally:
         (folder / "a").chmod(0o755)

@@ -15,7 +15,7 @@ import pytest
 from mlflow.entities import Run
 
 from signdigits import main, register
-from signdigits.hyperparameters import (
+from signdigits.config import (
     ModelParameters,
     Range,
     RefitParameters,
@@ -24,7 +24,7 @@ from signdigits.hyperparameters import (
     StudyParameters,
     VersionParameters,
 )
-from signdigits.photographs import data
+from signdigits.data import loading
 
 from .conftest import PROJECT, serving
 
@@ -37,7 +37,7 @@ def runs() -> list[Run]:
     return list(mlflow.search_runs(search_all_experiments=True, output_format="list"))
 
 
-def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: data.Data, tmp_path: Path) -> None:
+def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: loading.Data, tmp_path: Path) -> None:
     values = {
         "data": loaded.parameters.data, "image_size": 16, "batch_size": 8, "epochs": "6:8", "n_trials": 3,
         "space": "notebook", "repeats": 2,
@@ -90,7 +90,7 @@ def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: data.D
 
 
 def test_an_interrupted_job_is_finished_by_the_same_command(
-    store: str, loaded: data.Data, monkeypatch: pytest.MonkeyPatch
+    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interruption comes between the refit's training and its evaluation."""
 
@@ -98,7 +98,7 @@ def test_an_interrupted_job_is_finished_by_the_same_command(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(main.evaluate, "score", interrupted)
+        patch.setattr(main.evaluate, "score_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
     assert Counter(run.info.status for run in runs()) == {"FINISHED": 2, "KILLED": 2}
@@ -114,7 +114,7 @@ def test_an_interrupted_job_is_finished_by_the_same_command(
     }
 
 
-def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, loaded: data.Data) -> None:
+def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, loaded: loading.Data) -> None:
     main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
     (refit,) = [run for run in runs() if run.data.tags["role"] == "refit" and run.data.tags["seed"] == "1337"]
     used = [item for item in refit.inputs.dataset_inputs if item.dataset.name == "bars"]
@@ -130,7 +130,7 @@ def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, load
         assert refit.data.params[name] == best.data.params[name]
 
 
-def test_the_spread_over_seeds_is_told_and_the_first_is_registered(store: str, loaded: data.Data) -> None:
+def test_the_spread_over_seeds_is_told_and_the_first_is_registered(store: str, loaded: loading.Data) -> None:
     main.main(loaded, SPACE, STUDY, RefitParameters(repeats=3), RegistryParameters())
     refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
     assert set(refits) == {"1337", "1338", "1339"}
@@ -143,7 +143,7 @@ def test_the_spread_over_seeds_is_told_and_the_first_is_registered(store: str, l
     assert float(champion.tags["test_accuracy_mean"]) == pytest.approx(np.mean(accuracies))
 
 
-def test_a_second_start_leaves_a_rollback_alone(store: str, loaded: data.Data) -> None:
+def test_a_second_start_leaves_a_rollback_alone(store: str, loaded: loading.Data) -> None:
     once = RefitParameters(repeats=1)
     main.main(loaded, SPACE, STUDY, once, RegistryParameters())
     other = dataclasses.replace(STUDY, study_name="other")

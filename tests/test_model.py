@@ -2,13 +2,13 @@ import keras
 import numpy as np
 import pytest
 
+from signdigits.config import Hyperparameters
 from signdigits.errors import ParameterError
-from signdigits.hyperparameters import Hyperparameters
-from signdigits.network import model
+from signdigits.model import architecture
 
 
 def test_the_network_is_the_notebooks_with_1204650_parameters() -> None:
-    network = model.build((100, 100, 3), 10)
+    network = architecture.build_network((100, 100, 3), 10)
     assert network.count_params() == 1_204_650
     assert [type(layer).__name__ for layer in network.layers] == [
         "Rescaling", "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D",
@@ -21,7 +21,7 @@ def test_the_network_is_the_notebooks_with_1204650_parameters() -> None:
 
 
 def test_pixels_are_rescaled_once_whatever_the_reader() -> None:
-    rgb, grayscale = model.build((8, 8, 3), 2), model.build((8, 8, 1), 2)
+    rgb, grayscale = architecture.build_network((8, 8, 3), 2), architecture.build_network((8, 8, 1), 2)
     assert np.allclose(rgb.layers[0](np.full((1, 8, 8, 3), 255.0)), 1)
     assert np.allclose(grayscale.layers[0](np.full((1, 8, 8, 1), 1.0)), 1)
 
@@ -36,19 +36,19 @@ def rates(network: keras.Sequential, *steps: int) -> list[float]:
 
 
 def test_the_rate_falls_by_decay_rate_every_decay_steps() -> None:
-    network = model.build((8, 8, 3), 2)
-    model.compile_network(network, Hyperparameters(initial_learning_rate=0.01, decay_rate=0.5, decay_steps=10))
+    network = architecture.build_network((8, 8, 3), 2)
+    architecture.compile_network(network, Hyperparameters(initial_learning_rate=0.01, decay_rate=0.5, decay_steps=10))
     assert np.allclose(rates(network, 0, 10, 20), [0.01, 0.005, 0.0025])
 
 
 def test_a_decay_rate_of_one_keeps_the_rate() -> None:
-    network = model.build((8, 8, 3), 2)
-    model.compile_network(network, Hyperparameters(initial_learning_rate=0.001, decay_rate=1.0))
+    network = architecture.build_network((8, 8, 3), 2)
+    architecture.compile_network(network, Hyperparameters(initial_learning_rate=0.001, decay_rate=1.0))
     assert np.allclose(rates(network, 10_000), 0.001)
 
 
 def test_blocks_and_dropout_are_added_where_they_are_asked_for() -> None:
-    network = model.build((100, 100, 3), 10, conv_blocks=5, dropout=0.4)
+    network = architecture.build_network((100, 100, 3), 10, conv_blocks=5, dropout=0.4)
     convolutions = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]
     assert [layer.filters for layer in convolutions] == [16, 32, 64, 128, 256]
     assert [type(layer).__name__ for layer in network.layers[-4:]] == ["Flatten", "Dropout", "Dense", "Dense"]
@@ -57,13 +57,13 @@ def test_blocks_and_dropout_are_added_where_they_are_asked_for() -> None:
 
 def test_more_blocks_than_the_image_can_be_halved_are_refused() -> None:
     with pytest.raises(ParameterError, match="conv_blocks=5: each halves the image, and 16 pixels cannot"):
-        model.build((16, 16, 3), 3, conv_blocks=5)
+        architecture.build_network((16, 16, 3), 3, conv_blocks=5)
 
 
 def test_the_bfloat16_network_is_the_float32_network_with_the_same_weights() -> None:
     """The layers stand in another order, which changes neither the function nor its gradients."""
-    fast = model.build((16, 16, 3), 3, dropout=0.5, precision="mixed_bfloat16")
-    plain = model.build((16, 16, 3), 3, dropout=0.5)
+    fast = architecture.build_network((16, 16, 3), 3, dropout=0.5, precision="mixed_bfloat16")
+    plain = architecture.build_network((16, 16, 3), 3, dropout=0.5)
     assert {layer.compute_dtype for layer in plain.layers} == {"float32"}
     plain.set_weights(fast.get_weights())
     x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
@@ -72,6 +72,6 @@ def test_the_bfloat16_network_is_the_float32_network_with_the_same_weights() -> 
 
 
 def test_auto_is_bfloat16_where_the_machine_has_it() -> None:
-    expected = "mixed_bfloat16" if model.has_bfloat16() else "float32"
-    assert model.resolve_precision("auto") == expected
-    assert model.resolve_precision("float32") == "float32"
+    expected = "mixed_bfloat16" if architecture.has_bfloat16() else "float32"
+    assert architecture.resolve_precision("auto") == expected
+    assert architecture.resolve_precision("float32") == "float32"

@@ -17,13 +17,13 @@ from mlflow.entities import Run
 from PIL import Image, ImageOps
 
 from signdigits import tracking
-from signdigits.artifact import answers, package
+from signdigits.config import MonitorParameters
+from signdigits.data import loading
 from signdigits.errors import ModelError
-from signdigits.hyperparameters import MonitorParameters
 from signdigits.measures import drift
+from signdigits.model import architecture
 from signdigits.monitor import monitor
-from signdigits.network import model
-from signdigits.photographs import data
+from signdigits.packaging import package, prediction_log
 
 from .conftest import command
 
@@ -36,12 +36,12 @@ COLUMNS = ["size", "brightness", "contrast", "sharpness", "probability", "label"
 @contextmanager
 def logging_to(folder: Path, version: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(answers.FOLDER, str(folder))
-        patch.setenv(answers.VERSION, version)
+        patch.setenv(prediction_log.FOLDER, str(folder))
+        patch.setenv(prediction_log.VERSION, version)
         yield
 
 
-def ask(loaded: data.Data, folder: Path, change: Callable[[Image.Image], Image.Image], version: str = "1") -> None:
+def ask(loaded: loading.Data, folder: Path, change: Callable[[Image.Image], Image.Image], version: str = "1") -> None:
     """Let the champion answer the test photographs, changed, some times over, and log it."""
     contents = []
     for index in loaded.split.testing:
@@ -71,7 +71,7 @@ def the_run() -> Run:
     return run
 
 
-def test_the_same_photographs_have_not_drifted(champion: str, loaded: data.Data, tmp_path: Path) -> None:
+def test_the_same_photographs_have_not_drifted(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     ask(loaded, tmp_path / "log", same)
     done = command("monitor", "--answers", "log", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -93,7 +93,7 @@ def test_the_same_photographs_have_not_drifted(champion: str, loaded: data.Data,
     ids=["inverted", "noisy"],
 )
 def test_changed_photographs_have_drifted(
-    champion: str, loaded: data.Data, tmp_path: Path, change: Callable[[Image.Image], Image.Image], columns: set[str]
+    champion: str, loaded: loading.Data, tmp_path: Path, change: Callable[[Image.Image], Image.Image], columns: set[str]
 ) -> None:
     ask(loaded, tmp_path / "log", change)
     done = command("monitor", "--answers", "log", cwd=tmp_path)
@@ -114,7 +114,7 @@ def test_changed_photographs_have_drifted(
     assert "<script src=" not in report, "the report asks nobody for anything"
 
 
-def test_too_few_answers_are_told_and_are_not_drift(champion: str, loaded: data.Data, tmp_path: Path) -> None:
+def test_too_few_answers_are_told_and_are_not_drift(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     ask(loaded, tmp_path / "log", ImageOps.invert, version="7")
     done = command("monitor", "--answers", "log", cwd=tmp_path)
     assert done.returncode == 4
@@ -130,7 +130,7 @@ def test_a_log_that_is_not_there_is_a_misuse(champion: str, tmp_path: Path) -> N
     assert "answers=nowhere: no such folder; serve with SIGN_DIGITS_ANSWERS=nowhere" in done.stderr
 
 
-def test_only_the_latest_answers_count(champion: str, loaded: data.Data, tmp_path: Path) -> None:
+def test_only_the_latest_answers_count(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     ask(loaded, tmp_path / "log", noisy)
     ask(loaded, tmp_path / "log", same)
     found = monitor(MonitorParameters(answers="log", last=ENOUGH))
@@ -139,10 +139,10 @@ def test_only_the_latest_answers_count(champion: str, loaded: data.Data, tmp_pat
 
 
 def test_answers_of_other_hours_other_versions_and_cut_lines_are_passed_over(
-    champion: str, loaded: data.Data, tmp_path: Path
+    champion: str, loaded: loading.Data, tmp_path: Path
 ) -> None:
     ask(loaded, tmp_path / "log", same)
-    (file,) = answers.files(tmp_path / "log")
+    (file,) = prediction_log.list_log_files(tmp_path / "log")
     lines = file.read_text().splitlines()
     old = [json.dumps({**json.loads(line), "time": "2026-01-01T00:00:00.000+00:00"}) for line in lines]
     other = [json.dumps({**json.loads(line), "version": "2"}) for line in lines]
@@ -154,7 +154,7 @@ def test_answers_of_other_hours_other_versions_and_cut_lines_are_passed_over(
 
 
 def test_a_model_without_a_reference_names_the_remedy(
-    champion: str, loaded: data.Data, tmp_path: Path, log_another: Callable[[], str]
+    champion: str, loaded: loading.Data, tmp_path: Path, log_another: Callable[[], str]
 ) -> None:
     ask(loaded, tmp_path / "log", same)
     with pytest.raises(ModelError, match="not evaluated yet; run `python -m signdigits evaluate --model_uri"):
@@ -162,17 +162,19 @@ def test_a_model_without_a_reference_names_the_remedy(
 
 
 @pytest.fixture
-def log_another(champion: str, loaded: data.Data) -> Callable[[], str]:
+def log_another(champion: str, loaded: loading.Data) -> Callable[[], str]:
     """A function that logs an untrained network, and returns its address."""
 
     def log() -> str:
-        with tracking.run("train", "train"):
-            return str(package.log_model(model.build(loaded.training.shape, 3), 1.0, loaded, {}).model_uri)
+        with tracking.start_run("train", "train"):
+            return str(
+                package.log_model(architecture.build_network(loaded.training.shape, 3), 1.0, loaded, {}).model_uri
+            )
 
     return log
 
 
-def test_nobody_is_called_and_pandas_is_left_as_it_was(champion: str, loaded: data.Data, tmp_path: Path) -> None:
+def test_nobody_is_called_and_pandas_is_left_as_it_was(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     """Python itself tells of every connection and every name that is looked up, in whatever library."""
     ask(loaded, tmp_path / "log", same)
     calls = tmp_path / "calls"

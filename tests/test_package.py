@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from signdigits import tracking
-from signdigits.artifact import package
-from signdigits.hyperparameters import DataParameters
-from signdigits.network import model
-from signdigits.photographs import data
+from signdigits.config import DataParameters
+from signdigits.data import loading
+from signdigits.model import architecture
+from signdigits.packaging import package
 
 from .conftest import SIZE
 
@@ -19,9 +19,9 @@ from .conftest import SIZE
 def test_a_logged_model_reads_photographs_as_its_network_was_trained(
     store: str, photographs: Path, color_mode: str
 ) -> None:
-    loaded = data.load(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
-    network = model.build(loaded.training.shape, 3)
-    with tracking.run("train", "train"):
+    loaded = loading.load_data(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
+    network = architecture.build_network(loaded.training.shape, 3)
+    with tracking.start_run("train", "train"):
         info = package.log_model(network, 1.0, loaded, {})
     served = mlflow.pyfunc.load_model(info.model_uri)
     paths = [loaded.dataset.folder / loaded.dataset.photographs[i].path for i in loaded.split.training[:5]]
@@ -32,17 +32,17 @@ def test_a_logged_model_reads_photographs_as_its_network_was_trained(
     np.testing.assert_allclose(answered, expected, rtol=1e-4)
 
 
-def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: str, loaded: data.Data) -> None:
-    network = model.build(loaded.training.shape, 3)
-    with tracking.run("train", "train"):
+def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: str, loaded: loading.Data) -> None:
+    network = architecture.build_network(loaded.training.shape, 3)
+    with tracking.start_run("train", "train"):
         uris = [package.log_model(network, 1.0, loaded, {}).model_uri for _ in range(2)]
     first, second = (mlflow.pyfunc.load_model(uri).unwrap_python_model() for uri in uris)
     assert first.images is not second.images
 
 
-def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: data.Data) -> None:
-    network = model.build(loaded.training.shape, 3)
-    with tracking.run("refit", "refit") as run:
+def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: loading.Data) -> None:
+    network = architecture.build_network(loaded.training.shape, 3)
+    with tracking.start_run("refit", "refit") as run:
         info = package.log_model(network, 1.0, loaded, {"study": "bars-1234", "trial": 3})
     logged = mlflow.get_logged_model(info.model_id)
     assert logged.source_run_id == run.info.run_id
@@ -56,6 +56,6 @@ def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: data.Data) ->
     assert logged.tags["git_commit"]
 
 
-def test_the_input_example_is_a_training_photograph(loaded: data.Data) -> None:
-    example = package.input_example(loaded)
+def test_the_input_example_is_a_training_photograph(loaded: loading.Data) -> None:
+    example = package.make_input_example(loaded)
     assert json.loads(example.to_json(orient="records"))[0]["image"].startswith("/9j/"), "JPEG in base64"

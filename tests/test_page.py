@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from signdigits.photographs import data
+from signdigits.data import loading
 
 from .conftest import answers, free_port, store_like, wait_until
 
@@ -66,7 +66,7 @@ class Front:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, champion_store: Path) -> Iterator[Made]:
+def made(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Made]:
     folder = tmp_path_factory.mktemp("page")
     with store_like(champion_store, folder) as store:
         yield Made(folder, store, loaded.dataset.folder)

@@ -6,16 +6,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from signdigits.batch.output import BatchJob, lock_output
 from signdigits.errors import OutputError
-from signdigits.predictions import parts
-from signdigits.predictions.parts import Job
 
-JOB = Job("m-1", "1", "some", "digest", 4)
+JOB = BatchJob("m-1", "1", "some", "digest", 4)
 ROWS = pd.DataFrame({"path": ["a", "b"], "label": ["1", None], "probability": [0.9, None], "reason": [None, "empty"]})
 
 
 def test_the_tables_hold_the_parts_in_their_order(tmp_path: Path) -> None:
-    with parts.hold(tmp_path / "out", JOB) as output:
+    with lock_output(tmp_path / "out", JOB) as output:
         output.keep(1, ROWS.assign(path=["c", "d"]))
         output.keep(0, ROWS)
         output.assemble(2)
@@ -25,7 +24,7 @@ def test_the_tables_hold_the_parts_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_part_without_a_readable_photograph_has_the_columns_of_the_others(tmp_path: Path) -> None:
-    with parts.hold(tmp_path, JOB) as output:
+    with lock_output(tmp_path, JOB) as output:
         output.keep(0, ROWS[1:])
         output.keep(1, ROWS[:1])
     assert pq.read_schema(output.part(0)).equals(pq.read_schema(output.part(1)))
@@ -55,14 +54,18 @@ with parts.hold(Path({str(tmp_path)!r}), parts.Job("m-1", "1", "some", "digest",
 
 
 def test_the_lock_goes_with_the_block(tmp_path: Path) -> None:
-    with parts.hold(tmp_path, JOB), pytest.raises(OutputError, match="another process"), parts.hold(tmp_path, JOB):
+    with (
+        lock_output(tmp_path, JOB),
+        pytest.raises(OutputError, match="another process"),
+        lock_output(tmp_path, JOB),
+    ):
         pass
-    with parts.hold(tmp_path, JOB):
+    with lock_output(tmp_path, JOB):
         pass
 
 
 def test_a_job_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text("{")
-    with pytest.raises(OutputError, match=r"job\.json cannot be read"), parts.hold(tmp_path, JOB):
+    with pytest.raises(OutputError, match=r"job\.json cannot be read"), lock_output(tmp_path, JOB):
         pass
     assert (tmp_path / "job.json").read_text() == "{"

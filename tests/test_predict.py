@@ -14,10 +14,9 @@ import pytest
 from mlflow.entities import Run
 
 from signdigits import cli, predict
+from signdigits.batch.output import TABLES, BatchJob, Output, find_job, lock_output
+from signdigits.config import PredictParameters
 from signdigits.errors import OutputError
-from signdigits.hyperparameters import PredictParameters
-from signdigits.predictions import parts
-from signdigits.predictions.parts import Job, Output
 
 from .conftest import PROJECT, command, wait_until
 
@@ -161,7 +160,7 @@ def test_a_kill_costs_nothing_that_was_finished(champion: str, photographs: Path
     assert not Path("out", "parts").exists()
 
     read(folder, "straight")
-    for name in parts.TABLES:
+    for name in TABLES:
         assert Path("out", name).read_bytes() == Path("straight", name).read_bytes()
 
 
@@ -169,7 +168,7 @@ def test_finished_parts_are_left_as_they_are(champion: str, photographs: Path, t
     folder = many(photographs, tmp_path / "many", times=10)
     read(folder)
     rows = tables()[0]
-    job = parts.find_job(Path("out"))
+    job = find_job(Path("out"))
     assert job is not None
     output = Output(Path("out"), job).note(finished=False)
     output.keep(0, rows[:256].assign(label="from before"))
@@ -210,7 +209,7 @@ def test_another_model_or_other_photographs_are_refused(champion: str, photograp
 
 def test_a_folder_of_another_model_names_the_version(champion: str, photographs: Path) -> None:
     read(photographs)
-    job = parts.find_job(Path("out"))
+    job = find_job(Path("out"))
     assert job is not None
     Output(Path("out"), job).note(model="m-other", version="7")
     with pytest.raises(
@@ -228,7 +227,7 @@ def test_tables_of_unknown_origin_are_not_overwritten(champion: str, photographs
 
 
 def test_of_two_processes_the_second_is_refused(champion: str, photographs: Path) -> None:
-    with parts.hold(Path("out"), Job("m-1", "1", "some", "digest", 1)):
+    with lock_output(Path("out"), BatchJob("m-1", "1", "some", "digest", 1)):
         refused = command("predict", "--images", str(photographs), "--output", "out")
     assert refused.returncode == 2
     assert "another process is writing there" in refused.stderr
@@ -293,7 +292,7 @@ def test_workers_give_the_same_tables(champion: str, photographs: Path, tmp_path
     line = ["predict", "--images", str(folder), "--output", "workers", "--workers", "2"]
     spread = command(*line, cwd=tmp_path)
     assert spread.returncode == 0, spread.stderr
-    for name in parts.TABLES:
+    for name in TABLES:
         assert Path("workers", name).read_bytes() == Path("threads", name).read_bytes()
 
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from signdigits import prepare
-from signdigits.hyperparameters import DataParameters, SourceParameters
-from signdigits.photographs import data, findings, groups
-from signdigits.photographs.dataset import scan
+from signdigits.config import DataParameters, SourceParameters
+from signdigits.data import groups, loading, quality
+from signdigits.data.dataset import scan_dataset
 
 from .conftest import SIZE, write_photographs
 
@@ -20,7 +20,7 @@ def download(run_id: str, name: str) -> Path:
     return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
 
 
-def test_the_report_lands_in_the_run(store: str, loaded: data.Data) -> None:
+def test_the_report_lands_in_the_run(store: str, loaded: loading.Data) -> None:
     run_id = prepare.prepare(loaded)
     report = json.loads(download(run_id, "data/report.json").read_text())
     assert report["classes"] == {"0": 20, "1": 20, "2": 20}
@@ -38,7 +38,7 @@ def test_the_report_lands_in_the_run(store: str, loaded: data.Data) -> None:
         assert picture.width > 400
 
 
-def test_the_data_set_is_an_input_of_the_run_with_its_digest(store: str, loaded: data.Data) -> None:
+def test_the_data_set_is_an_input_of_the_run_with_its_digest(store: str, loaded: loading.Data) -> None:
     run = mlflow.get_run(prepare.prepare(loaded))
     (used,) = run.inputs.dataset_inputs
     assert used.dataset.name == "bars"
@@ -54,7 +54,7 @@ def test_what_was_unreadable_or_turned_is_told(store: str, tmp_path: Path, caplo
     exif[0x0112] = 6
     Image.new("RGB", (8, 8)).save(folder / "0" / "turned.jpg", exif=exif)
     caplog.set_level("INFO", "signdigits")
-    run_id = prepare.prepare(data.load(DataParameters(data=str(folder), image_size=SIZE, skip_unreadable=True)))
+    run_id = prepare.prepare(loading.load_data(DataParameters(data=str(folder), image_size=SIZE, skip_unreadable=True)))
     report = json.loads(download(run_id, "data/report.json").read_text())
     assert report["unreadable"] == {"1/notes.txt": "not an image"}
     assert report["turned upright"] == ["0/turned.jpg"]
@@ -68,14 +68,14 @@ def test_what_deserves_a_look_is_a_table_and_a_picture(store: str, tmp_path: Pat
     random = np.random.default_rng(1)
     Image.fromarray(random.integers(0, 80, (96, 24, 3), dtype=np.uint8)).save(folder / "0" / "long.jpg")
     Image.new("RGB", (24, 24), (250, 0, 0)).save(folder / "1" / "red.jpg")
-    loaded = data.load(DataParameters(data=str(folder), image_size=SIZE))
-    parts = dict(zip((p.path for p in loaded.dataset.photographs), findings.part_names(loaded), strict=True))
+    loaded = loading.load_data(DataParameters(data=str(folder), image_size=SIZE))
+    parts = dict(zip((p.path for p in loaded.dataset.photographs), quality.part_names(loaded), strict=True))
     kept = next(path for path, part in parts.items() if part == "testing")
     copied = next(path for path, part in parts.items() if part == "training" and path[0] == kept[0])
     with Image.open(folder / kept) as picture:
         picture.resize((48, 48)).save(folder / copied, quality=90)
 
-    run_id = prepare.prepare(data.load(loaded.parameters))
+    run_id = prepare.prepare(loading.load_data(loaded.parameters))
     table = pd.read_csv(download(run_id, "data/findings.csv"), keep_default_na=False)
     found = {(row.finding, row.path, row.other) for row in table.itertuples()}
     assert ("imbalance", "2", "") in found
@@ -91,14 +91,14 @@ def test_what_deserves_a_look_is_a_table_and_a_picture(store: str, tmp_path: Pat
 def test_the_real_groups_are_written_where_they_may_be(sign_digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photographs"
     shutil.copytree(sign_digits, folder, ignore=shutil.ignore_patterns(groups.FILE))
-    found = scan(SourceParameters(data=str(folder)))
+    found = scan_dataset(SourceParameters(data=str(folder)))
     folder.chmod(0o555)
-    groups.write(found)
+    groups.write_groups(found)
     assert not (folder / groups.FILE).exists(), "read-only, also for root"
     folder.chmod(0o755)
-    told = groups.of(found)
-    groups.write(found)
+    told = groups.read_groups(found)
+    groups.write_groups(found)
     table = pd.read_csv(folder / groups.FILE)
     assert table["group"].nunique() == 220
-    assert groups.of(found).tolist() == told.tolist() == table["group"].tolist()
-    assert scan(SourceParameters(data=str(folder))).digest == found.digest
+    assert groups.read_groups(found).tolist() == told.tolist() == table["group"].tolist()
+    assert scan_dataset(SourceParameters(data=str(folder))).digest == found.digest

@@ -8,8 +8,8 @@ import pytest
 from mlflow.entities import LoggedModel
 
 from signdigits import register, tracking
+from signdigits.config import ModelParameters, RegistryParameters, VersionParameters
 from signdigits.errors import ModelError, ParameterError
-from signdigits.hyperparameters import ModelParameters, RegistryParameters, VersionParameters
 
 NAME = register.REGISTERED_MODEL
 Log = Callable[..., LoggedModel]
@@ -19,15 +19,15 @@ def scored(log_model: Log, right: int, **tags: str) -> LoggedModel:
     """A model that reads the first `right` of twelve test images correctly, as if `evaluate` had scored it."""
     table = pd.DataFrame({"path": [f"0/{n}.jpg" for n in range(12)], "label": "0"})
     table["prediction"] = ["0"] * right + ["1"] * (12 - right)
-    with tracking.run("evaluate", "evaluate") as run:
+    with tracking.start_run("evaluate", "evaluate") as run:
         mlflow.log_text(table.to_csv(index=False), tracking.PREDICTIONS)
     found = {"test_accuracy": str(right / 12), "test_images": "12", "test_digest": "d", "test_run_id": run.info.run_id}
     return log_model(**found | tags)
 
 
 def promote(model: LoggedModel, **rules: Any) -> register.Decision:
-    with tracking.run("register", "register"):
-        return register.promote(model, RegistryParameters(**rules))
+    with tracking.start_run("register", "register"):
+        return register.promote_model(model, RegistryParameters(**rules))
 
 
 def aliases() -> dict[str, str]:
@@ -167,6 +167,6 @@ def test_an_alias_that_mlflow_would_refuse_is_refused_at_once(alias: str) -> Non
 
 def test_show_says_what_is_served(store: str, log_model: Log) -> None:
     with pytest.raises(ModelError, match=r"has no champion in .*; run scripts/quickstart"):
-        register.show()
+        register.describe_champion()
     promote(scored(log_model, 9))
-    assert register.show() == "sign-digits version 1, champion: test accuracy 0.7500 on 12 images of bars"
+    assert register.describe_champion() == "sign-digits version 1, champion: test accuracy 0.7500 on 12 images of bars"

@@ -7,11 +7,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from signdigits.batch import scoring
+from signdigits.batch.scoring import Chunk, Scorer
+from signdigits.config import PredictParameters
+from signdigits.data import images
 from signdigits.errors import DataError
-from signdigits.hyperparameters import PredictParameters
-from signdigits.photographs import images
-from signdigits.predictions import scoring
-from signdigits.predictions.scoring import Chunk, Scorer
 
 
 @pytest.fixture
@@ -35,11 +35,13 @@ def test_more_bad_photographs_than_the_model_names_in_one_answer_all_have_their_
 
 def test_what_is_no_file_or_too_long_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert scoring.read(tmp_path / "pipe") == "cannot be read (not a file)"
+    assert scoring.read_photograph(tmp_path / "pipe") == "cannot be read (not a file)"
     with (tmp_path / "large").open("wb") as file:
         file.truncate(10 * images.MAX_BYTES)
-    assert len(scoring.read(tmp_path / "large")) == images.MAX_BYTES + 1, "enough for the decoder to refuse it"
-    assert scoring.read(tmp_path / ("n" * 300)) == "cannot be read (File name too long)"
+    assert len(scoring.read_photograph(tmp_path / "large")) == images.MAX_BYTES + 1, (
+        "enough for the decoder to refuse it"
+    )
+    assert scoring.read_photograph(tmp_path / ("n" * 300)) == "cannot be read (File name too long)"
 
 
 def test_a_folder_that_is_not_there_makes_no_row(scorer: Scorer) -> None:
@@ -56,7 +58,7 @@ def test_a_worker_that_dies_is_replaced_and_its_chunk_is_answered(
     folder = Path(mlflow.artifacts.download_artifacts("models:/sign-digits@champion"))
     killer = threading.Thread(target=kill_a_worker)
     found = {}
-    for chunk, rows in scoring.answered(folder, chunks, PredictParameters(images="some", workers=2)):
+    for chunk, rows in scoring.score_chunks(folder, chunks, PredictParameters(images="some", workers=2)):
         found[chunk.number] = rows
         if len(found) == 1:
             killer.start()

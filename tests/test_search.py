@@ -18,10 +18,10 @@ from optuna.testing.pruners import DeterministicPruner
 from optuna.trial import TrialState
 
 from signdigits import search, tracking
+from signdigits.config import Range, Space, StudyParameters
+from signdigits.data import loading
 from signdigits.errors import ParameterError, StudyError
-from signdigits.hyperparameters import Range, Space, StudyParameters
-from signdigits.network import training
-from signdigits.photographs import data
+from signdigits.model import training
 from signdigits.tuning import storage, study
 
 from .conftest import wait_until
@@ -44,7 +44,7 @@ def artifacts(run_id: str, folder: str) -> set[str]:
 
 
 @pytest.mark.parametrize("space", [SPACE, EXTENDED])
-def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded: data.Data, space: Space) -> None:
+def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded: loading.Data, space: Space) -> None:
     opened = search.search(loaded, space, THREE)
     runs = trials(opened)
     assert [run.info.run_name for run in runs] == ["trial-000", "trial-001", "trial-002"]
@@ -58,7 +58,7 @@ def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded:
         assert len(history) == trial.params["epochs"]
 
 
-def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, loaded: data.Data) -> None:
+def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, THREE)
     run = mlflow.get_run(opened.run_id)
     best = opened.best
@@ -76,7 +76,7 @@ def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, load
     }
 
 
-def test_the_same_command_continues_the_same_study_under_the_same_run(store: str, loaded: data.Data) -> None:
+def test_the_same_command_continues_the_same_study_under_the_same_run(store: str, loaded: loading.Data) -> None:
     first = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
     second = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
     third = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
@@ -85,13 +85,13 @@ def test_the_same_command_continues_the_same_study_under_the_same_run(store: str
     assert len(mlflow.search_runs(filter_string="tags.role = 'study'")) == 1
 
 
-def test_two_starts_do_not_draw_the_same_trials(store: str, loaded: data.Data) -> None:
+def test_two_starts_do_not_draw_the_same_trials(store: str, loaded: loading.Data) -> None:
     search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=4))
     assert len({tuple(trial.params.values()) for trial in opened.study.trials}) == 4
 
 
-def test_epochs_are_searched(store: str, loaded: data.Data) -> None:
+def test_epochs_are_searched(store: str, loaded: loading.Data) -> None:
     space = Space.of("notebook", epochs=Range(1, 4), batch_size=16)
     opened = search.search(loaded, space, StudyParameters(n_trials=6, pruner="none"))
     drawn = [trial.params["epochs"] for trial in opened.study.trials]
@@ -99,7 +99,7 @@ def test_epochs_are_searched(store: str, loaded: data.Data) -> None:
     assert [int(run.data.params["epochs"]) for run in trials(opened)] == drawn
 
 
-def test_trials_record_their_data_set(store: str, loaded: data.Data) -> None:
+def test_trials_record_their_data_set(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
     (run,) = trials(opened)
     inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
@@ -109,7 +109,7 @@ def test_trials_record_their_data_set(store: str, loaded: data.Data) -> None:
     }
 
 
-def test_a_trial_whose_run_was_deleted_is_not_the_best(store: str, loaded: data.Data) -> None:
+def test_a_trial_whose_run_was_deleted_is_not_the_best(store: str, loaded: loading.Data) -> None:
     first = search.search(loaded, SPACE, THREE).best
     mlflow.delete_run(first.user_attrs["mlflow_run_id"])
     again = search.search(loaded, SPACE, THREE)
@@ -117,31 +117,31 @@ def test_a_trial_whose_run_was_deleted_is_not_the_best(store: str, loaded: data.
     assert mlflow.get_run(again.run_id).data.tags["best_run_id"] == again.best.user_attrs["mlflow_run_id"]
 
 
-def test_warm_start_begins_with_the_best_of_another_study(store: str, loaded: data.Data) -> None:
+def test_warm_start_begins_with_the_best_of_another_study(store: str, loaded: loading.Data) -> None:
     first = search.search(loaded, SPACE, dataclasses.replace(THREE, study_name="first"))
     wider = Space.of("notebook", epochs=Range(2, 4), batch_size=16)
     opened = search.search(
         loaded, wider, dataclasses.replace(THREE, study_name="wider", warm_start="first", n_trials=4)
     )
     origins = [trial.user_attrs.get("origin") for trial in opened.study.trials]
-    assert origins == ["baseline", *(f"first/{trial.number}" for trial in study.ranked(first.study))]
+    assert origins == ["baseline", *(f"first/{trial.number}" for trial in study.rank_trials(first.study))]
     started = opened.study.trials[1].params
     assert started == first.best.params | {"epochs": max(2, first.best.params["epochs"])}
     assert trials(opened)[1].data.tags["origin"] == f"first/{first.best.number}"
 
 
-def test_warm_start_of_an_unknown_study_is_refused(store: str, loaded: data.Data) -> None:
+def test_warm_start_of_an_unknown_study_is_refused(store: str, loaded: loading.Data) -> None:
     with pytest.raises(StudyError, match="warm_start=nowhere: no such study in the storage"):
         search.search(loaded, SPACE, dataclasses.replace(THREE, warm_start="nowhere"))
 
 
-def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: data.Data) -> None:
+def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: loading.Data) -> None:
     space = Space.of("notebook", epochs=3, batch_size=16)
     with search.open_study(loaded, space, dataclasses.replace(THREE, n_trials=2)) as opened:
         opened.study.pruner = DeterministicPruner(False)
-        search.optimize(dataclasses.replace(opened, parameters=dataclasses.replace(THREE, n_trials=1)))
+        search.optimize_study(dataclasses.replace(opened, parameters=dataclasses.replace(THREE, n_trials=1)))
         opened.study.pruner = DeterministicPruner(True)
-        search.optimize(opened)
+        search.optimize_study(opened)
     pruned = trials(opened)[1]
     assert opened.study.trials[1].state == TrialState.PRUNED
     assert pruned.info.status == "FINISHED"
@@ -150,9 +150,9 @@ def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: data.D
     assert mlflow.get_run(opened.run_id).data.metrics["trials_pruned"] == 1
 
 
-def test_a_failing_trial_leaves_its_reason_and_the_study_goes_on(store: str, loaded: data.Data) -> None:
+def test_a_failing_trial_leaves_its_reason_and_the_study_goes_on(store: str, loaded: loading.Data) -> None:
     pixels = np.full(loaded.fitting.x.shape, 1e38, np.float32)
-    broken = dataclasses.replace(loaded, fitting=data.Images(pixels, loaded.fitting.y))
+    broken = dataclasses.replace(loaded, fitting=loading.Images(pixels, loaded.fitting.y))
     with pytest.raises(StudyError, match="the last 3 trials failed, at last with TrainingDiverged"):
         search.search(broken, SPACE, THREE)
     opened = search.search(loaded, SPACE, THREE)
@@ -165,38 +165,38 @@ def test_a_failing_trial_leaves_its_reason_and_the_study_goes_on(store: str, loa
 
 
 def test_a_failure_outside_the_training_is_a_failure_too(
-    store: str, loaded: data.Data, monkeypatch: pytest.MonkeyPatch
+    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(losses: object) -> float:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(training, "fluctuation", full)
+    monkeypatch.setattr(training, "loss_fluctuation", full)
     with pytest.raises(StudyError, match="the last 3 trials failed, at last with OSError: no space left"):
         search.search(loaded, SPACE, THREE)
 
 
-def test_val_loss_can_be_the_objective(store: str, loaded: data.Data) -> None:
+def test_val_loss_can_be_the_objective(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2, objective="val_loss"))
     assert opened.study.best_value == min(trial.value for trial in opened.study.trials if trial.value)
     assert opened.study.direction == optuna.study.StudyDirection.MINIMIZE
 
 
-def test_the_time_limit_starts_no_further_trial(store: str, loaded: data.Data) -> None:
+def test_the_time_limit_starts_no_further_trial(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1000, timeout=0.001))
     assert len(opened.study.trials) <= 2, "the one that ran, and perhaps one that waits"
 
 
 @pytest.mark.parametrize("pruner", ["percentile", "median", "hyperband", "none"])
-def test_every_pruner_can_be_chosen(store: str, loaded: data.Data, pruner: str) -> None:
+def test_every_pruner_can_be_chosen(store: str, loaded: loading.Data, pruner: str) -> None:
     opened = search.search(loaded, SPACE, StudyParameters(n_trials=1, pruner=pruner))
     assert type(opened.study.pruner).__name__.lower().startswith(pruner.replace("none", "nop"))
 
 
-def test_interrupted_parameters_are_retried_three_times(store: str, loaded: data.Data) -> None:
+def test_interrupted_parameters_are_retried_three_times(store: str, loaded: loading.Data) -> None:
     with search.open_study(loaded, SPACE, THREE) as opened:
         for _ in range(study.MAX_RETRIES + 1):
             opened.context.space.suggest(opened.study.ask())  # and the process is killed
-            study.reconcile(opened.study)
+            study.reconcile_stores(opened.study)
         assert len({tuple(trial.params.values()) for trial in opened.study.trials}) == 1
         opened.context.space.suggest(opened.study.ask())
         assert opened.study.trials[-1].params != opened.study.trials[0].params
@@ -204,30 +204,30 @@ def test_interrupted_parameters_are_retried_three_times(store: str, loaded: data
 
 @pytest.mark.parametrize("options", [{"workers": 2}, {"ray_address": "auto"}])
 def test_workers_on_sqlite_are_refused_before_anything_is_done(
-    store: str, loaded: data.Data, options: dict[str, Any]
+    store: str, loaded: loading.Data, options: dict[str, Any]
 ) -> None:
     with pytest.raises(StudyError, match="SQLite lets one process write at a time; give a PostgreSQL address"):
         search.search(loaded, SPACE, dataclasses.replace(THREE, **options))
     assert not Path("optuna.db").exists()
 
 
-def test_a_study_of_other_settings_is_refused_by_what_differs(store: str, loaded: data.Data) -> None:
+def test_a_study_of_other_settings_is_refused_by_what_differs(store: str, loaded: loading.Data) -> None:
     named = dataclasses.replace(THREE, n_trials=1, study_name="mine")
     search.search(loaded, SPACE, named)
     with pytest.raises(StudyError, match=r"other settings \(batch_size was 16, is 8\); give another --study_name"):
         search.search(loaded, Space.of("notebook", epochs=Range(1, 3), batch_size=8), named)
 
 
-def test_images_too_small_for_the_space_are_refused_at_once(store: str, loaded: data.Data) -> None:
+def test_images_too_small_for_the_space_are_refused_at_once(store: str, loaded: loading.Data) -> None:
     with pytest.raises(ParameterError, match="conv_blocks=5: each halves the image, and 16 pixels cannot"):
         search.search(loaded, Space.of("extended"), THREE)
     assert not Path("optuna.db").exists()
 
 
-def test_a_study_that_another_process_searches_is_refused(store: str, loaded: data.Data) -> None:
+def test_a_study_that_another_process_searches_is_refused(store: str, loaded: loading.Data) -> None:
     named = dataclasses.replace(THREE, study_name="mine")
     with (
-        storage.exclusive(named.storage, "mine"),
+        storage.lock_study(named.storage, "mine"),
         pytest.raises(StudyError, match="another process is searching it"),
         search.open_study(loaded, SPACE, named),
     ):
@@ -235,7 +235,7 @@ def test_a_study_that_another_process_searches_is_refused(store: str, loaded: da
 
 
 def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
-    store: str, loaded: data.Data, photographs: Path
+    store: str, loaded: loading.Data, photographs: Path
 ) -> None:
     line = [sys.executable, "-m", "signdigits", "search", "--data", str(photographs), *OPTIONS, "--pruner", "none"]
     line += ["--n_trials", "3", "--epochs", str(LONG)]

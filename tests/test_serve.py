@@ -25,8 +25,8 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
 from signdigits import register, serve, train
-from signdigits.hyperparameters import Hyperparameters, ServeParameters
-from signdigits.photographs import data
+from signdigits.config import Hyperparameters, ServeParameters
+from signdigits.data import loading
 
 from .conftest import free_port, store_like, wait_until
 
@@ -70,7 +70,7 @@ class Registry:
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, empty_store: Path) -> Iterator[Registry]:
+def registry(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("serve")
     with store_like(empty_store, folder) as store:
         for seed in (1, 2):
@@ -283,7 +283,7 @@ def test_nginx_comes_back_when_it_is_killed(first: Server, registry: Registry) -
     (master,) = first.processes("nginx: master")
     os.kill(master, signal.SIGKILL)
     wait_until(lambda: set(first.processes("nginx: master")) - {master}, seconds=60)
-    wait_until(lambda: serve.listening(ServeParameters(port=first.port)), seconds=60)
+    wait_until(lambda: serve.is_listening(ServeParameters(port=first.port)), seconds=60)
     assert first.version(registry.request) == "1"
 
 
@@ -356,7 +356,7 @@ def test_without_nginx_the_model_is_served_and_what_is_missing_is_said(registry:
     port = free_port()
     alone = run_without_nginx(registry, programs, "--port", str(port))
     try:
-        wait_until(lambda: serve.listening(ServeParameters(port=port)) or alone.poll() is not None, seconds=120)
+        wait_until(lambda: serve.is_listening(ServeParameters(port=port)) or alone.poll() is not None, seconds=120)
         server = Server(alone, port, tmp_path / "none")
         assert server.version(registry.request) == "1"
     finally:

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from signdigits import register
-from signdigits.photographs import data
+from signdigits.data import loading
 
 from .conftest import serving, store_like
 
@@ -33,7 +33,7 @@ class Served:
     model_uri: str
     store: str
     url: str
-    loaded: data.Data
+    loaded: loading.Data
 
     def photographs(self, *paths: str) -> list[str]:
         """Files of the data set as base64 text."""
@@ -41,7 +41,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, champion_store: Path) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     with store_like(champion_store, folder) as store:
         model_uri = f"models:/{register.REGISTERED_MODEL}@{register.CHAMPION}"

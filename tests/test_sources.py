@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from signdigits.config import SourceParameters
+from signdigits.data import dataset, sources
 from signdigits.errors import DataError, DownloadError
-from signdigits.hyperparameters import SourceParameters
-from signdigits.photographs import dataset, sources
 
 ROOT = "Sign-Language-Digits-Dataset-4b09433"
 
@@ -61,7 +61,7 @@ def pack(folder: Path, extra: dict[str, bytes] | None = None) -> bytes:
 
 
 def test_the_embedded_digits_are_1797_images_of_100_by_100_in_ten_classes(tmp_path: Path) -> None:
-    folder = sources.resolve("handwritten-digits", tmp_path)
+    folder = sources.resolve_source("handwritten-digits", tmp_path)
     files = sorted(folder.rglob("*.png"))
     assert len(files) == 1797
     assert sorted(path.name for path in folder.iterdir()) == [str(digit) for digit in range(10)]
@@ -72,15 +72,15 @@ def test_the_embedded_digits_are_1797_images_of_100_by_100_in_ten_classes(tmp_pa
 
 
 def test_the_embedded_digits_are_written_once(tmp_path: Path) -> None:
-    folder = sources.resolve("handwritten-digits", tmp_path)
+    folder = sources.resolve_source("handwritten-digits", tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    sources.resolve("handwritten-digits", tmp_path)
+    sources.resolve_source("handwritten-digits", tmp_path)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_a_folder_that_fails_half_way_does_not_look_finished(tmp_path: Path) -> None:
     def fail() -> None:
-        with sources.all_or_nothing(tmp_path / "digits") as folder:
+        with sources.atomic_folder(tmp_path / "digits") as folder:
             (folder / "0").mkdir()
             raise KeyboardInterrupt
 
@@ -90,7 +90,7 @@ def test_a_folder_that_fails_half_way_does_not_look_finished(tmp_path: Path) -> 
 
 
 def test_any_other_name_is_a_path() -> None:
-    assert sources.resolve("some/folder") == Path("some/folder")
+    assert sources.resolve_source("some/folder") == Path("some/folder")
 
 
 def test_the_download_ends_as_class_folders(server: str, photographs: Path, tmp_path: Path) -> None:
@@ -143,7 +143,10 @@ def test_the_real_photographs_have_the_digest_that_the_download_expects(
 def test_a_changed_download_is_noticed(sign_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path(shutil.copytree(sign_digits, tmp_path / "data" / "sign-language-digits"))
-    assert dataset.scan(SourceParameters(data="sign-language-digits")).digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
+    assert (
+        dataset.scan_dataset(SourceParameters(data="sign-language-digits")).digest
+        == sources.SIGN_LANGUAGE_DIGITS_DIGEST
+    )
     next(folder.rglob("*.JPG")).unlink()
     with pytest.raises(DataError, match="changed since it was downloaded"):
-        dataset.scan(SourceParameters(data="sign-language-digits"))
+        dataset.scan_dataset(SourceParameters(data="sign-language-digits"))

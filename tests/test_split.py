@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from signdigits.config import DataParameters, SourceParameters
+from signdigits.data import groups, loading, split
+from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import DataError
-from signdigits.hyperparameters import DataParameters, SourceParameters
-from signdigits.photographs import data, groups, split
-from signdigits.photographs.dataset import Dataset, scan
 
 from .conftest import SIZE, write_photographs
 
@@ -26,8 +26,8 @@ def paths(dataset: Dataset, indices: np.ndarray) -> list[str]:
 
 
 def check_split_is_that_of_keras(folder: Path) -> split.Split:
-    dataset = scan(SourceParameters(data=str(folder)))
-    made = split.split(dataset, "random")
+    dataset = scan_dataset(SourceParameters(data=str(folder)))
+    made = split.split_dataset(dataset, "random")
     assert paths(dataset, made.testing) == keras_subset(folder, "validation")
     assert sorted(paths(dataset, made.fitting)) == sorted(keras_subset(folder, "training"))
     return made
@@ -42,20 +42,20 @@ def test_the_real_test_images_are_the_notebooks_412(sign_digits: Path) -> None:
     assert [len(made.training), len(made.validation), len(made.testing)] == [1320, 330, 412]
 
 
-def test_every_photograph_is_in_exactly_one_part(loaded: data.Data) -> None:
+def test_every_photograph_is_in_exactly_one_part(loaded: loading.Data) -> None:
     split = loaded.split
     everything = np.concatenate([split.training, split.validation, split.testing])
     assert sorted(everything) == list(range(60))
 
 
-def test_validation_images_are_drawn_evenly_from_the_classes(loaded: data.Data) -> None:
+def test_validation_images_are_drawn_evenly_from_the_classes(loaded: loading.Data) -> None:
     fractions = np.bincount(loaded.validation.y) / np.bincount(loaded.dataset.labels[loaded.split.fitting])
     np.testing.assert_allclose(fractions, 0.2, atol=0.05)
 
 
 def write_groups(folder: Path, size: int) -> np.ndarray:
     """groups.csv with `size` neighbouring photographs of each class in a group; returns the groups."""
-    dataset = scan(SourceParameters(data=str(folder)))
+    dataset = scan_dataset(SourceParameters(data=str(folder)))
     table = pd.DataFrame({"path": [photograph.path for photograph in dataset.photographs]})
     table["group"] = [f"signer {int(path[-8:-4]) // size}" for path in table["path"]]
     table.to_csv(folder / groups.FILE, index=False)
@@ -66,11 +66,11 @@ def write_groups(folder: Path, size: int) -> np.ndarray:
 def test_no_group_is_in_two_parts(tmp_path: Path, size: int) -> None:
     folder = write_photographs(tmp_path / "bars", each=40)
     found = write_groups(folder, size)
-    made = split.split(scan(SourceParameters(data=str(folder))), "grouped")
+    made = split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")
     of_part = [set(found[indices]) for indices in made.parts.values()]
     assert sum(map(len, of_part)) == len(set().union(*of_part)) == len(set(found))
     assert sorted(np.concatenate(list(made.parts.values()))) == list(range(120))
-    labels = scan(SourceParameters(data=str(folder))).labels
+    labels = scan_dataset(SourceParameters(data=str(folder))).labels
     for indices in made.parts.values():
         counts = np.bincount(labels[indices])
         assert counts.max() - counts.min() <= size, "as even as the groups allow"
@@ -81,15 +81,15 @@ def test_the_split_is_part_of_the_digest(tmp_path: Path) -> None:
     digests = []
     for size in (1, 2):
         write_groups(folder, size)
-        dataset = scan(SourceParameters(data=str(folder)))
-        digests.append(split.split(dataset, "grouped").digest)
-    digests.append(split.split(dataset, "random").digest)
+        dataset = scan_dataset(SourceParameters(data=str(folder)))
+        digests.append(split.split_dataset(dataset, "grouped").digest)
+    digests.append(split.split_dataset(dataset, "random").digest)
     assert len(set(digests)) == 3
 
 
 def test_the_real_students_are_each_in_one_part(sign_digits: Path) -> None:
-    loaded = data.load(DataParameters(data=str(sign_digits), split="grouped", image_size=SIZE))
-    found = groups.of(loaded.dataset)
+    loaded = loading.load_data(DataParameters(data=str(sign_digits), split="grouped", image_size=SIZE))
+    found = groups.read_groups(loaded.dataset)
     assert [len(indices) for indices in loaded.split.parts.values()] == [1319, 331, 412]
     assert [len(set(found[indices])) for indices in loaded.split.parts.values()] == [143, 34, 43]
     assert len(set(found)) == 220
@@ -108,4 +108,4 @@ def test_groups_that_cannot_be_used_are_refused(tmp_path: Path, content: str | N
     if content is not None:
         (folder / groups.FILE).write_text(content)
     with pytest.raises(DataError, match=message):
-        split.split(scan(SourceParameters(data=str(folder))), "grouped")
+        split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")

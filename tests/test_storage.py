@@ -16,12 +16,12 @@ from signdigits.tuning import storage
 )
 def test_an_address_that_cannot_be_used_is_refused(address: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
-        storage.connect(address)
+        storage.open_storage(address)
 
 
 def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
     with pytest.raises(StudyError, match="storage=postgresql://me:\\*\\*\\*@nowhere/db: a password") as raised:
-        storage.connect("postgresql://me:secret@nowhere/db")
+        storage.open_storage("postgresql://me:secret@nowhere/db")
     assert "secret" not in str(raised.value)
 
 
@@ -43,16 +43,16 @@ class Dialect:
 def test_connecting_waits_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     away = sqlite3.OperationalError("server closed the connection")
-    assert storage.connect_patiently(Dialect(away, away, "here again"), None, [], {}) == "here again"
+    assert storage.connect_with_retries(Dialect(away, away, "here again"), None, [], {}) == "here again"
 
 
 def test_other_errors_are_raised_at_once() -> None:
     with pytest.raises(sqlite3.IntegrityError):
-        storage.connect_patiently(Dialect(sqlite3.IntegrityError("twice")), None, [], {})
+        storage.connect_with_retries(Dialect(sqlite3.IntegrityError("twice")), None, [], {})
 
 
 def test_waiting_for_the_database_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PATIENCE", -1.0)
+    monkeypatch.setattr(storage, "MAX_DOWNTIME", -1.0)
     away = sqlite3.OperationalError("server closed the connection")
     with pytest.raises(StorageError, match=r"away for -1 s .*server closed.*the same command continues"):
-        storage.connect_patiently(Dialect(away), None, [], {})
+        storage.connect_with_retries(Dialect(away), None, [], {})

@@ -24,7 +24,7 @@ def test_a_run_says_truly_how_it_ended(
     store: str, error: BaseException | None, status: str, reason: str | None
 ) -> None:
     def work() -> None:
-        with tracking.run("train", "train"):
+        with tracking.start_run("train", "train"):
             if error:
                 raise error
 
@@ -42,7 +42,7 @@ def test_a_run_says_truly_how_it_ended(
 def test_the_run_of_mlflow_run_is_adopted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = mlflow.MlflowClient().create_run(mlflow.get_experiment_by_name("tests").experiment_id)
     monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
-    with tracking.run("train", "train") as run:
+    with tracking.start_run("train", "train") as run:
         tracking.log_params({"epochs": 3})
     assert run.info.run_id == launched.info.run_id
 
@@ -52,7 +52,7 @@ def test_a_name_that_somebody_chose_is_kept(store: str, monkeypatch: pytest.Monk
     for chosen in ("friday's idea", "sign-digits-3", "big-hand-12"):
         launched = mlflow.MlflowClient().create_run(experiment, run_name=chosen)
         monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
-        with tracking.run("train", "train"):
+        with tracking.start_run("train", "train"):
             pass
         assert mlflow.get_run(launched.info.run_id).info.run_name == chosen
 
@@ -65,13 +65,13 @@ def test_a_parameter_that_mlflow_run_wrote_as_text_is_left_as_it_is(store: str) 
 
 
 def test_the_run_of_mlflow_run_records_that_a_study_continued(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tracking.run("study", "study") as study:
+    with tracking.start_run("study", "study") as study:
         pass
     launched = mlflow.MlflowClient().create_run(study.info.experiment_id)
     monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
-    with tracking.run("study", "study", run_id=study.info.run_id) as continued:
+    with tracking.start_run("study", "study", run_id=study.info.run_id) as continued:
         assert continued.info.run_id == study.info.run_id
-        with tracking.run("trial", "trial-000") as nested:
+        with tracking.start_run("trial", "trial-000") as nested:
             assert nested.info.run_id != launched.info.run_id
     tags = mlflow.get_run(launched.info.run_id).data.tags
     assert (tags["role"], tags["continued_by"]) == ("resume", study.info.run_id)
@@ -79,17 +79,17 @@ def test_the_run_of_mlflow_run_records_that_a_study_continued(store: str, monkey
 
 def test_a_run_of_another_store_is_told_with_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI"), tracking.run("train", "train"):
+    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI"), tracking.start_run("train", "train"):
         pass
 
 
 def test_a_deleted_study_is_told_with_the_remedy(store: str) -> None:
-    with tracking.run("study", "study") as study:
+    with tracking.start_run("study", "study") as study:
         pass
     mlflow.delete_run(study.info.run_id)
     with (
         pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {study.info.run_id}"),
-        tracking.run("study", "study", run_id=study.info.run_id),
+        tracking.start_run("study", "study", run_id=study.info.run_id),
     ):
         pass
 
@@ -99,7 +99,7 @@ def test_what_a_killed_process_left_running_is_closed_by_the_next_start(store: s
     gone.wait()
     with mlflow.start_run() as left:
         mlflow.set_tag(tracking.PROCESS, f"{platform.node()}:{gone.pid}")
-        with tracking.run("train", "train") as alive:
+        with tracking.start_run("train", "train") as alive:
             tracking.open_experiment("prepare")
             assert mlflow.get_run(alive.info.run_id).info.status == "RUNNING"
     closed = mlflow.get_run(left.info.run_id)
@@ -152,7 +152,7 @@ def test_a_model_that_is_not_there_is_told(store: str, run_id: str, model_uri: s
 
 
 def test_a_run_without_a_model_is_told(store: str, tmp_path: Path) -> None:
-    with tracking.run("prepare", "prepare") as run:
+    with tracking.start_run("prepare", "prepare") as run:
         pass
     with pytest.raises(ModelError, match="the run has no model; give a run of the role train or refit"):
         tracking.find_model(run.info.run_id, "")

@@ -13,10 +13,10 @@ import pytest
 from mlflow.entities import Run
 
 from signdigits import train
+from signdigits.config import DataParameters, Hyperparameters
+from signdigits.data import loading
 from signdigits.errors import TrainingDiverged
-from signdigits.hyperparameters import DataParameters, Hyperparameters
-from signdigits.network import input_pipeline, training
-from signdigits.photographs import data
+from signdigits.model import input_pipeline, training
 
 from .conftest import PROJECT, wait_until
 
@@ -27,7 +27,7 @@ def artifacts(run_id: str) -> set[str]:
     return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)}
 
 
-def test_a_training_run_keeps_what_is_needed_to_do_it_again(store: str, loaded: data.Data) -> None:
+def test_a_training_run_keeps_what_is_needed_to_do_it_again(store: str, loaded: loading.Data) -> None:
     run = mlflow.get_run(train.train(loaded, SHORT))
     assert run.info.status == "FINISHED"
     expected = dataclasses.asdict(loaded.parameters) | dataclasses.asdict(SHORT)
@@ -44,7 +44,7 @@ def test_a_training_run_keeps_what_is_needed_to_do_it_again(store: str, loaded: 
 
 @pytest.mark.parametrize("augmentation", [0.0, 1.0])
 def test_every_epoch_is_logged_and_the_last_one_is_the_score(
-    store: str, loaded: data.Data, augmentation: float
+    store: str, loaded: loading.Data, augmentation: float
 ) -> None:
     run = mlflow.get_run(train.train(loaded, dataclasses.replace(SHORT, augmentation=augmentation)))
     client = mlflow.MlflowClient()
@@ -55,12 +55,12 @@ def test_every_epoch_is_logged_and_the_last_one_is_the_score(
     assert not [name for name in run.data.metrics if name.startswith("validation_")], "val_accuracy stands once"
 
 
-def fit(loaded: data.Data, hyperparameters: Hyperparameters) -> training.Fit:
+def fit(loaded: loading.Data, hyperparameters: Hyperparameters) -> training.Fit:
     network = training.new_network(loaded.image_shape, loaded.n_classes, hyperparameters)
-    return training.fit(network, loaded.training, loaded.validation, hyperparameters)
+    return training.fit_network(network, loaded.training, loaded.validation, hyperparameters)
 
 
-def test_the_same_seed_gives_the_same_result(store: str, loaded: data.Data) -> None:
+def test_the_same_seed_gives_the_same_result(store: str, loaded: loading.Data) -> None:
     first = fit(loaded, SHORT)
     again = fit(loaded, SHORT)
     other = fit(loaded, dataclasses.replace(SHORT, seed=1))
@@ -91,7 +91,7 @@ def notebooks_network() -> keras.Sequential:
 
 @pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`")
 def test_without_augmentation_and_dropout_it_is_the_notebooks_training_bit_for_bit(
-    store: str, loaded: data.Data
+    store: str, loaded: loading.Data
 ) -> None:
     assert (SHORT.augmentation, SHORT.dropout, SHORT.precision) == (0, 0, "float32")
     fitted = fit(loaded, SHORT)
@@ -118,7 +118,7 @@ def test_without_augmentation_and_dropout_it_is_the_notebooks_training_bit_for_b
         np.testing.assert_array_equal(one, two)
 
 
-def test_an_augmented_training_can_be_done_again(store: str, loaded: data.Data) -> None:
+def test_an_augmented_training_can_be_done_again(store: str, loaded: loading.Data) -> None:
     augmented = dataclasses.replace(SHORT, augmentation=1.0, dropout=0.3, precision="mixed_bfloat16")
     first = fit(loaded, augmented)
     again = fit(loaded, augmented)
@@ -128,7 +128,7 @@ def test_an_augmented_training_can_be_done_again(store: str, loaded: data.Data) 
     assert len(first.history["loss"]) == SHORT.epochs
 
 
-def test_what_was_trained_in_bfloat16_comes_back_in_float32_and_agrees(store: str, loaded: data.Data) -> None:
+def test_what_was_trained_in_bfloat16_comes_back_in_float32_and_agrees(store: str, loaded: loading.Data) -> None:
     fast = dataclasses.replace(SHORT, precision="mixed_bfloat16")
     with mlflow.start_run() as run:
         fitted = fit(loaded, fast)
@@ -139,7 +139,7 @@ def test_what_was_trained_in_bfloat16_comes_back_in_float32_and_agrees(store: st
     assert accuracy == pytest.approx(fitted.last("val_accuracy"), abs=0.11), "one of ten validation images"
 
 
-def test_averaged_weights_are_validated_and_kept(store: str, loaded: data.Data) -> None:
+def test_averaged_weights_are_validated_and_kept(store: str, loaded: loading.Data) -> None:
     averaged = dataclasses.replace(SHORT, ema_momentum=0.9)
     fitted, plain = fit(loaded, averaged), fit(loaded, SHORT)
     assert fitted.history["loss"] == pytest.approx(plain.history["loss"], rel=1e-4), "the training is the same"
@@ -149,7 +149,7 @@ def test_averaged_weights_are_validated_and_kept(store: str, loaded: data.Data) 
     assert accuracy == pytest.approx(fitted.last("val_accuracy"))
 
 
-def test_the_saved_network_holds_no_augmentation(store: str, loaded: data.Data, tmp_path: Path) -> None:
+def test_the_saved_network_holds_no_augmentation(store: str, loaded: loading.Data, tmp_path: Path) -> None:
     augmented = dataclasses.replace(SHORT, epochs=1, augmentation=1.0, dropout=0.3)
     run_id = train.train(loaded, augmented)
     (model,) = mlflow.search_logged_models(output_format="list")
@@ -165,8 +165,8 @@ def test_the_saved_network_holds_no_augmentation(store: str, loaded: data.Data, 
     assert operations <= {"MUL", "CONV_2D", "MAX_POOL_2D", "FULLY_CONNECTED", "DELEGATE"} | shapes
 
 
-def test_a_loss_that_is_no_number_fails_the_run_with_its_reason(store: str, loaded: data.Data) -> None:
-    broken = data.Images(np.full(loaded.fitting.x.shape, 1e38, np.float32), loaded.fitting.y)
+def test_a_loss_that_is_no_number_fails_the_run_with_its_reason(store: str, loaded: loading.Data) -> None:
+    broken = loading.Images(np.full(loaded.fitting.x.shape, 1e38, np.float32), loaded.fitting.y)
     with pytest.raises(TrainingDiverged, match=r"loss became nan in epoch 1 .* lower it"):
         train.train(dataclasses.replace(loaded, fitting=broken), SHORT)
     run = mlflow.last_active_run()
@@ -219,10 +219,14 @@ def test_fluctuation_settles_as_the_notebook_says_of_its_curves() -> None:
     ]  # fmt: skip
     decayed = [2.2455, 1.0810, 0.7610, 0.7087, 0.6989, 0.4881, 0.5718, 0.4507]
     slower = [2.2941, 2.2078, 1.8326, 1.1043, 0.7173, 0.6401, 0.5873, 0.5730]
-    assert [round(training.fluctuation(losses), 3) for losses in (constant, decayed, slower)] == [0.195, 0.084, 0.0]
+    assert [round(training.loss_fluctuation(losses), 3) for losses in (constant, decayed, slower)] == [
+        0.195,
+        0.084,
+        0.0,
+    ]
 
 
 def test_two_epochs_on_the_real_photographs_learn_something(store: str, sign_digits: Path) -> None:
-    loaded = data.load(DataParameters(data=str(sign_digits), image_size=32))
+    loaded = loading.load_data(DataParameters(data=str(sign_digits), image_size=32))
     run_id = train.train(loaded, Hyperparameters(epochs=2, batch_size=32, initial_learning_rate=0.002))
     assert mlflow.get_run(run_id).data.metrics["val_accuracy"] > 0.2, "chance is 0.1"

@@ -13,7 +13,7 @@ import pytest
 from mlflow.entities import Run
 
 from signdigits import links, main
-from signdigits.hyperparameters import (
+from signdigits.config import (
     LinkParameters,
     Range,
     RefitParameters,
@@ -21,7 +21,7 @@ from signdigits.hyperparameters import (
     Space,
     StudyParameters,
 )
-from signdigits.photographs import data
+from signdigits.data import loading
 
 from .conftest import answers, free_port, store_like, wait_until
 
@@ -51,7 +51,7 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, empty_store: Path) -> Iterator[Finished]:
+def finished(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("ui")
     port = free_port()
     with store_like(empty_store, folder) as store:
@@ -60,7 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, loaded: data.Data, empty_
         found = mlflow.search_runs(filter_string="tags.role = 'study'", output_format="list")[0]
         kept = [item.path for item in mlflow.MlflowClient().list_artifacts(found.info.run_id, "study")]
         pictures = [Path(path).name for path in kept if path.endswith(".png")]
-        addresses = [line.rpartition(" ")[2] for line in links.latest(LinkParameters(port=port))]
+        addresses = [line.rpartition(" ")[2] for line in links.list_links(LinkParameters(port=port))]
         line = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--workers", "1"]
         log = (folder / "ui.log").open("w")
         server = subprocess.Popen([*line, "--port", str(port)], stdout=log, stderr=log, start_new_session=True)

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
-from signdigits import hyperparameters as hp
-from signdigits.errors import SignDigitsError, readable
+from signdigits import config as hp
+from signdigits.errors import SignDigitsError, escape_undecodable
 
 log = logging.getLogger("signdigits")
 
@@ -68,17 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     `monitor` also has 3 for drift, and 4 for too few answers.
     """
-    logging.basicConfig(format="%(message)s", handlers=[Output()])
+    logging.basicConfig(format="%(message)s", handlers=[StdoutHandler()])
     log.setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        signal.signal(number, raise_interrupt)
     parsed = vars(make_parser().parse_args(arguments))
     command = parsed.pop("command")
     try:
-        run(command, parsed)
+        run_command(command, parsed)
     except SignDigitsError as error:
         if "MLFLOW_RUN_ID" in os.environ:
-            note_failure(error)
+            record_failure(error)
         print(f"signdigits {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class Output(logging.StreamHandler):
+class StdoutHandler(logging.StreamHandler):
     """Standard output for people: a name that is not UTF-8 is escaped, and a reader that stops, as `| head` does, is let go."""
 
     def __init__(self) -> None:
@@ -109,17 +109,17 @@ class Output(logging.StreamHandler):
 def describe_unexpected(error: Exception) -> str:
     """One line for an error that nobody foresaw: what it is, the run that it ended, and where its traceback is."""
     with tempfile.NamedTemporaryFile("w", prefix="signdigits-", suffix=".txt", delete=False) as file:
-        file.write(readable("".join(traceback.format_exception(error))))
+        file.write(escape_undecodable("".join(traceback.format_exception(error))))
     first = (str(error).splitlines() or [""])[0][:300]
     run = ""
     with contextlib.suppress(Exception):  # the store itself may be what failed
         from signdigits import links
 
-        run = f"; its run: {links.failed()}"
-    return readable(f"{type(error).__name__}: {first}; the traceback is in {file.name}{run}")
+        run = f"; its run: {links.failed_run_url()}"
+    return escape_undecodable(f"{type(error).__name__}: {first}; the traceback is in {file.name}{run}")
 
 
-def note_failure(error: SignDigitsError) -> None:
+def record_failure(error: SignDigitsError) -> None:
     """Write the reason on the run that `mlflow run` made, which is closed as FAILED by it alone."""
     from signdigits import tracking
 
@@ -127,7 +127,7 @@ def note_failure(error: SignDigitsError) -> None:
         tracking.note_failure(error)
 
 
-def interrupt(signum: int, frame: object) -> NoReturn:
+def raise_interrupt(signum: int, frame: object) -> NoReturn:
     """A polite kill ends a run as Ctrl-C does; further ones, such as `mlflow run` sends, leave it time to do so."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -179,29 +179,29 @@ def range_reader(number: Callable[[str], Any], log: bool) -> Callable[[str], Any
     return read
 
 
-def boolean(text: str) -> bool:
+def parse_boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
     return text.lower() == "true"
 
 
-READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": boolean}
+READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": parse_boolean}
 
 
-def run(command: str, values: dict[str, Any]) -> None:
+def run_command(command: str, values: dict[str, Any]) -> None:
     """Check the parameters, group by group, and hand them to the command."""
     if "space" in values:
-        hp.check(hp.StudyParameters.__dataclass_fields__["space"], values["space"])
+        hp.check_value(hp.StudyParameters.__dataclass_fields__["space"], values["space"])
     groups = [make_group(group, values) for group in PARAMETERS[command]]
     from signdigits import startup
 
-    startup.set_up_mlflow()
+    startup.configure_mlflow()
     from signdigits import tracking
 
     if command in ENTRY_POINTS:
         tracking.open_experiment(command)
     else:
-        tracking.connect()
+        tracking.connect_store()
     COMMANDS[command](*groups)
 
 
@@ -244,15 +244,17 @@ def run_search(source: hp.DataParameters, space: hp.Space, study: hp.StudyParame
     from signdigits import links, search, tracking
 
     opened = search.search(data, space, study)
-    log.info("compare its trials: scripts/ui, then %s", links.compare(links.ui(), tracking.find_run(opened.run_id)))
+    log.info(
+        "compare its trials: scripts/ui, then %s", links.compare_url(links.ui_url(), tracking.find_run(opened.run_id))
+    )
 
 
 def load(source: hp.DataParameters, *, tensors: bool = True) -> Any:
     """Read the photographs first, so that bad ones are told of at once, and only then wait for TensorFlow."""
     from signdigits import startup
-    from signdigits.photographs import data
+    from signdigits.data import loading
 
-    loaded = data.load(source)
+    loaded = loading.load_data(source)
     if tensors:
         startup.import_tensorflow()
     return loaded
@@ -285,13 +287,13 @@ def run_monitor(parameters: hp.MonitorParameters) -> None:
 def run_show() -> None:
     from signdigits import register
 
-    log.info("%s", register.show())
+    log.info("%s", register.describe_champion())
 
 
 def run_links(parameters: hp.LinkParameters) -> None:
     from signdigits import links
 
-    for line in links.latest(parameters):
+    for line in links.list_links(parameters):
         log.info("%s", line)
 
 

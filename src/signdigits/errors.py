@@ -4,7 +4,7 @@ The command line prints such an error as one message, without a traceback, and e
 """
 
 
-def readable(text: str) -> str:
+def escape_undecodable(text: str) -> str:
     """`text` with an escape in place of each byte that is not UTF-8, which a file's name may hold."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -15,7 +15,7 @@ class SignDigitsError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return readable(super().__str__())
+        return escape_undecodable(super().__str__())
 
 
 class ParameterError(SignDigitsError):
@@ -84,7 +84,7 @@ class DriftFound(SignDigitsError):
     exit_code = 3
 
 
-class TooFewAnswers(SignDigitsError):
+class TooFewPredictions(SignDigitsError):
     """There are not enough answers in the log to say whether they have drifted."""
 
     exit_code = 4

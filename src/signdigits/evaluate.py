@@ -18,13 +18,13 @@ from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support
 
 from signdigits import plots, tables, tracking
-from signdigits.artifact import answers
+from signdigits.batch import scoring
+from signdigits.config import SourceParameters
+from signdigits.data import images, split
+from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import ModelError
-from signdigits.hyperparameters import SourceParameters
-from signdigits.measures import calibrate
-from signdigits.photographs import images, split
-from signdigits.photographs.dataset import Dataset, scan
-from signdigits.predictions import scoring
+from signdigits.model import calibration
+from signdigits.packaging import prediction_log
 
 log = logging.getLogger(__name__)
 
@@ -56,40 +56,40 @@ def evaluate(model: LoggedModel, parameters: SourceParameters) -> Scores:
     Raises ModelError if it was trained on other photographs than `parameters.data`: their split would not keep its
     training images out of the test.
     """
-    dataset = scan(parameters)
-    digest = split.split(dataset, model.tags.get("split", "random")).digest
+    dataset = scan_dataset(parameters)
+    digest = split.split_dataset(dataset, model.tags.get("split", "random")).digest
     if model.tags.get("dataset_digest") != digest:
         raise ModelError(
             f"model {model.model_id}: trained on data={model.tags.get('data')} with digest "
             f"{model.tags.get('dataset_digest')}, but data={parameters.data} has {digest}; "
             "pass --data the photographs that the model was trained on"
         )
-    with tracking.run("evaluate", f"evaluate {model.model_id}"):
+    with tracking.start_run("evaluate", f"evaluate {model.model_id}"):
         tracking.log_params(asdict(parameters))
-        return score(model, dataset)
+        return score_model(model, dataset)
 
 
-def score(model: LoggedModel, dataset: Dataset) -> Scores:
+def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     """Score `model` on the test images; metrics, tables and pictures go to the active run and to the model."""
-    made = split.split(dataset, model.tags.get("split", "random"))
+    made = split.split_dataset(dataset, model.tags.get("split", "random"))
     tags = tracking.data_tags(dataset, made)
     mlflow.set_tags(tags)
     mlflow.log_input(tracking.dataset_input(dataset, made.testing), context="testing")
-    served = scoring.load(model.model_uri)
-    table = predict(served, dataset, made.testing)
-    mlflow.log_text(tables.write(table), tracking.PREDICTIONS)
-    mlflow.log_text(tables.write(reference(served, dataset, table)), tracking.REFERENCE)
-    scores = measure(table, dataset.class_names, float(model.tags.get("temperature", "1")))
+    served = scoring.load_served_model(model.model_uri)
+    table = predict_photographs(served, dataset, made.testing)
+    mlflow.log_text(tables.to_csv(table), tracking.PREDICTIONS)
+    mlflow.log_text(tables.to_csv(make_reference(served, dataset, table)), tracking.REFERENCE)
+    scores = compute_scores(table, dataset.class_names, float(model.tags.get("temperature", "1")))
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
-    per_class = class_table(table)
-    mlflow.log_text(tables.write(per_class), "test/per_class.csv")
+    per_class = score_classes(table)
+    mlflow.log_text(tables.to_csv(per_class), "test/per_class.csv")
     log_mlflow_evaluation(table)
-    reliability = calibrate.reliability(*arrays(table, dataset.class_names))
-    tracking.log_figure("test/reliability.png", lambda: plots.reliability(reliability))
+    reliability = calibration.compute_reliability(*to_arrays(table, dataset.class_names))
+    tracking.log_figure("test/reliability.png", lambda: plots.plot_reliability(reliability))
     if not (wrong := table[table["label"] != table["prediction"]].nlargest(WORST, "probability")).empty:
-        tracking.log_figure("test/worst_mistakes.png", lambda: mistakes(wrong, dataset))
+        tracking.log_figure("test/worst_mistakes.png", lambda: plot_mistakes(wrong, dataset))
     rows = [list(per_class.columns), *per_class.round(4).itertuples(index=False)]
-    tracking.describe(f"Test images of `{dataset.name}`: {scores}.\n\n{tracking.markdown(rows)}")
+    tracking.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n{tracking.markdown_table(rows)}")
     active = mlflow.active_run()
     assert active is not None
     found = {**asdict(scores), "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
@@ -98,7 +98,7 @@ def score(model: LoggedModel, dataset: Dataset) -> Scores:
     return scores
 
 
-def predict(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
+def predict_photographs(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
     """One row a photograph: path, label, prediction, its probability, and that of each class as `p(class)`."""
     chunks = []
     for start in range(0, len(indices), CHUNK):
@@ -116,44 +116,44 @@ def predict(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.nda
     return pd.concat(chunks, ignore_index=True)
 
 
-def reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
+def make_reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
     """The test images as the endpoint's log of answers would have them: what `monitor` compares later ones with."""
     model = served.unwrap_python_model()
 
     def look(path: str) -> dict[str, float]:
         image = images.open_image(images.read_file(dataset.folder / path))
-        return answers.statistics(image.size, images.to_array(image, model.image_size, model.color_mode))
+        return prediction_log.image_statistics(image.size, images.to_array(image, model.image_size, model.color_mode))
 
     seen = pd.DataFrame(map(look, table["path"]))
     return seen.join(table.filter(regex=r"^p\("))
 
 
-def measure(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:
+def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:
     """The scores of a table of predictions.
 
     The confidence interval is Wilson's (1927); it takes the images as independent of each other.
     """
     right = int((table["label"] == table["prediction"]).sum())
     interval = binomtest(right, len(table)).proportion_ci(confidence_level=0.95, method="wilson")
-    probabilities, labels = arrays(table, class_names)
-    before = calibrate.at_temperature(probabilities, 1 / temperature)
+    probabilities, labels = to_arrays(table, class_names)
+    before = calibration.at_temperature(probabilities, 1 / temperature)
     return Scores(
         len(table),
         right / len(table),
         float(interval.low),
         float(interval.high),
-        calibrate.reliability(probabilities, labels).error,
-        calibrate.reliability(before, labels).error,
+        calibration.compute_reliability(probabilities, labels).error,
+        calibration.compute_reliability(before, labels).error,
     )
 
 
-def arrays(table: pd.DataFrame, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def to_arrays(table: pd.DataFrame, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The probabilities, of shape (n, classes), and the labels, of shape (n,), of a table of predictions."""
     probabilities = table[[f"p({name})" for name in class_names]].to_numpy(float)
     return probabilities, np.array([class_names.index(label) for label in table["label"]])
 
 
-def class_table(table: pd.DataFrame) -> pd.DataFrame:
+def score_classes(table: pd.DataFrame) -> pd.DataFrame:
     """Precision, recall, F1 and number of images of every class, and their means."""
     names, scores = (
         sorted(set(table["label"]) | set(table["prediction"])),
@@ -181,8 +181,8 @@ def log_mlflow_evaluation(table: pd.DataFrame) -> None:
         )
 
 
-def mistakes(wrong: pd.DataFrame, dataset: Dataset) -> plots.Figure:
+def plot_mistakes(wrong: pd.DataFrame, dataset: Dataset) -> plots.Figure:
     """The photographs that the model was surest about and wrong."""
-    pictures = [images.decode(images.read_file(dataset.folder / path), 200, "rgb") for path in wrong["path"]]
+    pictures = [images.decode_image(images.read_file(dataset.folder / path), 200, "rgb") for path in wrong["path"]]
     titles = [f"{row.label} read as {row.prediction}\n{row.probability:.0%}, {row.path}" for row in wrong.itertuples()]
-    return plots.photographs(pictures, titles, "Worst mistakes", columns=4)
+    return plots.plot_photographs(pictures, titles, "Worst mistakes", columns=4)

@@ -11,28 +11,28 @@ import mlflow
 from mlflow.entities import Run
 
 from signdigits import register
-from signdigits.hyperparameters import LinkParameters
+from signdigits.config import LinkParameters
 
 MODE = "workflowType=machine_learning"  # a bare link opens the pages for language models
 COMPARED = 100  # trials in one link: a browser does not take an address of any length
 
 
-def ui(parameters: LinkParameters | None = None) -> str:
+def ui_url(parameters: LinkParameters | None = None) -> str:
     """Where the UI of the tracking store is: the server itself, or the one that scripts/ui starts for a local store."""
     uri = mlflow.get_tracking_uri()
     port = (parameters or LinkParameters()).port
     return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
 
 
-def runs(ui: str, experiment_id: str) -> str:
+def runs_url(ui: str, experiment_id: str) -> str:
     return f"{ui}/#/experiments/{experiment_id}/runs?{MODE}"
 
 
-def run(ui: str, run: Run) -> str:
+def run_url(ui: str, run: Run) -> str:
     return f"{ui}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{MODE}"
 
 
-def compare(ui: str, study: Run) -> str:
+def compare_url(ui: str, study: Run) -> str:
     """The compare view of a study's finished trials, the most accurate of them if there are many.
 
     It plots their parameters against their metrics.
@@ -48,17 +48,17 @@ def compare(ui: str, study: Run) -> str:
     return f"{ui}/#/compare-runs?runs={chosen}&experiments={quote(json.dumps([study.info.experiment_id]))}&{MODE}"
 
 
-def model(ui: str) -> str:
+def model_url(ui: str) -> str:
     return f"{ui}/#/models/{register.REGISTERED_MODEL}"
 
 
-def failed() -> str:
+def failed_run_url() -> str:
     """The address of the run that this process opened last."""
     last = mlflow.last_active_run()
-    return run(ui(), last) if last else "none"
+    return run_url(ui_url(), last) if last else "none"
 
 
-def latest(parameters: LinkParameters) -> list[str]:
+def list_links(parameters: LinkParameters) -> list[str]:
     """A line for each address that matters after the latest study, or what to do if there is none."""
     studies = mlflow.search_runs(
         search_all_experiments=True,
@@ -67,13 +67,13 @@ def latest(parameters: LinkParameters) -> list[str]:
         max_results=1,
         output_format="list",
     )
-    base = ui(parameters)
+    base = ui_url(parameters)
     if not studies:
         return [f"no study yet: run `mlflow run . -e main`; the UI is at {base}"]
     study = studies[0]
     return [
-        f"all runs        {runs(base, study.info.experiment_id)}",
-        f"latest study    {run(base, study)}",
-        f"its trials      {compare(base, study)}",
-        f"the registry    {model(base)}",
+        f"all runs        {runs_url(base, study.info.experiment_id)}",
+        f"latest study    {run_url(base, study)}",
+        f"its trials      {compare_url(base, study)}",
+        f"the registry    {model_url(base)}",
     ]

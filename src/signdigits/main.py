@@ -13,11 +13,11 @@ import numpy as np
 from mlflow.entities import LoggedModel
 
 from signdigits import evaluate, links, prepare, register, search, tracking
-from signdigits.artifact import package
-from signdigits.hyperparameters import RefitParameters, RegistryParameters, Space, StudyParameters
-from signdigits.network import training
-from signdigits.photographs.data import Data
-from signdigits.tuning.progress import shown
+from signdigits.config import RefitParameters, RegistryParameters, Space, StudyParameters
+from signdigits.data.loading import Data
+from signdigits.model import training
+from signdigits.packaging import package
+from signdigits.tuning.progress import format_value
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ def main(
     with search.open_study(data, space, study) as opened:
         tracking.log_params(asdict(refits) | asdict(registry))
         prepare.log_report(data)
-        search.optimize(opened)
+        search.optimize_study(opened)
         seeds = range(opened.best_hyperparameters.seed, opened.best_hyperparameters.seed + refits.repeats)
-        models = [find_refit(opened, seed) or refit(opened, seed) for seed in seeds]
-        log_repeats(models)
-        decision = register.decided(models[0]) or register.promote(models[0], registry)
+        models = [find_refit(opened, seed) or refit_best(opened, seed) for seed in seeds]
+        log_refit_scores(models)
+        decision = register.previous_decision(models[0]) or register.promote_model(models[0], registry)
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
-    for line in summary(opened, models, decision):
+    for line in summarize_job(opened, models, decision):
         log.info("%s", line)
     return decision
 
@@ -52,7 +52,7 @@ def find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
     return None
 
 
-def refit(opened: search.Search, seed: int) -> LoggedModel:
+def refit_best(opened: search.Search, seed: int) -> LoggedModel:
     """Fit the best trial's hyperparameters on training and validation images together, and score the test images.
 
     What chose the hyperparameters, the validation images, cannot report on them; the test images, which nothing has
@@ -61,22 +61,22 @@ def refit(opened: search.Search, seed: int) -> LoggedModel:
     data, best = opened.data, opened.best
     hyperparameters = replace(opened.best_hyperparameters, seed=seed)
     facts = {"study": opened.study.study_name, "trial": best.number, "seed": seed}
-    with tracking.run("refit", f"refit, seed {seed}"):
+    with tracking.start_run("refit", f"refit, seed {seed}"):
         log.info("refit of trial %d on %d images with seed %d", best.number, len(data.split.fitting), seed)
         mlflow.set_tags(facts)
         tracking.log_params(asdict(hyperparameters))
         tracking.log_data(data, parts=("fitting",))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
-        fitted = training.fit(network, data.fitting, None, hyperparameters)
+        fitted = training.fit_network(network, data.fitting, None, hyperparameters)
         training.log_curves(fitted)
         tracking.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
         facts |= {"val_accuracy": best.user_attrs["val_accuracy"]}
         info = package.log_model(fitted.in_float32(), best.user_attrs["temperature"], data, facts)
-        evaluate.score(mlflow.get_logged_model(info.model_id), data.dataset)
+        evaluate.score_model(mlflow.get_logged_model(info.model_id), data.dataset)
         return mlflow.get_logged_model(info.model_id)
 
 
-def log_repeats(models: Sequence[LoggedModel]) -> None:
+def log_refit_scores(models: Sequence[LoggedModel]) -> None:
     """Write mean and spread (standard deviation) of the test accuracy over the seeds on the study and the first model.
 
     The first is registered whatever the others reached: to choose among them by the test images would spoil the test.
@@ -93,19 +93,19 @@ def log_repeats(models: Sequence[LoggedModel]) -> None:
     models[0].tags.update({name: str(value) for name, value in found.items()})
 
 
-def summary(opened: search.Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
+def summarize_job(opened: search.Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
     """What came out, and what to do with it."""
     tags = models[0].tags
     mean, spread = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_spread"])
     rows = {
         "study": opened.study.study_name,
         "best": f"trial {opened.best.number}",
-        **{name: shown(value) for name, value in opened.best.params.items()},
+        **{name: format_value(value) for name, value in opened.best.params.items()},
         "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(opened.data.validation)} images",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
         f"over {len(models)} seeds": f"{mean:.4f} +/- {spread:.4f}",
         "calibration error": f"{float(tags['test_ece']):.4f}",
-        "registered": f"{register.REGISTERED_MODEL} version {decision.version}, {register.standing(decision)}",
+        "registered": f"{register.REGISTERED_MODEL} version {decision.version}, {register.describe_standing(decision)}",
         "because": decision.reason,
     }
     width = max(map(len, rows))
@@ -113,7 +113,7 @@ def summary(opened: search.Search, models: Sequence[LoggedModel], decision: regi
         "",
         *(f"  {name:{width}}  {value}" for name, value in rows.items()),
         "",
-        f"  see it       scripts/ui, then {links.compare(links.ui(), tracking.find_run(opened.run_id))}",
+        f"  see it       scripts/ui, then {links.compare_url(links.ui_url(), tracking.find_run(opened.run_id))}",
         f"  serve it     scripts/serve, or: mlflow models serve -m models:/{register.REGISTERED_MODEL}@champion",
         "  ask it       scripts/predict PHOTOGRAPH...",
     ]

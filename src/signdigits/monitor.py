@@ -21,11 +21,11 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
 from signdigits import plots, register, tables, tracking
-from signdigits.artifact import answers
-from signdigits.errors import DataError, DriftFound, ModelError, TooFewAnswers
-from signdigits.hyperparameters import MonitorParameters
+from signdigits.config import MonitorParameters
+from signdigits.errors import DataError, DriftFound, ModelError, TooFewPredictions
 from signdigits.measures import drift
 from signdigits.measures.drift import Drift
+from signdigits.packaging import prediction_log
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +38,17 @@ def monitor(parameters: MonitorParameters) -> Drift:
     """
     folder = Path(parameters.answers)
     if not folder.is_dir():
-        raise DataError(f"answers={folder}: no such folder; serve with {answers.FOLDER}={folder} in the environment")
+        raise DataError(
+            f"answers={folder}: no such folder; serve with {prediction_log.FOLDER}={folder} in the environment"
+        )
     model = tracking.find_model("", parameters.model_uri)
     version = register.version_of(model)
-    reference = compared(read_reference(model))
+    reference = select_columns(read_reference(model))
     window = read_window(folder, version, parameters)
     tags = {"model_id": model.model_id, "model_version": version}
-    with tracking.run("monitor", f"monitor version {version}", tags=tags):
+    with tracking.start_run("monitor", f"monitor version {version}", tags=tags):
         tracking.log_params(asdict(parameters))
-        found = compare(reference, compared(table(window)), parameters)
+        found = log_drift(reference, select_columns(to_table(window)), parameters)
         share, drifted = found.share, ", ".join(found.drifted) or "none"
         outcome = (
             f"{len(found.drifted)} of {len(found.distances)} columns have drifted ({drifted}), from the test images of "
@@ -54,7 +56,7 @@ def monitor(parameters: MonitorParameters) -> Drift:
         )
         mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
         mlflow.log_metrics({"answers": len(window), "drifted_columns": len(found.drifted), "drifted_share": share})
-        tracking.describe(f"{outcome}.\n\n{distances(reference, compared(table(window)), found)}")
+        tracking.set_description(f"{outcome}.\n\n{drift_table(reference, select_columns(to_table(window)), found)}")
     if share >= parameters.drift_share:
         raise DriftFound(f"{outcome}; look at the run, and evaluate the model on photographs such as these")
     log.info("no drift: %s", outcome)
@@ -72,7 +74,7 @@ def read_reference(model: LoggedModel) -> pd.DataFrame:
         text = mlflow.artifacts.load_text(f"runs:/{model.tags['test_run_id']}/{tracking.REFERENCE}")
     except (MlflowException, OSError) as error:
         raise ModelError(f"model {model.model_id}: no reference in run {model.tags['test_run_id']}; {again}") from error
-    return tables.read(text, lambda column: True)
+    return tables.read_csv(text, lambda column: True)
 
 
 def read_window(folder: Path, version: str, parameters: MonitorParameters) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ def read_window(folder: Path, version: str, parameters: MonitorParameters) -> li
     versions: Counter[str] = Counter()
 
     def wanted() -> Iterator[tuple[str, int, dict[str, Any]]]:
-        for number, record in enumerate(read(folder)):
+        for number, record in enumerate(read_records(folder)):
             if record["time"] >= since:
                 versions[record["version"]] += 1
                 if record["version"] in ("", version):
@@ -97,16 +99,16 @@ def read_window(folder: Path, version: str, parameters: MonitorParameters) -> li
     if len(found) < parameters.min_answers:
         held = ", ".join(f"{count} of version {name or 'unknown'}" for name, count in versions.items()) or "none"
         recent = f" of the last {parameters.hours:g} hours" if parameters.hours else ""
-        raise TooFewAnswers(
+        raise TooFewPredictions(
             f"answers={folder}: {len(found)} answers{recent} of version {version}, {parameters.min_answers} needed "
             f"(it holds {held}); wait for more, or lower --min_answers"
         )
     return found
 
 
-def read(folder: Path) -> Iterator[dict[str, Any]]:
+def read_records(folder: Path) -> Iterator[dict[str, Any]]:
     """Every whole line of the log; a process that was killed, or a full disk, may have left half of one."""
-    for file in answers.files(folder):
+    for file in prediction_log.list_log_files(folder):
         try:
             lines = file.read_text(errors="replace").splitlines()
         except FileNotFoundError:  # removed meanwhile, to make room
@@ -116,49 +118,51 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and {"time", "version", "probabilities", *answers.STATISTICS} <= set(record):
+            if isinstance(record, dict) and {"time", "version", "probabilities", *prediction_log.STATISTICS} <= set(
+                record
+            ):
                 yield record
 
 
-def table(window: list[dict[str, Any]]) -> pd.DataFrame:
+def to_table(window: list[dict[str, Any]]) -> pd.DataFrame:
     """The answers in the columns of the reference."""
     return pd.DataFrame(
-        {name: record[name] for name in answers.STATISTICS}
+        {name: record[name] for name in prediction_log.STATISTICS}
         | {f"p({name})": probability for name, probability in record["probabilities"].items()}
         for record in window
     )
 
 
-def compared(found: pd.DataFrame) -> pd.DataFrame:
+def select_columns(found: pd.DataFrame) -> pd.DataFrame:
     """What is compared: the statistics, the label, and how probable the model found it.
 
     Width and height become one `size`, so that another camera is one column that drifts and not two.
     """
     shares = found.filter(regex=r"^p\(")
-    seen = found[list(answers.STATISTICS)].astype(float)
+    seen = found[list(prediction_log.STATISTICS)].astype(float)
     seen.insert(0, "size", (seen.pop("width") * seen.pop("height")) ** 0.5)
     return seen.assign(probability=shares.max(axis=1), label=shares.idxmax(axis=1).str[2:-1])
 
 
-def compare(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
+def log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
     """The distances, which go to the active run with the report and its figures."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "drift.html")
-        found = drift.compare(reference, window, parameters, report)
+        found = drift.measure_drift(reference, window, parameters, report)
         mlflow.log_artifact(str(report))
     mlflow.log_metrics({f"drift_{name}": distance for name, distance in found.distances.items()})
-    tracking.log_figure("drift.png", lambda: plots.drift(reference, window, found))
+    tracking.log_figure("drift.png", lambda: plots.plot_drift(reference, window, found))
     return found
 
 
-def distances(reference: pd.DataFrame, window: pd.DataFrame, found: Drift) -> str:
+def drift_table(reference: pd.DataFrame, window: pd.DataFrame, found: Drift) -> str:
     rows: list[tuple[Any, ...]] = [("column", "distance", "drifted", "test images", "answers")]
     for name, distance in found.distances.items():
-        ends = [shown(part[name]) for part in (reference, window)]
+        ends = [describe_column(part[name]) for part in (reference, window)]
         rows.append((name, f"{distance:.3f}", "yes" if name in found.drifted else "no", *ends))
-    return tracking.markdown(rows)
+    return tracking.markdown_table(rows)
 
 
-def shown(column: pd.Series) -> str:
+def describe_column(column: pd.Series) -> str:
     """The middle of a column: its mean, or its most frequent label."""
     return f"mostly {column.mode()[0]}" if column.name == "label" else f"{column.mean():.3f} ± {column.std():.3f}"

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     import optuna
     import pandas as pd
 
-    from signdigits.measures.calibrate import Reliability
     from signdigits.measures.drift import Drift
+    from signdigits.model.calibration import Reliability
 
 
-def learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
+def plot_learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
     """Accuracy and loss by epoch, for training and, where there is any, validation."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
@@ -29,7 +29,7 @@ def learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def photographs(images: Sequence[np.ndarray], titles: Sequence[str], title: str, columns: int = 3) -> Figure:
+def plot_photographs(images: Sequence[np.ndarray], titles: Sequence[str], title: str, columns: int = 3) -> Figure:
     """A grid of decoded photographs, each of shape (height, width, channels), under a title of its own."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.5 * rows + 0.4), layout="constrained")
@@ -43,7 +43,7 @@ def photographs(images: Sequence[np.ndarray], titles: Sequence[str], title: str,
     return figure
 
 
-def reliability(found: "Reliability") -> Figure:
+def plot_reliability(found: "Reliability") -> Figure:
     """Accuracy by confidence against the diagonal on which they agree, and how many images there are of each."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -59,7 +59,7 @@ def reliability(found: "Reliability") -> Figure:
     return figure
 
 
-def drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bins: int = 30) -> Figure:
+def plot_drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bins: int = 30) -> Figure:
     """The columns of two tables over each other, numbers but for `label`; a title in bold where they lie too far apart."""
     rows = -(-len(found.distances) // 3)
     figure = Figure(figsize=(12, 3 * rows), layout="constrained")
@@ -84,7 +84,7 @@ def drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bin
     return figure
 
 
-def study(study: "optuna.Study", objective: str) -> dict[str, Figure]:
+def plot_study(study: "optuna.Study", objective: str) -> dict[str, Figure]:
     """What Optuna can draw of a study so far, by name; some pictures need two complete trials."""
     import optuna.visualization.matplotlib as draw
     from optuna.exceptions import ExperimentalWarning

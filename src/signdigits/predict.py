@@ -19,12 +19,12 @@ from mlflow.entities import LoggedModel
 from tqdm import tqdm
 
 from signdigits import plots, register, tracking
-from signdigits.hyperparameters import PredictParameters
-from signdigits.photographs import images
-from signdigits.predictions import listing, parts, scoring
-from signdigits.predictions.listing import Listing
-from signdigits.predictions.parts import Job, Output
-from signdigits.predictions.scoring import Chunk
+from signdigits.batch import inputs, scoring
+from signdigits.batch.inputs import BatchInput
+from signdigits.batch.output import BatchJob, Output, lock_output
+from signdigits.batch.scoring import Chunk
+from signdigits.config import PredictParameters
+from signdigits.data import images
 
 log = logging.getLogger(__name__)
 
@@ -41,74 +41,74 @@ def predict(parameters: PredictParameters) -> Output:
     and OutputError if the folder is in use or another job's.
     """
     folder = Path(parameters.output)
-    found = listing.find(parameters.images, folder)
+    found = inputs.find_inputs(parameters.images, folder)
     model = tracking.find_model("", parameters.model_uri)
-    job = Job(model.model_id, register.version_of(model), parameters.images, found.digest, len(found.paths))
-    with parts.hold(folder, job) as output:
+    job = BatchJob(model.model_id, register.version_of(model), parameters.images, found.digest, len(found.paths))
+    with lock_output(folder, job) as output:
         if output.is_finished:
-            tracking.hand_over(tracking.find_run(output.job.run_id))
+            tracking.mark_resumed(tracking.find_run(output.job.run_id))
             log.info("finished before, in run %s; the tables: %s and %s", output.job.run_id, *output.tables)
         else:
-            output = complete(output, found, model, parameters)
+            output = score_job(output, found, model, parameters)
         output.clear()
         return output
 
 
-def complete(output: Output, found: Listing, model: LoggedModel, parameters: PredictParameters) -> Output:
+def score_job(output: Output, found: BatchInput, model: LoggedModel, parameters: PredictParameters) -> Output:
     job = output.job
     tags = {"model_id": model.model_id, "model_version": job.version, "images_digest": job.digest}
     name = f"predict {found.name} with version {job.version}"
-    with tracking.run("predict", name, run_id=job.run_id or None, tags=tags) as run:
+    with tracking.start_run("predict", name, run_id=job.run_id or None, tags=tags) as run:
         output = output.note(run_id=run.info.run_id)
         tracking.log_params(asdict(parameters))
         mlflow.log_input(
             MetaDataset(LocalArtifactDatasetSource(str(found.folder)), found.name, job.digest), "prediction"
         )
-        chunks = divide(found)
+        chunks = split_into_chunks(found)
         began = time.monotonic()
-        scored = score(output, chunks, model, parameters)
+        scored = score_missing(output, chunks, model, parameters)
         seconds = time.monotonic() - began
         output.assemble(len(chunks))
-        report(output, found, scored, seconds)
+        log_summary(output, found, scored, seconds)
     return output.note(finished=True)
 
 
-def divide(found: Listing) -> list[Chunk]:
+def split_into_chunks(found: BatchInput) -> list[Chunk]:
     starts = range(0, len(found.paths), CHUNK)
     return [Chunk(number, str(found.folder), found.paths[start : start + CHUNK]) for number, start in enumerate(starts)]
 
 
-def score(output: Output, chunks: Sequence[Chunk], model: LoggedModel, parameters: PredictParameters) -> int:
+def score_missing(output: Output, chunks: Sequence[Chunk], model: LoggedModel, parameters: PredictParameters) -> int:
     """Answer the chunks that no part file holds yet; returns the number of photographs in them."""
     missing = [chunk for chunk in chunks if not output.part(chunk.number).exists()]
     if not missing:
         return 0
-    total, left = count(chunks), count(missing)
+    total, left = count_paths(chunks), count_paths(missing)
     model_folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
     told = began = time.monotonic()
     with tqdm(total=total, initial=total - left, unit=" images", disable=None) as bar:
-        for chunk, rows in scoring.answered(model_folder, missing, parameters):
-            output.keep(chunk.number, rows.assign(model_version=output.job.version)[order(rows)])
+        for chunk, rows in scoring.score_chunks(model_folder, missing, parameters):
+            output.keep(chunk.number, rows.assign(model_version=output.job.version)[order_columns(rows)])
             bar.update(len(rows))
             left -= len(rows)
             if bar.disable and time.monotonic() - told > SILENCE:
                 told = time.monotonic()
-                rate = (count(missing) - left) / (told - began)
+                rate = (count_paths(missing) - left) / (told - began)
                 time_left = tqdm.format_interval(left / rate)
                 log.info("%d of %d images, %.0f a second, about %s left", total - left, total, rate, time_left)
-    return count(missing)
+    return count_paths(missing)
 
 
-def count(chunks: Sequence[Chunk]) -> int:
+def count_paths(chunks: Sequence[Chunk]) -> int:
     return sum(len(chunk.paths) for chunk in chunks)
 
 
-def order(rows: pd.DataFrame) -> list[str]:
+def order_columns(rows: pd.DataFrame) -> list[str]:
     """The columns of the tables."""
     return [*rows.columns.drop("reason"), "model_version", "reason"]
 
 
-def report(output: Output, found: Listing, scored: int, seconds: float) -> None:
+def log_summary(output: Output, found: BatchInput, scored: int, seconds: float) -> None:
     """Write on the active run what the tables hold.
 
     `seconds` and `images_per_second` are of the `scored` photographs; the others were answered before an interruption.
@@ -125,28 +125,28 @@ def report(output: Output, found: Listing, scored: int, seconds: float) -> None:
     mlflow.log_metrics(facts)
     if csv.stat().st_size <= SMALL:
         mlflow.log_artifact(str(csv))
-    tracking.log_figure("least_certain.png", lambda: least_certain(table, found))
-    tracking.describe(description(output, found, table, unreadable))
+    tracking.log_figure("least_certain.png", lambda: plot_least_certain(table, found))
+    tracking.set_description(describe_tables(output, found, table, unreadable))
     log.info(
         "%d images read with version %s, %d unreadable; the tables: %s and %s",
         len(table) - len(unreadable), output.job.version, len(unreadable), parquet, csv,
     )  # fmt: skip
 
 
-def description(output: Output, found: Listing, table: pd.DataFrame, unreadable: pd.DataFrame) -> str:
+def describe_tables(output: Output, found: BatchInput, table: pd.DataFrame, unreadable: pd.DataFrame) -> str:
     counts = table["label"].value_counts().sort_index()
     reasons = unreadable["reason"].value_counts().head(10)
-    tables = [tracking.markdown([("label", "images"), *counts.items()])]
+    tables = [tracking.markdown_table([("label", "images"), *counts.items()])]
     if len(reasons):
-        tables.append(tracking.markdown([("unreadable because", "images"), *reasons.items()]))
+        tables.append(tracking.markdown_table([("unreadable because", "images"), *reasons.items()]))
     return "\n\n".join([f"{len(table)} images of `{found.name}`, read with version {output.job.version}.", *tables])
 
 
-def least_certain(table: pd.DataFrame, found: Listing) -> plots.Figure:
+def plot_least_certain(table: pd.DataFrame, found: BatchInput) -> plots.Figure:
     """The photographs with the smallest probabilities."""
     pictures, titles = [], []
     for row in table.nsmallest(LEAST_CERTAIN, "probability").to_dict("records"):
         with contextlib.suppress(OSError, images.ImageError):  # gone meanwhile
-            pictures.append(images.decode(images.read_file(found.folder / row["path"]), 200, "rgb"))
+            pictures.append(images.decode_image(images.read_file(found.folder / row["path"]), 200, "rgb"))
             titles.append(f"{row['label']} with {row['probability']:.0%}\n{Path(row['path']).name}")
-    return plots.photographs(pictures, titles, "Least certain", columns=4)
+    return plots.plot_photographs(pictures, titles, "Least certain", columns=4)

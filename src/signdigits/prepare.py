@@ -13,26 +13,26 @@ import mlflow
 import pandas as pd
 
 from signdigits import plots, tables, tracking
-from signdigits.photographs import findings, groups
-from signdigits.photographs.data import Data
+from signdigits.data import groups, quality
+from signdigits.data.loading import Data
 
 log = logging.getLogger(__name__)
 
 
 def prepare(data: Data) -> str:
     """Report on `data` in a run of its own, and return the run's id."""
-    with tracking.run("prepare", f"prepare {data.dataset.name}") as run:
+    with tracking.start_run("prepare", f"prepare {data.dataset.name}") as run:
         tracking.log_params(asdict(data.parameters))
         mlflow.log_input(tracking.dataset_input(data.dataset), context="all")
         log_report(data)
-        tracking.describe(describe(data))
+        tracking.set_description(describe_dataset(data))
         return run.info.run_id
 
 
 def log_report(data: Data) -> None:
     """Log the report, the table of files, the table of classes and a sample to the active run, and print the gist."""
-    groups.write(data.dataset)
-    found, worth_a_look = report(data), findings.find(data)
+    groups.write_groups(data.dataset)
+    found, worth_a_look = build_report(data), quality.find_issues(data)
     mlflow.set_tags(tracking.data_tags(data.dataset, data.split))
     mlflow.log_metrics(
         {
@@ -43,16 +43,16 @@ def log_report(data: Data) -> None:
         }
     )
     mlflow.log_dict(found, "data/report.json")
-    mlflow.log_text(tables.write(files_table(data)), "data/files.csv")
-    tracking.log_figure("data/sample.png", lambda: sample(data))
-    mlflow.log_text(tables.write(worth_a_look), "data/findings.csv")
+    mlflow.log_text(tables.to_csv(files_table(data)), "data/files.csv")
+    tracking.log_figure("data/sample.png", lambda: plot_sample(data))
+    mlflow.log_text(tables.to_csv(worth_a_look), "data/findings.csv")
     if set(worth_a_look["finding"]) - {"imbalance"}:
-        tracking.log_figure("data/findings.png", lambda: findings.picture(data, worth_a_look))
-    for line in summary(data, found, worth_a_look):
+        tracking.log_figure("data/findings.png", lambda: quality.plot_findings(data, worth_a_look))
+    for line in report_lines(data, found, worth_a_look):
         log.info("%s", line)
 
 
-def report(data: Data) -> dict[str, Any]:
+def build_report(data: Data) -> dict[str, Any]:
     """Counts, sizes and modes, what was unreadable, and the digests of the whole and of each part of the split."""
     dataset, split = data.dataset, data.split
     sizes = Counter(f"{width}x{height}" for width, height in (photograph.size for photograph in dataset.photographs))
@@ -71,7 +71,7 @@ def report(data: Data) -> dict[str, Any]:
     }
 
 
-def summary(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) -> list[str]:
+def report_lines(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) -> list[str]:
     """The report in a few lines for the terminal."""
     dataset = data.dataset
     sizes = list(found["sizes"].items())
@@ -91,15 +91,15 @@ def summary(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) -> li
     return lines
 
 
-def describe(data: Data) -> str:
+def describe_dataset(data: Data) -> str:
     """The report for the run's page."""
-    rows = tracking.markdown([("class", "photographs"), *data.dataset.counts().items()])
+    rows = tracking.markdown_table([("class", "photographs"), *data.dataset.counts().items()])
     return f"What `{data.parameters.data}` holds. Digest `{data.dataset.digest}`.\n\n{rows}"
 
 
 def files_table(data: Data) -> pd.DataFrame:
     """One row a photograph: path, class, checksum, size, mode, orientation, and the part of the split it is in."""
-    parts = findings.part_names(data)
+    parts = quality.part_names(data)
     rows = [
         {
             "path": photograph.path,
@@ -116,8 +116,8 @@ def files_table(data: Data) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def sample(data: Data) -> plots.Figure:
+def plot_sample(data: Data) -> plots.Figure:
     """The first nine training images, as the network sees them, with their classes."""
     images, labels = data.training.x[:9], data.training.y[:9]
     titles = [data.dataset.class_names[label] for label in labels]
-    return plots.photographs(list(images), titles, f"{data.dataset.name}: training images")
+    return plots.plot_photographs(list(images), titles, f"{data.dataset.name}: training images")

@@ -16,8 +16,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from signdigits import tables, tracking
+from signdigits.config import ModelParameters, RegistryParameters, VersionParameters
 from signdigits.errors import ModelError, ParameterError
-from signdigits.hyperparameters import ModelParameters, RegistryParameters, VersionParameters
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ PNG; answers with `label`, `probability` and `probabilities`. `champion` is serv
 
 
 @dataclass(frozen=True)
-class Agreement:
+class ContingencyTable:
     """Two models on the same test images: how many of them both, one, or neither read correctly."""
 
     both: int
@@ -52,7 +52,7 @@ class Agreement:
         return float(binomtest(self.challenger_only, differing, alternative="greater").pvalue) if differing else 1.0
 
     def table(self) -> str:
-        return tracking.markdown(
+        return tracking.markdown_table(
             [
                 ("", "champion right", "champion wrong"),
                 ("**challenger right**", self.both, self.challenger_only),
@@ -68,7 +68,7 @@ class Decision:
     version: str
     alias: str
     reason: str
-    agreement: Agreement | None = field(default=None)
+    agreement: ContingencyTable | None = field(default=None)
     previous: str = ""
 
 
@@ -82,21 +82,21 @@ def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
         raise ParameterError(
             f"run_id={which.run_id!r}, model_uri={which.model_uri!r}, version={parameters.version}: give one of the three"
         )
-    with tracking.run("register", "register"):
+    with tracking.start_run("register", "register"):
         tracking.log_params({"run_id": which.run_id, "model_uri": which.model_uri, **asdict(parameters)})
         if parameters.version:
             decision = move_alias(str(parameters.version), parameters.alias)
         else:
-            decision = promote(tracking.find_model(which.run_id, which.model_uri), parameters)
+            decision = promote_model(tracking.find_model(which.run_id, which.model_uri), parameters)
         mlflow.set_tags({"version": decision.version, "alias": decision.alias})
         agreement = f"\n\n{decision.agreement.table()}" if decision.agreement else ""
-        tracking.describe(
+        tracking.set_description(
             f"`{REGISTERED_MODEL}` version {decision.version} is `{decision.alias}`: {decision.reason}.{agreement}"
         )
         return decision
 
 
-def promote(model: LoggedModel, parameters: RegistryParameters) -> Decision:
+def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decision:
     """Register `model` unless it is, and give it the alias if it deserves it; note the decision on the active run.
 
     It becomes the champion if there is none, if it reads the same test images better beyond chance, or if forced; else
@@ -118,17 +118,17 @@ def promote(model: LoggedModel, parameters: RegistryParameters) -> Decision:
     elif previous == str(version.version):
         deserves, reason = True, "it is the champion already"
     else:
-        agreement, reason = compare(version, champion)
+        agreement, reason = compare_versions(version, champion)
         deserves = agreement is not None and agreement.p_value < parameters.significance_level
         if parameters.force and not deserves:
             deserves, reason = True, f"forced, although {reason}"
     alias = parameters.alias if deserves else CHALLENGER
     decision = Decision(str(version.version), alias, reason, agreement, previous)
-    give(decision)
+    assign_alias(decision)
     return decision
 
 
-def compare(version: ModelVersion, champion: ModelVersion) -> tuple[Agreement | None, str]:
+def compare_versions(version: ModelVersion, champion: ModelVersion) -> tuple[ContingencyTable | None, str]:
     """How the two versions read the same test images, and the outcome in words.
 
     Both were scored by `evaluate`, with the artifact that is served. No agreement where they cannot be compared.
@@ -140,7 +140,7 @@ def compare(version: ModelVersion, champion: ModelVersion) -> tuple[Agreement | 
             f"{theirs.get('split')}; not {mine['dataset']}, split {mine['split']}), so the two cannot be compared; "
             "--force true gives the place all the same"
         )
-    found = agree(read_predictions(version), read_predictions(champion))
+    found = count_agreement(read_predictions(version), read_predictions(champion))
     return found, (
         f"test accuracy {float(mine['test_accuracy']):.4f} against {float(theirs['test_accuracy']):.4f} of version "
         f"{champion.version} on the same {mine['test_images']} images: {found.challenger_only} read correctly by the "
@@ -158,14 +158,14 @@ def read_predictions(version: ModelVersion) -> pd.DataFrame:
             f"version {version.version}: its predictions are not in run {run_id!r} any more; evaluate it again "
             f"(python -m signdigits evaluate --model_uri {version.source}), or pass --force true"
         ) from error
-    return tables.read(text, tables.is_probability)
+    return tables.read_csv(text, tables.is_probability)
 
 
-def agree(challenger: pd.DataFrame, champion: pd.DataFrame) -> Agreement:
+def count_agreement(challenger: pd.DataFrame, champion: pd.DataFrame) -> ContingencyTable:
     """Count what two tables of predictions of the same images have right."""
     both = challenger.merge(champion, on="path", validate="one_to_one", suffixes=("", "_champion"))
     mine, theirs = both["prediction"] == both["label"], both["prediction_champion"] == both["label_champion"]
-    return Agreement(
+    return ContingencyTable(
         int((mine & theirs).sum()),
         int((mine & ~theirs).sum()),
         int((~mine & theirs).sum()),
@@ -183,11 +183,11 @@ def move_alias(version: str, alias: str) -> Decision:
     previous = str(holder.version) if holder else ""
     reason = f"moved by hand from version {previous}" if previous else "given by hand"
     decision = Decision(version, alias, reason, None, previous)
-    give(decision)
+    assign_alias(decision)
     return decision
 
 
-def decided(model: LoggedModel) -> Decision | None:
+def previous_decision(model: LoggedModel) -> Decision | None:
     """The decision that was made on `model` before, if one was."""
     version = find_version(model)
     if version is None or "decision" not in version.tags:
@@ -196,21 +196,21 @@ def decided(model: LoggedModel) -> Decision | None:
     return Decision(str(version.version), alias, reason)
 
 
-def aliases(version: str) -> list[str]:
+def list_aliases(version: str) -> list[str]:
     """The aliases that a version has at present."""
     return sorted(mlflow.MlflowClient().get_model_version(REGISTERED_MODEL, version).aliases)
 
 
-def standing(decision: Decision) -> str:
+def describe_standing(decision: Decision) -> str:
     """What a version is now: somebody may have moved or deleted its alias since the decision."""
-    present = aliases(decision.version)
+    present = list_aliases(decision.version)
     if decision.alias in present:
         return ", ".join(present)
     was = f"{', '.join(present) or 'no alias'}; it was {decision.alias}"
     return f"{was}, and `python -m signdigits register --version {decision.version} --alias {decision.alias}` makes it so again"
 
 
-def give(decision: Decision) -> None:
+def assign_alias(decision: Decision) -> None:
     """Set the alias, and write why on the version and the active run; a champion is no longer a challenger."""
     client = mlflow.MlflowClient()
     facts = {"decision": f"{decision.alias}: {decision.reason}", "previous_version": decision.previous}
@@ -228,11 +228,11 @@ def give(decision: Decision) -> None:
     log.info("%s version %s is now %s: %s", REGISTERED_MODEL, decision.version, decision.alias, decision.reason)
 
 
-def show() -> str:
+def describe_champion() -> str:
     """What is served: the champion's version and what it was measured at. Raises ModelError if there is none."""
     champion = find_alias(CHAMPION)
     if champion is None:
-        raise ModelError(no_alias(CHAMPION))
+        raise ModelError(missing_alias(CHAMPION))
     tags = champion.tags
     if "test_accuracy" not in tags:
         return f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: registered by other means, never evaluated"
@@ -242,13 +242,13 @@ def show() -> str:
     )
 
 
-def no_alias(alias: str) -> str:
+def missing_alias(alias: str) -> str:
     """Why nobody has an alias, and what gives it to somebody."""
     versions = mlflow.MlflowClient().search_model_versions(f"name = '{REGISTERED_MODEL}'")
     newest = max((int(version.version) for version in versions), default=0)
     remedy = f"python -m signdigits register --version {newest} --alias {alias}" if newest else "scripts/quickstart"
     found = f"its {len(versions)} versions have other aliases or none" if newest else "it has no version"
-    return f"{REGISTERED_MODEL} has no {alias} in {tracking.address()}, {found}; run {remedy}"
+    return f"{REGISTERED_MODEL} has no {alias} in {tracking.store_address()}, {found}; run {remedy}"
 
 
 def create_version(model: LoggedModel) -> ModelVersion:

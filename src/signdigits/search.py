@@ -18,14 +18,21 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from signdigits import plots, tables, tracking
+from signdigits.config import Hyperparameters, Space, StudyParameters
+from signdigits.data.loading import Data
 from signdigits.errors import StorageError, StudyError
-from signdigits.hyperparameters import Hyperparameters, Space, StudyParameters
-from signdigits.network import model
-from signdigits.photographs.data import Data
+from signdigits.model import architecture
 from signdigits.tuning import executors, storage
 from signdigits.tuning.objective import TrialContext
-from signdigits.tuning.progress import shown
-from signdigits.tuning.study import automatic_name, count_finished, identity, load_study, ranked, reconcile
+from signdigits.tuning.progress import format_value
+from signdigits.tuning.study import (
+    automatic_name,
+    count_finished,
+    load_study,
+    rank_trials,
+    reconcile_stores,
+    study_settings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +56,7 @@ class Search:
     @property
     def best(self) -> FrozenTrial:
         """The best complete trial. Raises StudyError if there is none."""
-        trials = ranked(self.study)
+        trials = rank_trials(self.study)
         if not trials:
             raise StudyError(
                 f"study {self.study.study_name}: no trial is complete (or its run was deleted in the UI); raise --timeout "
@@ -69,7 +76,7 @@ class Search:
 def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
     """Bring the study to `n_trials` finished trials, and return it."""
     with open_study(data, space, parameters) as opened:
-        optimize(opened)
+        optimize_study(opened)
         return opened
 
 
@@ -80,16 +87,18 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     Raises ParameterError if the images are too small for the space, and StudyError if the storage cannot be used, if
     another process is searching the same study, or if a study of that name was created with other data or settings.
     """
-    model.check_blocks(space.ends("conv_blocks")[1], data.parameters.image_size)  # now, not in the middle of the search
-    settings = identity(data, space, parameters)
+    architecture.check_blocks(
+        space.ends("conv_blocks")[1], data.parameters.image_size
+    )  # now, not in the middle of the search
+    settings = study_settings(data, space, parameters)
     name = parameters.study_name if parameters.study_name != "auto" else automatic_name(data, settings)
-    executors.check(parameters)
-    with storage.exclusive(parameters.storage, name):
+    executors.check_stores(parameters)
+    with storage.lock_study(parameters.storage, name):
         study = load_study(name, settings, space, parameters)
         with study_run(study) as run_id:
             opened = Search(study, TrialContext(name, run_id, data, space, parameters.objective), parameters)
-            describe(opened)
-            reconcile(study)
+            describe_study(opened)
+            reconcile_stores(study)
             yield opened
 
 
@@ -99,7 +108,7 @@ def study_run(study: optuna.Study) -> Iterator[str]:
     run_id = study.user_attrs.get("mlflow_run_id")
     before = count_finished(study)
     launched = tracking.launched_run()
-    with tracking.run("study", study.study_name, run_id=run_id) as run:
+    with tracking.start_run("study", study.study_name, run_id=run_id) as run:
         study.set_user_attr("mlflow_run_id", run.info.run_id)
         try:
             yield run.info.run_id
@@ -109,13 +118,13 @@ def study_run(study: optuna.Study) -> Iterator[str]:
                 mlflow.MlflowClient().log_metric(launched, "trials_added", added)
 
 
-def optimize(opened: Search) -> None:
+def optimize_study(opened: Search) -> None:
     """Bring the study to `n_trials` finished trials, or run until the time is up, and report on it."""
-    run_trials(opened)
+    run_missing_trials(opened)
     log_study(opened)
 
 
-def run_trials(opened: Search) -> None:
+def run_missing_trials(opened: Search) -> None:
     """Run the trials that are missing, and leave none RUNNING in either store, however this ends."""
     try:
         executors.run_trials(opened.study, opened.context, opened.parameters)
@@ -125,12 +134,12 @@ def run_trials(opened: Search) -> None:
             "continues the study"
         ) from error
     except BaseException:
-        reconcile(opened.study)
+        reconcile_stores(opened.study)
         raise
-    reconcile(opened.study)  # a worker that was taken for dead may have worked on for a while
+    reconcile_stores(opened.study)  # a worker that was taken for dead may have worked on for a while
 
 
-def importances(study: optuna.Study) -> dict[str, float]:
+def param_importances(study: optuna.Study) -> dict[str, float]:
     """How much of the objective's variation each searched parameter explains (PED-ANOVA); they sum to 1.
 
     Watanabe, Bansal and Hutter, 2023, arXiv:2304.10255. Empty while there are too few complete trials to tell.
@@ -144,7 +153,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
     return {f"importance_{name}": value for name, value in found.items()}
 
 
-def describe(opened: Search) -> None:
+def describe_study(opened: Search) -> None:
     """Log what the study is made of to its run, with a description that a stranger understands."""
     data, space, parameters = opened.data, opened.context.space, opened.parameters
     ranges = {name: str(r) for name, r in space.ranges.items()}
@@ -154,7 +163,7 @@ def describe(opened: Search) -> None:
     tracking.log_versions()
     # Tags, because a study that is continued may be given more trials or another limit, and parameters cannot change.
     mlflow.set_tags({"study": opened.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})
-    rows = tracking.markdown(
+    rows = tracking.markdown_table(
         [
             ("searched", "from"),
             *(
@@ -163,7 +172,7 @@ def describe(opened: Search) -> None:
             ),
         ]
     )
-    tracking.describe(
+    tracking.set_description(
         f"**A study on `{data.parameters.data}`.** Every nested run is a *trial*: the same network trained on "
         f"{len(data.training)} images with other hyperparameters, judged by `{parameters.objective}` on "
         f"{len(data.validation)} others. A run named *refit* is the best trial fitted again on both, scored on "
@@ -180,11 +189,11 @@ def log_study(opened: Search) -> None:
     mlflow.set_tags({"best_trial": best.number, "best_run_id": best.user_attrs["mlflow_run_id"]})
     values = {f"best_{name}": value for name, value in best.params.items()}
     mlflow.log_metrics({"best_trial": best.number, f"best_{objective}": best.value, **values})
-    mlflow.log_metrics(importances(study))
-    for name, figure in plots.study(study, objective).items():
+    mlflow.log_metrics(param_importances(study))
+    for name, figure in plots.plot_study(study, objective).items():
         mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
-    mlflow.log_text(tables.write(study.trials_dataframe()), "study/trials.csv")
+    mlflow.log_text(tables.to_csv(study.trials_dataframe()), "study/trials.csv")
     log.info(
         "best: trial %d, %s %.4f with %s", best.number, objective, best.value,
-        ", ".join(f"{name}={shown(value)}" for name, value in best.params.items()),
+        ", ".join(f"{name}={format_value(value)}" for name, value in best.params.items()),
     )  # fmt: skip

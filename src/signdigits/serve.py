@@ -27,11 +27,11 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from signdigits import register, tracking
+from signdigits.config import ServeParameters
 from signdigits.errors import ModelError, ServingError
-from signdigits.hyperparameters import ServeParameters
-from signdigits.serving import front
-from signdigits.serving.pool import Pool, Refused, command, environment
+from signdigits.serving import nginx
 from signdigits.serving.processes import Process, adopt_orphans
+from signdigits.serving.worker_pool import HealthCheckFailed, WorkerPool, server_command, server_environment
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def serve(parameters: ServeParameters) -> None:
     """Serve until interrupted. Raises ServingError or ModelError if that cannot begin."""
     version = register.find_alias(parameters.alias)
     if version is None:
-        raise ModelError(register.no_alias(parameters.alias))
+        raise ModelError(register.missing_alias(parameters.alias))
     check_port(parameters)
     if not (parameters.token_file or is_loopback(parameters.host)):
         log.warning("host=%s, and no token_file: whoever reaches this machine may ask", parameters.host)
@@ -56,22 +56,22 @@ def serve(parameters: ServeParameters) -> None:
     if nginx is None:
         serve_alone(parameters, version)
     else:
-        with home() as folder:
-            lay_out(parameters, folder)
+        with runtime_folder() as folder:
+            write_configuration(parameters, folder)
             Supervisor(parameters, nginx, folder).run(version)
 
 
-def lay_out(parameters: ServeParameters, home: Path) -> None:
+def write_configuration(parameters: ServeParameters, home: Path) -> None:
     """Write what nginx needs, which holds the token, and let it read it. Raises ServingError if it finds fault."""
-    token = front.read_token(parameters.token_file) if parameters.token_file else ""
+    token = nginx.read_token(parameters.token_file) if parameters.token_file else ""
     for name in ("certificate", "key"):
         file = getattr(parameters, name)
         if file and not os.access(file, os.R_OK):
             raise ServingError(f"{name}={file}: cannot be read")
-    front.make_home(home)
+    nginx.make_home(home)
     configuration = home / "nginx.conf"
     configuration.touch(mode=0o600)
-    configuration.write_text(front.configuration(parameters, home, token))
+    configuration.write_text(nginx.configuration(parameters, home, token))
 
 
 def check_port(parameters: ServeParameters) -> None:
@@ -89,7 +89,7 @@ def check_port(parameters: ServeParameters) -> None:
 
 def is_loopback(host: str) -> bool:
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+    return all(ipaddress.ip_address(server_url[0]).is_loopback for *_, server_url in found)
 
 
 def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
@@ -105,10 +105,10 @@ def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
         "nginx is not installed, or not in PATH: version %s is served by itself on %s, without the page, limits and "
         "time-outs, and a promotion needs a restart. Debian: apt install nginx-light",
         version.version,
-        address(parameters),
+        server_url(parameters),
     )
-    os.environ.update(environment(version))
-    line = [*command(version, parameters), "--host", parameters.host, "--port", str(parameters.port)]
+    os.environ.update(server_environment(version))
+    line = [*server_command(version, parameters), "--host", parameters.host, "--port", str(parameters.port)]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     sys.stdout.flush()
@@ -116,7 +116,7 @@ def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
 
 
 @contextlib.contextmanager
-def home() -> Iterator[Path]:
+def runtime_folder() -> Iterator[Path]:
     """A folder for sockets, configuration and what nginx writes, gone afterwards.
 
     It is locked, which keeps systemd's daily cleaning of /tmp from it.
@@ -138,7 +138,7 @@ class Supervisor:
         self.home = home
         self.nginx = [nginx, "-p", str(home), "-c", str(home / "nginx.conf")]
         self.front: Process | None = None
-        self.live: Pool | None = None
+        self.live: WorkerPool | None = None
         self.refused = ""  # the version that the alias names, if it was turned away
         self.said = ""  # what was logged last of the registry
         self.looked = 0.0
@@ -150,7 +150,7 @@ class Supervisor:
         started = time.monotonic()
         try:
             self.begin(version)
-            log.info("ready after %.1f s: %s", time.monotonic() - started, address(self.parameters))
+            log.info("ready after %.1f s: %s", time.monotonic() - started, server_url(self.parameters))
             while True:
                 self.tick()
                 self.look()
@@ -170,9 +170,9 @@ class Supervisor:
             )
         self.front = self.start_front()
         deadline = time.monotonic() + self.parameters.start_timeout
-        while not listening(self.parameters):
+        while not is_listening(self.parameters):
             if not self.front.running or time.monotonic() > deadline:
-                raise ServingError(f"nginx does not start: {self.front.reason()}")
+                raise ServingError(f"nginx does not start: {self.front.exit_reason()}")
             time.sleep(TICK / 10)
 
     def start_front(self) -> Process:
@@ -182,11 +182,11 @@ class Supervisor:
         """Wait a moment, and start again what has ended."""
         time.sleep(TICK)
         if self.live:
-            self.live.revive()
+            self.live.restart_dead_workers()
         if self.front and not self.front.running:
             self.front.signal(signal.SIGKILL)  # its workers, who hold the port
-            if self.front.gone():
-                log.warning("nginx ended (%s): started again", self.front.reason())
+            if self.front.has_exited():
+                log.warning("nginx ended (%s): started again", self.front.exit_reason())
                 self.front = self.start_front()
 
     def look(self) -> None:
@@ -214,7 +214,10 @@ class Supervisor:
             version = register.find_alias(self.parameters.alias)
             said = "" if version else f"{self.parameters.alias} is no version's alias any more: left as it is"
         except Exception as error:  # whatever MLflow, a driver or the network have to say; the next look may succeed
-            version, said = None, f"{tracking.address()} does not answer ({str(error).splitlines()[0]}): left as it is"
+            version, said = (
+                None,
+                f"{tracking.store_address()} does not answer ({str(error).splitlines()[0]}): left as it is",
+            )
         if said and said != self.said:
             log.warning("%s", said)
         self.said = said
@@ -224,12 +227,12 @@ class Supervisor:
         """Start the version beside the one that is live, check it, and only then send the requests to it."""
         log.info("starting version %s", version.version)
         idle = "green" if self.live and self.live.name == "blue" else "blue"
-        pool = Pool(idle, version, self.parameters, self.home)
+        pool = WorkerPool(idle, version, self.parameters, self.home)
         try:
             self.examine(pool)
-        except Refused as refusal:
+        except HealthCheckFailed as refusal:
             log.warning("version %s is not served: %s", version.version, refusal)
-            self.registry.submit(note, version, REFUSED, str(refusal))
+            self.registry.submit(record_state, version, REFUSED, str(refusal))
             self.refused = str(version.version)
             self.end(pool, seconds=0)
             return False
@@ -237,23 +240,23 @@ class Supervisor:
             self.end(pool, seconds=0)
             raise
         before, self.live = self.live, pool
-        front.point_live(self.home, pool.name)
+        nginx.point_live(self.home, pool.name)
         log.info("version %s is live%s", version.version, f"; version {before.version.version} ends" if before else "")
-        self.registry.submit(note, version, LIVE)
+        self.registry.submit(record_state, version, LIVE)
         if before:
-            self.registry.submit(note, before.version, RETIRED, f"version {version.version} follows it")
+            self.registry.submit(record_state, before.version, RETIRED, f"version {version.version} follows it")
             self.end(before, seconds=self.parameters.drain)
         return True
 
-    def examine(self, pool: Pool) -> None:
+    def examine(self, pool: WorkerPool) -> None:
         """Raise Refused unless the pool starts in time and answers its model's input example."""
         deadline = time.monotonic() + self.parameters.start_timeout
-        while not pool.ready():
+        while not pool.is_ready():
             if time.monotonic() > deadline:
-                raise Refused(f"it does not start within {self.parameters.start_timeout:g} seconds")
+                raise HealthCheckFailed(f"it does not start within {self.parameters.start_timeout:g} seconds")
             self.tick()
         with ThreadPoolExecutor(1) as thread:  # it may take its time, while others need to be looked after
-            checking = thread.submit(pool.check)
+            checking = thread.submit(pool.check_health)
             try:
                 while not checking.done():
                     self.tick()
@@ -262,17 +265,17 @@ class Supervisor:
                 raise
             checking.result()
 
-    def end(self, pool: Pool, seconds: float) -> None:
+    def end(self, pool: WorkerPool, seconds: float) -> None:
         """Let the pool finish what it has begun, for so long at most, and end it.
 
         What nginx has begun to read for it, a slow upload say, nginx will bring to the pool that is live then.
         """
         pool.signal(signal.SIGTERM)  # uvicorn's word for "finish, then end"
         deadline = time.monotonic() + max(seconds, 2 * TICK)
-        while not pool.gone() and time.monotonic() < deadline:
+        while not pool.have_exited() and time.monotonic() < deadline:
             self.tick()
         pool.signal(signal.SIGKILL)
-        while not pool.gone():
+        while not pool.have_exited():
             self.tick()
 
     def stop(self) -> None:
@@ -282,7 +285,7 @@ class Supervisor:
         if last:
             last.signal(signal.SIGQUIT)  # nginx's word for "finish, then end"
             deadline = time.monotonic() + self.parameters.drain
-            while not last.gone() and time.monotonic() < deadline:
+            while not last.has_exited() and time.monotonic() < deadline:
                 time.sleep(TICK / 4)
             last.signal(signal.SIGKILL)
         if live:
@@ -317,7 +320,7 @@ def served_before(version: ModelVersion) -> list[ModelVersion]:
     return sorted(live, key=lambda other: other.tags.get(TIME, ""))[-1:]
 
 
-def note(version: ModelVersion, state: str, reason: str = "") -> None:
+def record_state(version: ModelVersion, state: str, reason: str = "") -> None:
     """Write on the version what became of it. A registry that does not answer keeps nobody from serving."""
     facts = {STATE: state, REASON: reason[:5000], TIME: datetime.now(UTC).isoformat(timespec="milliseconds")}
     try:
@@ -325,11 +328,15 @@ def note(version: ModelVersion, state: str, reason: str = "") -> None:
             mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
     except Exception as error:
         log.warning(
-            "version %s is %s, which could not be written to %s (%s)", version.version, state, tracking.address(), error
+            "version %s is %s, which could not be written to %s (%s)",
+            version.version,
+            state,
+            tracking.store_address(),
+            error,
         )
 
 
-def listening(parameters: ServeParameters) -> bool:
+def is_listening(parameters: ServeParameters) -> bool:
     try:
         with socket.create_connection((parameters.host, parameters.port), timeout=1):
             return True
@@ -337,6 +344,6 @@ def listening(parameters: ServeParameters) -> bool:
         return False
 
 
-def address(parameters: ServeParameters) -> str:
+def server_url(parameters: ServeParameters) -> str:
     host = f"[{parameters.host}]" if ":" in parameters.host else parameters.host
     return f"http{'s' if parameters.certificate else ''}://{host}:{parameters.port}"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-CHATTER = "|".join(
+NOISE = "|".join(
     [
         r"^WARNING: All log messages before absl::InitializeLog",
         r"^I[0-9]{4} ",
@@ -34,7 +34,7 @@ MLFLOW_SETTINGS = {
 }
 
 
-def set_up_mlflow() -> None:
+def configure_mlflow() -> None:
     """Leave MLflow's warnings, drop its chatter, and let a run end without a second's wait. What is set is kept."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -74,7 +74,7 @@ def filtered_stderr() -> Iterator[None]:
         return
     sys.stderr.flush()
     terminal = os.dup(2)
-    sieve = subprocess.Popen([grep, "-vE", "--line-buffered", CHATTER], stdin=subprocess.PIPE, stdout=terminal)
+    sieve = subprocess.Popen([grep, "-vE", "--line-buffered", NOISE], stdin=subprocess.PIPE, stdout=terminal)
     assert sieve.stdin is not None
     os.dup2(sieve.stdin.fileno(), 2)
     try:

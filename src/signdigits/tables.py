@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 
-def read(source: Path | str, is_number: Callable[[str], bool] = lambda column: False) -> pd.DataFrame:
+def read_csv(source: Path | str, is_number: Callable[[str], bool] = lambda column: False) -> pd.DataFrame:
     """Read a CSV file, or the text of one. Columns are text, but for those that `is_number` selects by name.
 
     Raises OSError or ValueError if it cannot be read.
@@ -22,7 +22,7 @@ def read(source: Path | str, is_number: Callable[[str], bool] = lambda column: F
     return table.astype(dict.fromkeys(numbers, float))
 
 
-def write(table: pd.DataFrame) -> str:
+def to_csv(table: pd.DataFrame) -> str:
     """Return the table as CSV text, without its index; what is missing is empty."""
     return table.to_csv(index=False, lineterminator="\n")
 

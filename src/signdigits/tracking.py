@@ -23,9 +23,9 @@ from signdigits.errors import ModelError, TrackingError
 if TYPE_CHECKING:  # commands that touch no photograph need not wait for scikit-learn
     from matplotlib.figure import Figure
 
-    from signdigits.photographs.data import Data
-    from signdigits.photographs.dataset import Dataset
-    from signdigits.photographs.split import Split
+    from signdigits.data.dataset import Dataset
+    from signdigits.data.loading import Data
+    from signdigits.data.split import Split
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ REFERENCE = "test/reference.csv"
 
 
 @contextmanager
-def run(
+def start_run(
     role: str,
     name: str,
     run_id: str | None = None,
@@ -67,21 +67,21 @@ def run(
     study, trial, refit, evaluate or register.
     """
     described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: this_process()}
-    active = start(name, run_id, parent_run_id, described)
+    active = open_run(name, run_id, parent_run_id, described)
     try:
         yield active
     except KeyboardInterrupt:
-        close(active, "KILLED", "interrupted")  # `mlflow run`, which launched it perhaps, makes it FAILED
+        end_run(active, "KILLED", "interrupted")  # `mlflow run`, which launched it perhaps, makes it FAILED
         raise
     except BaseException as error:
-        close(active, "FAILED", f"{type(error).__name__}: {error}")
+        end_run(active, "FAILED", f"{type(error).__name__}: {error}")
         if isinstance(error, MlflowException) and is_deleted(active.info.run_id):
-            raise deleted(active.info.run_id) from error
+            raise deleted_error(active.info.run_id) from error
         raise
-    close(active, "FINISHED")
+    end_run(active, "FINISHED")
 
 
-def close(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
+def end_run(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
     """End the active run. One that somebody has deleted meanwhile stays as it is, and cannot be FINISHED."""
     try:
         if reason:
@@ -93,7 +93,7 @@ def close(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
     except MlflowException as error:
         if is_deleted(active.info.run_id):
             if status == "FINISHED":
-                raise deleted(active.info.run_id) from error
+                raise deleted_error(active.info.run_id) from error
             return
         raise
 
@@ -105,14 +105,14 @@ def is_deleted(run_id: str) -> bool:
     return "deleted" in stages
 
 
-def deleted(run_id: str) -> TrackingError:
+def deleted_error(run_id: str) -> TrackingError:
     return TrackingError(
         f"run {run_id} was deleted, or its experiment was; bring it back with `mlflow runs restore --run-id {run_id}` "
         "(or `mlflow experiments restore`), then the same command continues"
     )
 
 
-def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
+def open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
     """Start or continue the run; raises TrackingError if the store does not hold a run that it should.
 
     The run has its tags from the beginning: whoever finds it, after a kill say, knows whose it was.
@@ -126,8 +126,8 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
             )
         known = find_continued(run_id)
         if is_deleted(run_id):
-            raise deleted(run_id)
-        hand_over(known)
+            raise deleted_error(run_id)
+        mark_resumed(known)
         mlflow.set_experiment(experiment_id=known.info.experiment_id)  # MLflow refuses a run of another experiment
         continued = mlflow.start_run(run_id=run_id, tags=tags)
         if "failure_reason" in known.data.tags:
@@ -135,7 +135,7 @@ def start(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[s
         return continued
     except MlflowException as error:
         raise TrackingError(
-            f"{address()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
+            f"{store_address()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
             "to the address of the store that holds the run"
         ) from error
 
@@ -145,7 +145,7 @@ def find_continued(run_id: str) -> Run:
         return mlflow.get_run(run_id)
     except MlflowException as error:
         raise TrackingError(
-            f"{address()}: does not hold run {run_id}, which this would continue; set MLFLOW_TRACKING_URI to the store that "
+            f"{store_address()}: does not hold run {run_id}, which this would continue; set MLFLOW_TRACKING_URI to the store that "
             "does, or begin anew: a search with another --study_name, a prediction with another --output"
         ) from error
 
@@ -155,7 +155,7 @@ def launched_run() -> str | None:
     return os.environ.get("MLFLOW_RUN_ID")
 
 
-def hand_over(continued: Run) -> None:
+def mark_resumed(continued: Run) -> None:
     """Make the launched run a record of this start, whose work goes into the run `continued`.
 
     MLflow would open it as the next run otherwise.
@@ -190,7 +190,7 @@ def search_runs(wanted: str, **options: Any) -> list[Run]:
 def deleted_runs(run_id: str) -> set[str]:
     """The runs nested under a run that were deleted, in the UI say."""
     deleted = search_runs(f"tags.`mlflow.parentRunId` = '{run_id}'", run_view_type=ViewType.DELETED_ONLY)
-    return {run.info.run_id for run in deleted}
+    return {start_run.info.run_id for start_run in deleted}
 
 
 def close_interrupted(run: Run) -> None:
@@ -200,12 +200,12 @@ def close_interrupted(run: Run) -> None:
     client.set_terminated(run.info.run_id, "KILLED")
 
 
-def address() -> str:
+def store_address() -> str:
     """The address of the tracking store, without a password that stands in it."""
     return re.sub(r"://([^:/@]*):[^/@]*@", r"://\1:***@", mlflow.get_tracking_uri())
 
 
-def connect() -> None:
+def connect_store() -> None:
     """Raise TrackingError if the tracking store cannot be used. A SQLite store that is not there is created."""
     try:
         create_database()
@@ -215,10 +215,10 @@ def connect() -> None:
         if file and re.search("already exists|no such table|Can't locate revision", str(error)):
             raise TrackingError(
                 f"{file}: its tables are not whole: the start that made them was killed, or it is of another version of "
-                f"MLflow; if no run is in it, remove it, else run `mlflow db upgrade {address()}`"
+                f"MLflow; if no run is in it, remove it, else run `mlflow db upgrade {store_address()}`"
             ) from error
         raise TrackingError(
-            f"{address()}: {str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a store that can be used"
+            f"{store_address()}: {str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a store that can be used"
         ) from error
 
 
@@ -250,7 +250,7 @@ def open_experiment(role: str) -> None:
     A run that `mlflow run` made for this process gets its `role` at once, and those of processes that were killed
     before they could say so are closed.
     """
-    connect()
+    connect_store()
     close_stale_runs()
     client = mlflow.MlflowClient()
     try:
@@ -264,7 +264,7 @@ def open_experiment(role: str) -> None:
             experiment_id = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT).experiment_id
     except MlflowException as error:
         raise TrackingError(
-            f"{address()}: {error.message}; start in the project's folder, set MLFLOW_TRACKING_URI to the address of "
+            f"{store_address()}: {error.message}; start in the project's folder, set MLFLOW_TRACKING_URI to the address of "
             "the store that holds the run, or MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"
         ) from error
     if "mlflow.note.content" not in client.get_experiment(experiment_id).tags:
@@ -272,10 +272,10 @@ def open_experiment(role: str) -> None:
 
 
 def this_process() -> str:
-    return f"{platform.node()}:{os.getpid()}:{started(os.getpid())}"
+    return f"{platform.node()}:{os.getpid()}:{process_start(os.getpid())}"
 
 
-def started(process: int) -> str:
+def process_start(process: int) -> str:
     """When a process was started: the machine's boot and the clock ticks since; empty if there is no such process.
 
     The number alone is no identity: in a container every command is process 1. Without /proc it has to do.
@@ -291,7 +291,7 @@ def is_alive(identity: str) -> bool:
     """Whether the process of this machine that `this_process` described is still at work."""
     _, number, start = [*identity.split(":"), ""][:3]
     if start:
-        return started(int(number)) == start
+        return process_start(int(number)) == start
     try:
         os.kill(int(number), 0)  # signal 0 only asks
     except ProcessLookupError:
@@ -323,18 +323,18 @@ def log_figure(path: str, draw: "Callable[[], Figure]", **options: Any) -> None:
         log.warning("%s: not drawn (%s)", path, error)
 
 
-def markdown(rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; the first row is its head."""
-    head, *body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    head, *body = [f"| {' | '.join(map(escape_cell, row))} |" for row in rows]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def cell(value: Any) -> str:
+def escape_cell(value: Any) -> str:
     """A value as one cell of a Markdown table: a name may hold what Markdown takes for its own."""
     return re.sub(r"([\\`|*_<>])", r"\\\1", " ".join(str(value).split()))
 
 
-def describe(text: str) -> None:
+def set_description(text: str) -> None:
     """Set the description that the UI shows on top of the active run (Markdown)."""
     mlflow.set_tag("mlflow.note.content", text)
 
@@ -399,7 +399,9 @@ def find_run(run_id: str) -> Run:
     try:
         return mlflow.get_run(run_id)
     except MlflowException as error:
-        raise ModelError(f"run_id={run_id}: no such run in {address()}; copy the id from the MLflow UI") from error
+        raise ModelError(
+            f"run_id={run_id}: no such run in {store_address()}; copy the id from the MLflow UI"
+        ) from error
 
 
 def find_model(run_id: str, model_uri: str) -> LoggedModel:
@@ -424,4 +426,4 @@ def get_model(model_id: str, given: str) -> LoggedModel:
     try:
         return mlflow.get_logged_model(model_id)
     except MlflowException as error:  # deleted, or of another store
-        raise ModelError(f"{given}: its model {model_id} is not in {address()}; train it again") from error
+        raise ModelError(f"{given}: its model {model_id} is not in {store_address()}; train it again") from error

@@ -15,8 +15,8 @@ from types import ModuleType
 import pandas as pd
 import pandas.core.dtypes.common as pandas_types
 
+from signdigits.config import MonitorParameters
 from signdigits.errors import ParameterError
-from signdigits.hyperparameters import MonitorParameters
 
 MISSING = "infer_dtype_from_object"
 
@@ -37,7 +37,7 @@ class Drift:
         return len(self.drifted) / len(self.distances)
 
 
-def compare(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters, report: Path) -> Drift:
+def measure_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters, report: Path) -> Drift:
     """Compare two tables of the same columns, numbers but for `label`, and write evidently's report (HTML).
 
     Raises ParameterError if evidently is not installed.

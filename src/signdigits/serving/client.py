@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from signdigits.errors import SignDigitsError, readable
+from signdigits.errors import SignDigitsError, escape_undecodable
 
 URL = "http://127.0.0.1:5001"  # where scripts/serve listens
 TOKEN = "SIGN_DIGITS_TOKEN"
@@ -38,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default=URL, help="where the model is served (default: %(default)s)")
     parser.add_argument("--token_file", type=Path, help="file with the token, where the server asks for one")
     parsed = parser.parse_args(arguments)
-    width = max(len(readable(str(file))) for file in parsed.files)
+    width = max(len(escape_undecodable(str(file))) for file in parsed.files)
     try:
-        token = read(parsed.token_file).decode().strip() if parsed.token_file else os.environ.get(TOKEN, "")
+        token = read_content(parsed.token_file).decode().strip() if parsed.token_file else os.environ.get(TOKEN, "")
         print(f"{'file':{width}}  label  probability  next")
-        for file, answer in predict(parsed.files, parsed.url, token):
+        for file, answer in request_predictions(parsed.files, parsed.url, token):
             others = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[1:2]
             then = "".join(f"{label} {probability:.4f}" for label, probability in others)
-            name = readable(str(file))
+            name = escape_undecodable(str(file))
             print(f"{name:{width}}  {answer['label']:5}  {answer['probability']:11.4f}  {then}", flush=True)
     except BrokenPipeError:  # the reader has seen enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,25 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def predict(files: Sequence[Path], url: str = URL, token: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
+def request_predictions(
+    files: Sequence[Path], url: str = URL, token: str = ""
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Each file with the server's answer: `label`, `probability` and `probabilities`.
 
     Raises ClientError for a file that cannot be read, a server that does not answer, and a photograph it refuses.
     """
-    for chunk in divide(files):
-        rows = [{"image": base64.b64encode(read(file)).decode()} for file in chunk]
+    for chunk in split_requests(files):
+        rows = [{"image": base64.b64encode(read_content(file)).decode()} for file in chunk]
         try:
-            answers = post(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows}, token)["predictions"]
+            answers = post_json(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows}, token)["predictions"]
         except ClientError as error:
             raise ClientError(name_rows(str(error), chunk)) from error
         yield from zip(chunk, answers, strict=True)
 
 
-def divide(files: Sequence[Path]) -> Iterator[list[Path]]:
+def split_requests(files: Sequence[Path]) -> Iterator[list[Path]]:
     """The files of each request: no more of them, and no more bytes, than a server takes."""
     chunk, size = list[Path](), 0
     for file in files:
-        bytes_of_file = measure(file)
+        bytes_of_file = file_size(file)
         if chunk and (len(chunk) == ROWS or size + bytes_of_file > BYTES):
             yield chunk
             chunk, size = [], 0
@@ -84,7 +86,7 @@ def divide(files: Sequence[Path]) -> Iterator[list[Path]]:
         yield chunk
 
 
-def measure(file: Path) -> int:
+def file_size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError as error:
@@ -96,14 +98,14 @@ def name_rows(message: str, files: Sequence[Path]) -> str:
     return re.sub(r"row (\d+)", lambda found: str(files[int(found[1])]), message)
 
 
-def read(file: Path) -> bytes:
+def read_content(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise ClientError(f"{file}: {error.strerror}") from error
 
 
-def post(url: str, body: Any, token: str = "") -> Any:
+def post_json(url: str, body: Any, token: str = "") -> Any:
     """Send `body` as JSON and return the reply."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
@@ -111,12 +113,12 @@ def post(url: str, body: Any, token: str = "") -> Any:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
-        raise ClientError(f"{url} refused: {reason(error.read())}") from error
+        raise ClientError(f"{url} refused: {error_message(error.read())}") from error
     except (urllib.error.URLError, ValueError, OSError) as error:
         raise ClientError(f"{url} does not answer ({error}); start scripts/serve, or give --url") from error
 
 
-def reason(reply: bytes) -> str:
+def error_message(reply: bytes) -> str:
     """What MLflow's error reply says, without the repetition of what was sent."""
     try:
         return str(json.loads(reply)["message"]).rpartition("Error: ")[2]

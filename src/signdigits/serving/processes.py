@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from signdigits.startup import CHATTER
+from signdigits.startup import NOISE
 
 PR_SET_CHILD_SUBREAPER = 36  # from Linux' prctl.h
 TAIL = 200  # lines of output that are kept, for the reason of a failure
@@ -41,7 +41,7 @@ class Process:
         self.started = time.monotonic()
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "signdigits.serving.tether", str(os.getpid()), *command],
+            [sys.executable, "-m", "signdigits.serving.die_with_parent", str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -50,11 +50,11 @@ class Process:
             text=True,
             errors="replace",
         )
-        threading.Thread(target=self.listen, args=(self.popen.stdout,), daemon=True).start()
+        threading.Thread(target=self.forward_output, args=(self.popen.stdout,), daemon=True).start()
 
-    def listen(self, output: IO[str]) -> None:
+    def forward_output(self, output: IO[str]) -> None:
         for line in output:
-            if not re.search(CHATTER, line):
+            if not re.search(NOISE, line):
                 self.tail.append(line.rstrip())
                 with contextlib.suppress(OSError):  # nobody reads any more
                     print(f"{self.name}: {line.rstrip()}", file=sys.stderr, flush=True)
@@ -63,7 +63,7 @@ class Process:
     def running(self) -> bool:
         return self.popen.poll() is None
 
-    def reason(self) -> str:
+    def exit_reason(self) -> str:
         """Why it ended, as far as can be told: the last that it wrote before it ended."""
         last = self.tail[-1] if self.tail else f"exit code {self.popen.returncode}, without a word"
         if killed := re.search(r"Return code = -(\d+)", last):  # MLflow's word for what befell its child
@@ -79,7 +79,7 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, number)
 
-    def gone(self) -> bool:
+    def has_exited(self) -> bool:
         """Whether neither the process nor any that it started is left."""
         if self.running:
             return False
@@ -112,7 +112,7 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self.path))
 
 
-def ask(path: Path, method: str, target: str, body: bytes | None = None, timeout: float = 60) -> Reply:
+def send_request(path: Path, method: str, target: str, body: bytes | None = None, timeout: float = 60) -> Reply:
     """What the server at the Unix socket replies. Raises OSError or HTTPException if it does not."""
     with contextlib.closing(UnixConnection(path, timeout)) as connection:
         headers: dict[str, Any] = {"Content-Type": "application/json"} if body is not None else {}

@@ -9,15 +9,15 @@ from pathlib import Path
 import filelock
 import mlflow
 
+from signdigits.config import DataParameters
+from signdigits.data import groups, loading, sources
+from signdigits.data.loading import Data
 from signdigits.errors import DataError
-from signdigits.hyperparameters import DataParameters
-from signdigits.photographs import data, groups, sources
-from signdigits.photographs.data import Data
 
 FOLDER = "photographs"  # among the artifacts
 
 
-def publish(loaded: Data, run_id: str) -> None:
+def upload_photographs(loaded: Data, run_id: str) -> None:
     """Put the photographs among the artifacts of the study's run, unless they are there or every machine has them."""
     client, dataset = mlflow.MlflowClient(), loaded.dataset
     if loaded.parameters.data == sources.HANDWRITTEN_DIGITS or client.list_artifacts(run_id, FOLDER):
@@ -32,14 +32,18 @@ def publish(loaded: Data, run_id: str) -> None:
         client.log_artifact(run_id, str(packed), FOLDER)
 
 
-def load(parameters: DataParameters, digest: str, run_id: str) -> Data:
+def load_study_data(parameters: DataParameters, digest: str, run_id: str) -> Data:
     """The photographs of the study `run_id`, ready for training on this machine.
 
     Raises DataError if what this machine has, or was sent, is not what the study's `digest` says.
     """
     here = parameters.data == sources.HANDWRITTEN_DIGITS or Path(parameters.data).is_dir()
-    found = parameters if here else replace(parameters, data=str(download(Path(parameters.data).name, digest, run_id)))
-    loaded = data.load(found)
+    found = (
+        parameters
+        if here
+        else replace(parameters, data=str(download_photographs(Path(parameters.data).name, digest, run_id)))
+    )
+    loaded = loading.load_data(found)
     if loaded.split.digest != digest:
         raise DataError(
             f"{platform.node()}: {found.data} holds other photographs than the study's (digest {loaded.split.digest}, "
@@ -48,13 +52,13 @@ def load(parameters: DataParameters, digest: str, run_id: str) -> Data:
     return loaded
 
 
-def download(name: str, digest: str, run_id: str, home: Path = Path("data", "cache")) -> Path:
+def download_photographs(name: str, digest: str, run_id: str, home: Path = Path("data", "cache")) -> Path:
     """The folder of that name as the study's run keeps it, fetched if this machine has not done so yet."""
     target = home / digest / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f"{name}.lock")):
         if not target.exists():
-            with sources.all_or_nothing(target) as folder, tempfile.TemporaryDirectory() as place:
+            with sources.atomic_folder(target) as folder, tempfile.TemporaryDirectory() as place:
                 packed = mlflow.artifacts.download_artifacts(
                     run_id=run_id, artifact_path=f"{FOLDER}/{name}.zip", dst_path=place
                 )

@@ -15,12 +15,12 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from signdigits import startup, tracking
-from signdigits.cluster import asked, cluster, is_distributed
+from signdigits.config import DataParameters, Space, StudyParameters
+from signdigits.data import sources
 from signdigits.errors import StudyError
-from signdigits.hyperparameters import DataParameters, Space, StudyParameters
-from signdigits.photographs import sources
+from signdigits.ray_cluster import connect_ray, describe_cluster, is_distributed
 from signdigits.tuning import dataset_transfer, storage
-from signdigits.tuning.progress import Progress
+from signdigits.tuning.progress import SearchProgress
 from signdigits.tuning.study import FAILURE_REASON, FINISHED, count_finished, make_sampler, retry_interrupted
 
 if TYPE_CHECKING:  # a worker imports TensorFlow when it knows on how many threads
@@ -33,7 +33,7 @@ MAX_FAILURES = 3  # in a row: then the fault lies with the data, the settings or
 
 def run_trials(study: optuna.Study, context: "TrialContext", parameters: StudyParameters) -> None:
     """Bring the study to `n_trials` finished trials, or run until its time is up."""
-    progress = Progress(parameters)
+    progress = SearchProgress(parameters)
     log.info("study %s: %d of %d trials are finished", study.study_name, count_finished(study), parameters.n_trials)
     if count_finished(study) < parameters.n_trials:
         if is_distributed(parameters):
@@ -44,7 +44,9 @@ def run_trials(study: optuna.Study, context: "TrialContext", parameters: StudyPa
         log.info("time is up after %d of %d trials; the same command goes on", finished, parameters.n_trials)
 
 
-def run_here(study: optuna.Study, context: "TrialContext", parameters: StudyParameters, progress: Progress) -> None:
+def run_here(
+    study: optuna.Study, context: "TrialContext", parameters: StudyParameters, progress: SearchProgress
+) -> None:
     """Run one trial after the other in this process."""
     from signdigits.tuning.objective import objective
 
@@ -74,32 +76,32 @@ class FailureLimit:
 def refuse_deleted(study: optuna.Study) -> None:
     """Raise TrackingError if the study's run has been deleted: every further trial would fail for its sake."""
     if tracking.is_deleted(run_id := study.user_attrs["mlflow_run_id"]):
-        raise tracking.deleted(run_id)
+        raise tracking.deleted_error(run_id)
 
 
 def run_on_workers(
-    study: optuna.Study, context: "TrialContext", parameters: StudyParameters, progress: Progress
+    study: optuna.Study, context: "TrialContext", parameters: StudyParameters, progress: SearchProgress
 ) -> None:
     """Run `workers` trials at a time. Raises ClusterError if Ray cannot be reached."""
     cpus = parameters.cpus_per_trial or max(1, (os.cpu_count() or 1) // parameters.workers)
-    with cluster(parameters, cpus):
+    with connect_ray(parameters, cpus):
         if parameters.ray_address:
-            dataset_transfer.publish(context.data, context.run_id)
+            dataset_transfer.upload_photographs(context.data, context.run_id)
         RayExecutor(worker_config(study, context, parameters, cpus), study, parameters).run(progress)
 
 
-def check(parameters: StudyParameters) -> None:
+def check_stores(parameters: StudyParameters) -> None:
     """Raise StudyError, before anything is done, if workers could not use the stores together."""
     if not is_distributed(parameters):
         return
     if not storage.is_shared(parameters.storage):
         raise StudyError(
-            f"storage={parameters.storage}, {asked(parameters)}: SQLite lets one process write at a time; give a PostgreSQL address "
+            f"storage={parameters.storage}, {describe_cluster(parameters)}: SQLite lets one process write at a time; give a PostgreSQL address "
             "(scripts/cluster up makes one), or workers=1"
         )
     if not mlflow.get_tracking_uri().startswith("http"):
         raise StudyError(
-            f"{mlflow.get_tracking_uri()}, {asked(parameters)}: workers log to a tracking server; set MLFLOW_TRACKING_URI to its "
+            f"{mlflow.get_tracking_uri()}, {describe_cluster(parameters)}: workers log to a tracking server; set MLFLOW_TRACKING_URI to its "
             "address (scripts/cluster up starts one), or give workers=1"
         )
 
@@ -133,7 +135,7 @@ def worker_config(study: optuna.Study, context: "TrialContext", parameters: Stud
 
 
 @dataclass
-class Member:
+class WorkerHandle:
     """A worker as the executor sees it: its name, its Ray actor, its host once it is ready, and its present trial's start."""
 
     name: str
@@ -150,16 +152,20 @@ class RayExecutor:
     """
 
     def __init__(
-        self, config: WorkerConfig, study: optuna.Study, parameters: StudyParameters, kind: "type[Worker] | None" = None
+        self,
+        config: WorkerConfig,
+        study: optuna.Study,
+        parameters: StudyParameters,
+        kind: "type[TrialWorker] | None" = None,
     ) -> None:
         import ray
 
         self.config, self.study, self.parameters = config, study, parameters
         self.needs = {"num_cpus": config.cpus, "num_gpus": parameters.gpus_per_trial}
-        self.make = ray.remote(kind or Worker)
-        self.coming: dict[Any, Member] = {}  # by the promise to be ready
-        self.free: list[Member] = []
-        self.busy: dict[Any, Member] = {}  # by the promise of a trial's number
+        self.make = ray.remote(kind or TrialWorker)
+        self.coming: dict[Any, WorkerHandle] = {}  # by the promise to be ready
+        self.free: list[WorkerHandle] = []
+        self.busy: dict[Any, WorkerHandle] = {}  # by the promise of a trial's number
         self.failures = Counter[str]()  # in a row, by host
         self.reason = ""  # of the last failure
         self.hired = 0
@@ -168,7 +174,7 @@ class RayExecutor:
         for _ in range(parameters.workers):
             self.start_worker()
 
-    def run(self, progress: Progress) -> None:
+    def run(self, progress: SearchProgress) -> None:
         """Keep the workers busy until nothing is missing. Raises StudyError if every host has been let go."""
         while True:
             while self.free and self.missing(progress) > 0:
@@ -182,7 +188,7 @@ class RayExecutor:
             for number in self.wait():
                 progress(self.study, self.study.get_trials(deepcopy=False)[number])
 
-    def missing(self, progress: Progress) -> int:
+    def missing(self, progress: SearchProgress) -> int:
         finished = count_finished(self.study)
         if finished and progress.is_time_up:
             return 0
@@ -193,10 +199,10 @@ class RayExecutor:
         gone = ",".join(host for host, failures in self.failures.items() if failures >= MAX_FAILURES)
         options = self.needs | ({"label_selector": {"ray.io/node-id": f"!in({gone})"}} if gone else {})
         self.hired += 1
-        member = Member(f"worker-{self.hired}", self.make.options(**options).remote(self.config))
+        member = WorkerHandle(f"worker-{self.hired}", self.make.options(**options).remote(self.config))
         self.coming[member.actor.get_ready.remote()] = member
 
-    def start_trial(self, member: Member) -> None:
+    def start_trial(self, member: WorkerHandle) -> None:
         member.started = time.monotonic()
         self.busy[member.actor.run.remote(self.handed_out, member.name)] = member
         self.handed_out += 1
@@ -265,7 +271,7 @@ class RayExecutor:
         for promise in [promise for promise, member in self.busy.items() if member.host == host]:
             self.fail_trials(self.busy.pop(promise))
 
-    def fail_trials(self, member: Member) -> None:
+    def fail_trials(self, member: WorkerHandle) -> None:
         """Fail what a dead worker was at, so that it is tried again."""
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if trial.user_attrs.get("worker") == member.name:
@@ -276,7 +282,7 @@ class RayExecutor:
         """End the workers whose trials have lost their heartbeat, so that `wait` finds them dead."""
         import ray
 
-        with storage.experimental():
+        with storage.ignore_experimental_warnings():
             fail_stale_trials(self.study)
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         alive = {trial.user_attrs.get("worker") for trial in running}
@@ -285,7 +291,7 @@ class RayExecutor:
                 ray.kill(member.actor)
 
 
-class Worker:
+class TrialWorker:
     """A process that Ray starts."""
 
     def __init__(self, config: WorkerConfig) -> None:
@@ -324,16 +330,16 @@ class Worker:
     @functools.cached_property
     def study(self) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        backend: RDBStorage = storage.connect(self.config.storage)
+        backend: RDBStorage = storage.open_storage(self.config.storage)
         return optuna.load_study(study_name=self.config.study_name, storage=backend, pruner=self.config.pruner)
 
     @functools.cached_property
     def context(self) -> "TrialContext":
         config = self.config
-        startup.set_up_mlflow()
+        startup.configure_mlflow()
         mlflow.set_tracking_uri(config.tracking_uri)
         mlflow.set_experiment(experiment_id=config.experiment_id)
-        data = dataset_transfer.load(config.data, config.digest, config.run_id)
+        data = dataset_transfer.load_study_data(config.data, config.digest, config.run_id)
         startup.import_tensorflow(threads=config.cpus)
         from signdigits.tuning.objective import TrialContext
 

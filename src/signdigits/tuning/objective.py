@@ -9,9 +9,9 @@ import mlflow
 import optuna
 
 from signdigits import tracking
-from signdigits.hyperparameters import Space
-from signdigits.network import training
-from signdigits.photographs.data import Data
+from signdigits.config import Space
+from signdigits.data.loading import Data
+from signdigits.model import training
 from signdigits.tuning.study import FAILURE_REASON
 
 
@@ -34,7 +34,7 @@ def objective(trial: optuna.Trial, context: TrialContext) -> float:
         mlflow.log_params(asdict(hyperparameters))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         pruning = Pruning(trial, context.metric)
-        fitted = training.fit(network, data.training, data.validation, hyperparameters, callbacks=[pruning])
+        fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[pruning])
         log_result(trial, fitted, data, pruned=pruning.pruned)
     if pruning.pruned:
         raise optuna.TrialPruned
@@ -46,7 +46,7 @@ def trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
     """Open the nested run of a trial; an exception becomes the trial's failure reason."""
     tags = {"trial": trial.number, "study": context.study_name} | trial.user_attrs
     try:
-        with tracking.run("trial", f"trial-{trial.number:03d}", parent_run_id=context.run_id, tags=tags) as run:
+        with tracking.start_run("trial", f"trial-{trial.number:03d}", parent_run_id=context.run_id, tags=tags) as run:
             trial.set_user_attr("mlflow_run_id", run.info.run_id)
             tracking.log_data(context.data, parts=("training", "validation"))
             yield
@@ -59,9 +59,9 @@ def log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned:
     """Record the last epoch and the temperature on the trial and its run, and check that MLflow has recorded the rest."""
     for metric in ("val_accuracy", "val_loss"):
         trial.set_user_attr(metric, fitted.last(metric))
-    temperature = training.fit_temperature(fitted, data.validation)
+    temperature = training.calibrate_network(fitted, data.validation)
     trial.set_user_attr("temperature", temperature)
-    fluctuation = training.fluctuation(fitted.history["val_loss"])
+    fluctuation = training.loss_fluctuation(fitted.history["val_loss"])
     mlflow.log_metrics({"val_loss_fluctuation": fluctuation, "temperature": temperature})
     mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
     tracking.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))

@@ -7,13 +7,13 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from signdigits.hyperparameters import StudyParameters
+from signdigits.config import StudyParameters
 from signdigits.tuning.study import FAILURE_REASON, FINISHED
 
 log = logging.getLogger(__name__)
 
 
-class Progress:
+class SearchProgress:
     """An Optuna callback that logs a line for each trial."""
 
     def __init__(self, parameters: StudyParameters) -> None:
@@ -33,7 +33,7 @@ class Progress:
         """What a trial tried and reached, the best so far, and the time left."""
         objective, n_trials = self.parameters.objective, self.parameters.n_trials
         trials = study.get_trials(deepcopy=False, states=FINISHED)
-        drawn = "  ".join(f"{name} {shown(value)}" for name, value in trial.params.items())
+        drawn = "  ".join(f"{name} {format_value(value)}" for name, value in trial.params.items())
         value = f"{trial.value:.4f}" if trial.value is not None else "-"
         try:
             best = f"best {study.best_value:.4f} (trial {study.best_trial.number})"
@@ -41,24 +41,24 @@ class Progress:
             best = "no best yet"
         return (
             f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {objective} {value}  {drawn}  "
-            f"{seconds(trial):.0f} s;  {best}, about {duration(self.seconds_left(trials))} left"
+            f"{trial_seconds(trial):.0f} s;  {best}, about {format_duration(self.seconds_left(trials))} left"
         )
 
     def seconds_left(self, trials: list[FrozenTrial]) -> float:
-        mean = sum(map(seconds, trials)) / max(len(trials), 1)
+        mean = sum(map(trial_seconds, trials)) / max(len(trials), 1)
         left = mean * (self.parameters.n_trials - len(trials)) / self.parameters.workers
         if self.parameters.timeout:
             left = min(left, max(self.parameters.timeout - (time.monotonic() - self.started), 0))
         return left
 
 
-def seconds(trial: FrozenTrial) -> float:
+def trial_seconds(trial: FrozenTrial) -> float:
     return trial.duration.total_seconds() if trial.duration else 0.0
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

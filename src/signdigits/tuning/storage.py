@@ -19,12 +19,12 @@ from sqlalchemy.pool import NullPool
 
 from signdigits.errors import StorageError, StudyError
 
-PATIENCE = 120.0  # seconds that a database may be away
+MAX_DOWNTIME = 120.0  # seconds that a database may be away
 HEARTBEAT = 10  # seconds between two signs of life of a trial on another process
 GRACE = 60  # seconds without one, after which the trial counts as interrupted
 
 
-def parse(storage: str) -> URL:
+def parse_url(storage: str) -> URL:
     """The address, which must hold no password. Raises StudyError, which shows none either, if it is none or holds one."""
     try:
         url = make_url(storage)
@@ -40,10 +40,10 @@ def parse(storage: str) -> URL:
 
 def is_shared(storage: str) -> bool:
     """Whether several processes can write to it at a time. SQLite lets one write, and turns the others away."""
-    return parse(storage).get_backend_name() != "sqlite"
+    return parse_url(storage).get_backend_name() != "sqlite"
 
 
-def connect(storage: str) -> RDBStorage:
+def open_storage(storage: str) -> RDBStorage:
     """Open the database, with Optuna's tables. Raises StudyError if it cannot be used.
 
     In a shared database, trials have a heartbeat, and every connection waits while the database is away.
@@ -53,32 +53,32 @@ def connect(storage: str) -> RDBStorage:
         "engine_kwargs": {"pool_pre_ping": True}, "heartbeat_interval": HEARTBEAT, "grace_period": GRACE,
     }  # fmt: skip
     try:
-        with experimental():
+        with ignore_experimental_warnings():
             opened = RDBStorage(storage, **(options if shared else {}))
     except Exception as error:  # whatever Optuna, SQLAlchemy, a driver or the network have to say
-        raise unusable(storage, error) from error
+        raise unusable_storage(storage, error) from error
     if shared:
-        event.listen(opened.engine, "do_connect", connect_patiently)
+        event.listen(opened.engine, "do_connect", connect_with_retries)
     return opened
 
 
-def connect_patiently(dialect: Any, record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
+def connect_with_retries(dialect: Any, record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
     """Connect, retrying every second while the database is away: SQLAlchemy's event `do_connect`."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + MAX_DOWNTIME
     while True:
         try:
             return dialect.connect(*arguments, **options)
         except dialect.loaded_dbapi.OperationalError as error:
             if time.monotonic() > deadline:
                 raise StorageError(
-                    f"the study's database has been away for {PATIENCE:.0f} s ({first_line(error)}); once it is back, "
+                    f"the study's database has been away for {MAX_DOWNTIME:.0f} s ({first_line(error)}); once it is back, "
                     "the same command continues the study"
                 ) from error
         time.sleep(1)
 
 
 @contextmanager
-def experimental() -> Iterator[None]:
+def ignore_experimental_warnings() -> Iterator[None]:
     """Without the warnings that what has been in Optuna for years is still an experiment."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -86,12 +86,12 @@ def experimental() -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(storage: str, name: str) -> Iterator[None]:
+def lock_study(storage: str, name: str) -> Iterator[None]:
     """Hold the study called `name` alone. The lock goes with the process, also when it is killed.
 
     Raises StudyError if another process holds it: on any machine where the database is PostgreSQL, else on this one.
     """
-    url = parse(storage)
+    url = parse_url(storage)
     with lock_in_database(url, name) if url.get_backend_name() == "postgresql" else lock_file(url, name):
         yield
 
@@ -103,10 +103,10 @@ def lock_in_database(url: URL, name: str) -> Iterator[None]:
     try:
         connected = create_engine(url, poolclass=NullPool).connect()
     except Exception as error:
-        raise unusable(str(url), error) from error
+        raise unusable_storage(str(url), error) from error
     with connected as connection:
         if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
-            raise in_use(name)
+            raise study_in_use(name)
         connection.commit()
         try:
             yield
@@ -122,7 +122,7 @@ def lock_file(url: URL, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise in_use(name) from error
+        raise study_in_use(name) from error
     except OSError as error:  # somebody else's lock, or no room for one
         raise StudyError(f"study {name}: cannot lock {lock.lock_file} ({error}); remove it, or set TMPDIR") from error
     try:
@@ -131,7 +131,7 @@ def lock_file(url: URL, name: str) -> Iterator[None]:
         lock.release()
 
 
-def unusable(storage: str, error: Exception) -> StudyError:
+def unusable_storage(storage: str, error: Exception) -> StudyError:
     return StudyError(f"storage={storage}: {first_line(error)}")
 
 
@@ -140,7 +140,7 @@ def first_line(error: Exception) -> str:
     return str(error.__cause__ or error).splitlines()[0]
 
 
-def in_use(name: str) -> StudyError:
+def study_in_use(name: str) -> StudyError:
     return StudyError(
         f"study {name}: another process is searching it; wait for it, stop it, or give another --study_name"
     )

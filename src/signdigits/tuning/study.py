@@ -10,9 +10,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from signdigits import tracking
+from signdigits.config import Space, StudyParameters
+from signdigits.data.loading import Data
 from signdigits.errors import StudyError
-from signdigits.hyperparameters import Space, StudyParameters
-from signdigits.photographs.data import Data
 from signdigits.tuning import storage
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ MAX_RETRIES = 3  # of an interrupted trial's parameters: perhaps they are what k
 KEPT = 75.0  # percentile of the complete trials: early accuracies say little of late ones
 
 
-def identity(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
+def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
     """What must be equal for two searches to be one study: data, split, space, objective and pruner."""
     return {
         **tracking.data_tags(data.dataset, data.split),
@@ -47,7 +47,7 @@ def automatic_name(data: Data, settings: dict[str, Any]) -> str:
 def load_study(name: str, settings: dict[str, Any], space: Space, parameters: StudyParameters) -> optuna.Study:
     """Load the study called `name`, or create it. Raises StudyError if it was created with other settings."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search prints its own line for each trial
-    backend = storage.connect(parameters.storage)
+    backend = storage.open_storage(parameters.storage)
     study = optuna.create_study(
         study_name=name,
         storage=backend,
@@ -81,12 +81,12 @@ def enqueue_best(study: optuna.Study, source: str, backend: optuna.storages.Base
     except KeyError as error:
         names = ", ".join(optuna.get_all_study_names(backend))
         raise StudyError(f"warm_start={source}: no such study in the storage; it has {names}") from error
-    for trial in ranked(found)[:WARM_START_TRIALS]:
+    for trial in rank_trials(found)[:WARM_START_TRIALS]:
         params = space.clip({name: value for name, value in trial.params.items() if name in space.ranges})
         study.enqueue_trial(params, user_attrs={"origin": f"{source}/{trial.number}"}, skip_if_exists=True)
 
 
-def ranked(study: optuna.Study) -> list[FrozenTrial]:
+def rank_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The complete trials whose MLflow runs have not been deleted, best first.
 
     Of equal values, which a few hundred validation images make likely, the one with the lower validation loss leads.
@@ -125,7 +125,7 @@ def is_interrupted(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and FAILURE_REASON not in trial.user_attrs
 
 
-def reconcile(study: optuna.Study) -> None:
+def reconcile_stores(study: optuna.Study) -> None:
     """Fail the trials that a killed process left RUNNING, close their MLflow runs, and queue their parameters again.
 
     The caller holds the study alone: nothing in it can be at work.

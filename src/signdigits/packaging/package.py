@@ -18,9 +18,9 @@ from mlflow.types.schema import ColSpec, DataType, Map, Schema
 from PIL import Image
 
 from signdigits import startup, tracking
-from signdigits.artifact import answers
-from signdigits.photographs import images
-from signdigits.photographs.data import Data
+from signdigits.data import images
+from signdigits.data.loading import Data
+from signdigits.packaging import prediction_log
 
 if TYPE_CHECKING:
     import keras
@@ -56,19 +56,19 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
         network.save(keras_file, include_optimizer=False)
         with startup.filtered_stderr():
             network.export(network_file, format="litert", verbose=False)
-        settings_file.write_text(json.dumps(settings(data, temperature)))
+        settings_file.write_text(json.dumps(model_settings(data, temperature)))
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(__file__).with_name("served_model.py")),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={
                 "network": str(network_file),
                 "keras": str(keras_file),
                 "settings": str(settings_file),
                 "images": images.__file__,
-                "answers": answers.__file__,
+                "answers": prediction_log.__file__,
             },
             signature=SIGNATURE,
-            input_example=input_example(data),
+            make_input_example=make_input_example(data),
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
         )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
@@ -78,7 +78,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
     return info
 
 
-def settings(data: Data, temperature: float) -> dict[str, Any]:
+def model_settings(data: Data, temperature: float) -> dict[str, Any]:
     """What the served model must know of how its network was trained."""
     parameters = data.parameters
     return {
@@ -89,7 +89,7 @@ def settings(data: Data, temperature: float) -> dict[str, Any]:
     }
 
 
-def input_example(data: Data) -> pd.DataFrame:
+def make_input_example(data: Data) -> pd.DataFrame:
     """One training photograph as the endpoint takes it: a column `image` of base64 text."""
     first = data.dataset.photographs[data.split.training[0]]
     photograph = images.open_image(data.dataset.read(first))

@@ -16,10 +16,10 @@ import filelock
 import numpy as np
 import PIL
 
+from signdigits.config import DataParameters
+from signdigits.data import images
+from signdigits.data.dataset import Dataset, map_in_threads
 from signdigits.errors import DataError
-from signdigits.hyperparameters import DataParameters
-from signdigits.photographs import images
-from signdigits.photographs.dataset import Dataset, in_threads
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ FOLDER = Path("data", "cache")
 
 
 @dataclass(frozen=True)
-class Stored:
+class DiskArray:
     """Rows of an .npy file, of `shape` (n, height, width, channels), read when asked for: `stored[5:9]`, `stored[[7, 2]]`.
 
     They are read, not mapped: the pages of a mapped file would count as memory of the process.
@@ -50,43 +50,45 @@ class Stored:
             place.flat = np.fromfile(self.path, self.dtype, count, offset=start)
         return found
 
-    def part(self, start: int, stop: int) -> "Stored":
+    def part(self, start: int, stop: int) -> "DiskArray":
         """Rows from `start` up to `stop`, still on disk."""
         row = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        return Stored(self.path, (stop - start, *self.shape[1:]), self.dtype, self.offset + start * row)
+        return DiskArray(self.path, (stop - start, *self.shape[1:]), self.dtype, self.offset + start * row)
 
 
-def read(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> np.ndarray | Stored:
+def decode_photographs(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> np.ndarray | DiskArray:
     """The photographs at `indices`, decoded, in that order; on disk if they need more than `memory_budget` megabytes.
 
     Raises DataError if the file cannot be made.
     """
     channels, kind = (3, np.uint8) if parameters.color_mode == "rgb" else (1, np.float32)
     shape, dtype = (len(indices), parameters.image_size, parameters.image_size, channels), np.dtype(kind)
-    arrays = decode(dataset, indices, parameters)
+    arrays = decode_each(dataset, indices, parameters)
     if np.prod(shape, dtype=float) * dtype.itemsize <= parameters.memory_budget * 1e6:
         found = np.empty(shape, dtype)
         for place, array in zip(found, arrays, strict=True):
             place[...] = array
         return found
-    path = FOLDER / f"{key(dataset, indices, parameters)}.npy"
+    path = FOLDER / f"{cache_key(dataset, indices, parameters)}.npy"
     try:
-        make(path, arrays, shape, dtype)
-        return find(path)
+        write_cache(path, arrays, shape, dtype)
+        return open_cache(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; make room for it, or raise --memory_budget") from error
 
 
-def decode(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Iterator[np.ndarray]:
+def decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Iterator[np.ndarray]:
     """Each photograph as the network sees it."""
 
     def one(index: int) -> np.ndarray:
-        return images.decode(dataset.read(dataset.photographs[index]), parameters.image_size, parameters.color_mode)
+        return images.decode_image(
+            dataset.read(dataset.photographs[index]), parameters.image_size, parameters.color_mode
+        )
 
-    return in_threads(one, indices.tolist(), "decoding")
+    return map_in_threads(one, indices.tolist(), "decoding")
 
 
-def key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:
+def cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:
     """Stands for all that the decoded bytes depend on: the photographs, their order, what reads them, and how."""
     told = hashlib.sha256(f"{parameters.image_size} {parameters.color_mode} {PIL.__version__}\n".encode())
     told.update(Path(images.__file__).read_bytes())
@@ -95,7 +97,7 @@ def key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> st
     return told.hexdigest()[:32]
 
 
-def make(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
+def write_cache(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
     """Write the file, unless it is there or another process is writing it: then wait for that one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
@@ -113,8 +115,8 @@ def make(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...], dtype
         unfinished.replace(path)
 
 
-def find(path: Path) -> Stored:
+def open_cache(path: Path) -> DiskArray:
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return Stored(path.resolve(), shape, dtype, file.tell())
+        return DiskArray(path.resolve(), shape, dtype, file.tell())

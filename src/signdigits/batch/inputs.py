@@ -10,14 +10,14 @@ from pathlib import Path
 import pandas as pd
 
 from signdigits import tables
+from signdigits.data.dataset import find_files
 from signdigits.errors import DataError
-from signdigits.photographs.dataset import find_files
 
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": tables.read, ".parquet": pd.read_parquet}
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": tables.read_csv, ".parquet": pd.read_parquet}
 
 
 @dataclass(frozen=True)
-class Listing:
+class BatchInput:
     """Photographs in a fixed order, each once."""
 
     name: str
@@ -39,7 +39,7 @@ class Listing:
         return told.hexdigest()[:32]
 
 
-def find(images: str, output: Path) -> Listing:
+def find_inputs(images: str, output: Path) -> BatchInput:
     """The photographs that `images` names: a folder, but for what lies in `output`, or a table with a column `path`.
 
     Every file of a folder counts that is not hidden, in the order of folder and file names; the paths of a table are
@@ -52,7 +52,7 @@ def find(images: str, output: Path) -> Listing:
     return listing
 
 
-def find_in_folder(folder: Path, output: Path) -> Listing:
+def find_in_folder(folder: Path, output: Path) -> BatchInput:
     whole = folder.resolve()
     if whole.is_relative_to(output):
         raise DataError(f"{folder}: lies in the folder for the tables, {output}; pass another --output")
@@ -60,10 +60,10 @@ def find_in_folder(folder: Path, output: Path) -> Listing:
         files = [path for path in find_files(whole) if not path.is_relative_to(output)]
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
-    return Listing(whole.name, whole, tuple(path.relative_to(whole).as_posix() for path in files))
+    return BatchInput(whole.name, whole, tuple(path.relative_to(whole).as_posix() for path in files))
 
 
-def read_table(table: Path) -> Listing:
+def read_table(table: Path) -> BatchInput:
     if not table.is_file():
         raise DataError(f"{table}: no such folder or table; pass --images a folder, or a CSV or Parquet file")
     if table.suffix.lower() not in READERS:
@@ -79,4 +79,4 @@ def read_table(table: Path) -> Listing:
         if not isinstance(path, str) or not path or "\0" in path:
             raise DataError(f"{table}: row {row} has no path but {path!r}; remove the row, or fill it in")
     unique = tuple(dict.fromkeys(paths))
-    return Listing(table.stem, table.resolve().parent, unique, len(paths) - len(unique))
+    return BatchInput(table.stem, table.resolve().parent, unique, len(paths) - len(unique))

@@ -11,25 +11,25 @@ import numpy as np
 import pandas as pd
 
 from signdigits import tables
+from signdigits.data import sources
+from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError
-from signdigits.photographs import sources
-from signdigits.photographs.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
 FILE = "groups.csv"
 
 
-def of(dataset: Dataset) -> np.ndarray:
+def read_groups(dataset: Dataset) -> np.ndarray:
     """The group of each photograph; text, of shape (n,).
 
     Raises DataError if there is no usable groups.csv, or if it leaves a photograph out.
     """
     file = dataset.folder / FILE
     if not file.exists() and is_sign_language_digits(dataset):
-        return students(dataset)  # where `prepare` may not write
+        return infer_students(dataset)  # where `prepare` may not write
     try:
-        table = tables.read(file)[["path", "group"]]
+        table = tables.read_csv(file)[["path", "group"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{file}: split=grouped needs it, with the columns path and group ({error}); write it, or pass --split random"
@@ -41,7 +41,7 @@ def of(dataset: Dataset) -> np.ndarray:
     return np.array([known[photograph.path] for photograph in dataset.photographs])
 
 
-def write(dataset: Dataset) -> None:
+def write_groups(dataset: Dataset) -> None:
     """Write groups.csv for the sign language digits, whose groups can be told; do nothing for other photographs.
 
     Nor is it written into a folder that is marked as read-only, even by root, whom the mark would not stop.
@@ -54,10 +54,10 @@ def write(dataset: Dataset) -> None:
             "%s: not written, the folder is read-only; the groups are told from the files' numbers each time", file
         )
         return
-    table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": students(dataset)})
+    table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": infer_students(dataset)})
     try:
-        with sources.all_or_nothing_file(file) as workshop:
-            workshop.write_text(tables.write(table))
+        with sources.atomic_file(file) as workshop:
+            workshop.write_text(tables.to_csv(table))
     except OSError as error:
         log.info("%s: not written (%s); the groups are told from the files' numbers each time", file, error.strerror)
     else:
@@ -68,7 +68,7 @@ def is_sign_language_digits(dataset: Dataset) -> bool:
     return dataset.digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
 
 
-def students(dataset: Dataset) -> np.ndarray:
+def infer_students(dataset: Dataset) -> np.ndarray:
     """Who signs on each of the sign language digits, as far as the files' numbers tell.
 
     Each of the 218 students gave about ten photographs in a row, one a digit: sorted by the number in the file's name,

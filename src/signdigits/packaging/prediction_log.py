@@ -31,7 +31,7 @@ PAUSE = 30.0  # seconds until a folder that could not be written is tried again
 STATISTICS = ("width", "height", "brightness", "contrast", "sharpness")
 
 
-def statistics(size: tuple[int, int], array: np.ndarray) -> dict[str, float]:
+def image_statistics(size: tuple[int, int], array: np.ndarray) -> dict[str, float]:
     """What can be said of a photograph without showing it.
 
     `size` is its own, upright or not; the rest is of `array`, as the network sees it, of shape (height, width, channels)
@@ -53,7 +53,7 @@ def statistics(size: tuple[int, int], array: np.ndarray) -> dict[str, float]:
     }
 
 
-class Answers:
+class PredictionLog:
     """The log of one process. Nothing that happens to it reaches who asked: what cannot be written is left out."""
 
     def __init__(self, folder: Path, limit: int, version: str) -> None:
@@ -64,7 +64,7 @@ class Answers:
         self.silent_until = 0.0
 
     @classmethod
-    def of_surroundings(cls, surroundings: Mapping[str, str]) -> Self | None:
+    def from_environ(cls, surroundings: Mapping[str, str]) -> Self | None:
         """The log that the environment asks for, or None. Raises ValueError for a limit that is no number above 0."""
         if not surroundings.get(FOLDER):
             return None
@@ -86,7 +86,7 @@ class Answers:
         try:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
             lines = [
-                self.line(now, statistics(size, array), row)
+                self.line(now, image_statistics(size, array), row)
                 for size, array, row in zip(sizes, arrays, probabilities, strict=True)
             ]
             with self.lock:
@@ -122,7 +122,7 @@ class Answers:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
 
     def tidy(self) -> None:
-        for old in files(self.folder)[:-FILES]:
+        for old in list_log_files(self.folder)[:-FILES]:
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 old.unlink()
 
@@ -134,7 +134,7 @@ class Answers:
 
 
 @contextlib.contextmanager
-def switched_off() -> Iterator[None]:
+def disable_log() -> Iterator[None]:
     """Models that are loaded in the block keep no log: what `evaluate` asks is not what users ask."""
     folder = os.environ.pop(FOLDER, None)
     try:
@@ -144,6 +144,6 @@ def switched_off() -> Iterator[None]:
             os.environ[FOLDER] = folder
 
 
-def files(folder: Path) -> list[Path]:
+def list_log_files(folder: Path) -> list[Path]:
     """The files of the log, in the order in which they were begun."""
     return sorted(folder.glob("answers-*.jsonl"))

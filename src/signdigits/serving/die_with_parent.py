@@ -1,6 +1,6 @@
 """Run a command that ends when the process that started it ends, whatever ended that one, `kill -9` included.
 
-python -m signdigits.serving.tether PARENT COMMAND...
+python -m signdigits.serving.die_with_parent PARENT COMMAND...
 """
 
 import ctypes

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from signdigits.hyperparameters import DataParameters
-from signdigits.photographs import decoded, split
-from signdigits.photographs.dataset import Dataset, scan
-from signdigits.photographs.decoded import Stored
-from signdigits.photographs.split import Split
+from signdigits.config import DataParameters
+from signdigits.data import cache, split
+from signdigits.data.cache import DiskArray
+from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.data.split import Split
 
 
 @dataclass(frozen=True)
 class Images:
     """Decoded photographs: `x` of shape (n, image_size, image_size, channels), `y` of shape (n,), int64."""
 
-    x: np.ndarray | Stored
+    x: np.ndarray | DiskArray
     y: np.ndarray
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class Images:
 
     def part(self, start: int, stop: int) -> "Images":
         """The images from `start` up to `stop`; nothing is copied."""
-        x = self.x.part(start, stop) if isinstance(self.x, Stored) else self.x[start:stop]
+        x = self.x.part(start, stop) if isinstance(self.x, DiskArray) else self.x[start:stop]
         return Images(x, self.y[start:stop])
 
 
@@ -68,12 +68,12 @@ class Data:
         return self.fitting.part(len(self.split.training), len(self.fitting))
 
 
-def load(parameters: DataParameters) -> Data:
+def load_data(parameters: DataParameters) -> Data:
     """Find, check and split the photographs, and decode those for training and validation.
 
     Raises DataError, naming the path, for anything that makes the folder unfit.
     """
-    dataset = scan(parameters)
-    made = split.split(dataset, parameters.split)
-    fitting = Images(decoded.read(dataset, made.fitting, parameters), dataset.labels[made.fitting])
+    dataset = scan_dataset(parameters)
+    made = split.split_dataset(dataset, parameters.split)
+    fitting = Images(cache.decode_photographs(dataset, made.fitting, parameters), dataset.labels[made.fitting])
     return Data(dataset, made, parameters, fitting)

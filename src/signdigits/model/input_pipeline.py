@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from signdigits.network import augment
-from signdigits.photographs.data import Images
+from signdigits.data.loading import Images
+from signdigits.model.augmentation import augment_batch
 
 PREFETCH = 2  # batches
 
@@ -18,10 +18,10 @@ def training_batches(images: Images, batch_size: int, augmentation: float, seed:
     An epoch has `steps_per_epoch` of them, the last one smaller if that does not come out even. The same seed gives the
     same batches, epoch by epoch.
     """
-    read = _reader(images)
+    read = _make_reader(images)
 
     def augmented(x: np.ndarray, step: np.int64) -> np.ndarray:
-        return augment.augment(x, augmentation, [seed, int(step)])
+        return augment_batch(x, augmentation, [seed, int(step)])
 
     def batch(step: tf.Tensor, chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x, y = read(chosen)
@@ -31,19 +31,19 @@ def training_batches(images: Images, batch_size: int, augmentation: float, seed:
 
     order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
     # Steps are numbered through all epochs, so that each augmentation has a seed of its own.
-    return _prefetch(order.repeat().enumerate().map(batch))
+    return _prefetch_batches(order.repeat().enumerate().map(batch))
 
 
 def validation_batches(images: Images, batch_size: int) -> tf.data.Dataset:
     """All images once, in their order, never augmented."""
-    return _prefetch(tf.data.Dataset.range(len(images)).batch(batch_size).map(_reader(images)))
+    return _prefetch_batches(tf.data.Dataset.range(len(images)).batch(batch_size).map(_make_reader(images)))
 
 
 def steps_per_epoch(images: Images, batch_size: int) -> int:
     return math.ceil(len(images) / batch_size)
 
 
-def _prefetch(batches: tf.data.Dataset) -> tf.data.Dataset:
+def _prefetch_batches(batches: tf.data.Dataset) -> tf.data.Dataset:
     """Read the next batches during a step.
 
     Without autotuning: on two cores tf.data left every other training with one of them, at half the speed.
@@ -53,7 +53,7 @@ def _prefetch(batches: tf.data.Dataset) -> tf.data.Dataset:
     return batches.prefetch(PREFETCH).with_options(options)
 
 
-def _reader(images: Images) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+def _make_reader(images: Images) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
     """Return a function from image numbers to their (x, y). It copies no more than it is asked for."""
 
     def read(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -48,7 +48,7 @@ def at_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     return np.exp(scaled - logsumexp(scaled, axis=1, keepdims=True))
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray) -> Reliability:
+def compute_reliability(probabilities: np.ndarray, labels: np.ndarray) -> Reliability:
     """Of probabilities of shape (n, classes) for labels of shape (n,), in `BINS` bins of equal width."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)

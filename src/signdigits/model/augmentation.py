@@ -19,18 +19,18 @@ SHIFT = 0.12  # of the image's height and width
 ZOOM = 0.2  # of the logarithm of the scale
 
 
-def augment(x: np.ndarray, strength: float, seed: Sequence[int]) -> np.ndarray:
+def augment_batch(x: np.ndarray, strength: float, seed: Sequence[int]) -> np.ndarray:
     """Each square image of the batch `x`, of shape (n, size, size, channels), warped in its own way; of the same type.
 
     `seed` are integers of 0 or more: the same give the same.
     """
     warped = np.empty_like(x)
-    for image, to, matrix in zip(x, warped, transforms(len(x), x.shape[1], strength, seed), strict=True):
-        warp(image, to, matrix)
+    for image, to, matrix in zip(x, warped, random_transforms(len(x), x.shape[1], strength, seed), strict=True):
+        warp_image(image, to, matrix)
     return warped
 
 
-def transforms(n: int, size: int, strength: float, seed: Sequence[int]) -> np.ndarray:
+def random_transforms(n: int, size: int, strength: float, seed: Sequence[int]) -> np.ndarray:
     """`n` random affine maps about the centre of a square image, from where a pixel is to where it was; (n, 2, 3)."""
     turn, zoom, right, down = np.random.default_rng(seed).uniform(-strength, strength, (4, n))
     scale = np.exp(zoom * ZOOM)
@@ -41,7 +41,7 @@ def transforms(n: int, size: int, strength: float, seed: Sequence[int]) -> np.nd
     return np.stack([across, -along, x, along, across, y], axis=1).reshape(n, 2, 3)
 
 
-def warp(image: np.ndarray, to: np.ndarray, matrix: np.ndarray) -> None:
+def warp_image(image: np.ndarray, to: np.ndarray, matrix: np.ndarray) -> None:
     """Write `image` into `to`, warped (bilinear); what comes in from outside repeats the border."""
     height, width, _ = image.shape
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

@@ -13,11 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from signdigits import plots
+from signdigits.config import Hyperparameters
+from signdigits.data.loading import Images
 from signdigits.errors import TrainingDiverged
-from signdigits.hyperparameters import Hyperparameters
-from signdigits.measures import calibrate
-from signdigits.network import input_pipeline, model
-from signdigits.photographs.data import Images
+from signdigits.model import architecture, calibration, input_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Fit:
         """The network computing in float32 whatever it was trained in; its weights always were float32."""
         shape, n_classes = self.network.input_shape[1:], self.network.output_shape[-1]
         blocks, dropout = self.hyperparameters.conv_blocks, self.hyperparameters.dropout
-        network = model.build(shape, n_classes, conv_blocks=blocks, dropout=dropout)
+        network = architecture.build_network(shape, n_classes, conv_blocks=blocks, dropout=dropout)
         for mine, theirs in zip(network.trainable_variables, self.network.trainable_variables, strict=True):
             mine.assign(theirs)
         return network
@@ -49,17 +48,19 @@ def new_network(
     image_shape: tuple[int, int, int], n_classes: int, hyperparameters: Hyperparameters
 ) -> keras.Sequential:
     """Build and compile a network from the seed in `hyperparameters`; its precision becomes a tag of the active run."""
-    precision = model.resolve_precision(hyperparameters.precision)
+    precision = architecture.resolve_precision(hyperparameters.precision)
     mlflow.set_tag("precision", precision)
     keras.utils.clear_session()  # Keras and TensorFlow keep the graphs of earlier networks
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
     blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
-    network = model.build(image_shape, n_classes, conv_blocks=blocks, dropout=dropout, precision=precision)
-    model.compile_network(network, hyperparameters)
+    network = architecture.build_network(
+        image_shape, n_classes, conv_blocks=blocks, dropout=dropout, precision=precision
+    )
+    architecture.compile_network(network, hyperparameters)
     return network
 
 
-def fit(
+def fit_network(
     network: keras.Sequential,
     training: Images,
     validation: Images | None,
@@ -86,7 +87,7 @@ def fit(
         # The pipeline shuffles and batches; autolog records these two, and would record a batch_size of None.
         shuffle=False,
         batch_size=batch_size,
-        callbacks=[keras.callbacks.TerminateOnNaN(), *averaging, *validating, *callbacks, Progress(title)],
+        callbacks=[keras.callbacks.TerminateOnNaN(), *averaging, *validating, *callbacks, ProgressBar(title)],
         verbose=0,
     ).history
     for name in sorted(history.keys() & {"loss", "val_loss"}):  # the last step of an epoch may spoil val_loss alone
@@ -98,21 +99,21 @@ def fit(
     return Fit(network, history, hyperparameters)
 
 
-def fit_temperature(fitted: Fit, validation: Images) -> float:
+def calibrate_network(fitted: Fit, validation: Images) -> float:
     """Return the temperature that calibrates the network's probabilities on images that it was not trained on."""
     starts = range(0, len(validation), CHUNK)
     logits = [np.asarray(fitted.network(validation.x[start : start + CHUNK], training=False)) for start in starts]
-    return calibrate.fit_temperature(np.concatenate(logits), validation.y)
+    return calibration.fit_temperature(np.concatenate(logits), validation.y)
 
 
 def log_curves(fitted: Fit) -> None:
     """Log the learning curves and, with validation images, the fluctuation of their loss."""
-    mlflow.log_figure(plots.learning_curves(fitted.history), "learning_curves.png")
+    mlflow.log_figure(plots.plot_learning_curves(fitted.history), "learning_curves.png")
     if "val_loss" in fitted.history:
-        mlflow.log_metric("val_loss_fluctuation", fluctuation(fitted.history["val_loss"]))
+        mlflow.log_metric("val_loss_fluctuation", loss_fluctuation(fitted.history["val_loss"]))
 
 
-def fluctuation(losses: Sequence[float]) -> float:
+def loss_fluctuation(losses: Sequence[float]) -> float:
     """Return the sum of a curve's rises from epoch to epoch: 0 for a smooth decline.
 
     For the notebook's three curves it is 0.195, 0.084 and 0.000, the order in which its author saw them settle.
@@ -136,7 +137,7 @@ class Validation(keras.callbacks.Callback):
         logs.update({f"val_{name}": value for name, value in metrics.items()})
 
 
-class Progress(keras.callbacks.Callback):
+class ProgressBar(keras.callbacks.Callback):
     """Show the epoch, its metrics and the time left: a bar on a terminal, a line an epoch elsewhere.
 
     With a title the bar vanishes at the end and no lines are printed: the search prints one line a trial.

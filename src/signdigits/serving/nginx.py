@@ -14,9 +14,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from signdigits.config import ServeParameters
+from signdigits.data import images
 from signdigits.errors import ServingError
-from signdigits.hyperparameters import ServeParameters
-from signdigits.photographs import images
 
 POOLS = ("blue", "green")
 NO_POOL = "none"

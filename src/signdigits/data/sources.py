@@ -30,7 +30,7 @@ SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dat
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
 
-def resolve(data: str, home: Path = Path("data")) -> Path:
+def resolve_source(data: str, home: Path = Path("data")) -> Path:
     """The folder of class folders that `data` names: one of the two names, made under `home` if missing, or a path."""
     if data == HANDWRITTEN_DIGITS:
         return write_handwritten_digits(home / HANDWRITTEN_DIGITS)
@@ -51,7 +51,7 @@ def write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
 
     digits = load_digits()
     log.info("Writing scikit-learn's %d handwritten digits to %s", len(digits.images), target)
-    with all_or_nothing(target) as folder:
+    with atomic_folder(target) as folder:
         for number, (ink, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             picture = Image.fromarray(np.uint8(255 - ink * (255 / 16)))
             picture = picture.resize((image_size, image_size), Image.Resampling.LANCZOS)
@@ -75,7 +75,7 @@ def download_sign_language_digits(
     from keras.utils import get_file
 
     log.info("Downloading the sign language digits, about 25 MB, from %s", url)
-    with all_or_nothing(target) as folder:
+    with atomic_folder(target) as folder:
         try:
             # zipfile, which does the unpacking, drops drive letters, leading slashes and ".." from names.
             unpacked = Path(get_file("photographs.zip", url, extract=True, cache_dir=str(folder), cache_subdir=""))
@@ -87,11 +87,11 @@ def download_sign_language_digits(
         found = folder_digest(photographs) if photographs else "no folder Dataset"
         if photographs is None or found != digest:
             raise DownloadError(f"{url}: the archive holds other files than expected (digest {found}, not {digest})")
-        promote(photographs, folder)
+        move_up(photographs, folder)
     return target
 
 
-def promote(inner: Path, folder: Path) -> None:
+def move_up(inner: Path, folder: Path) -> None:
     """Make what lies in `inner`, deep inside `folder`, the whole content of `folder`."""
     keep = folder.with_name(folder.name + ".keep")
     inner.rename(keep)
@@ -102,12 +102,12 @@ def promote(inner: Path, folder: Path) -> None:
 def folder_digest(folder: Path) -> str:
     """`digest` of every file below `folder`."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return digest(
+    return compute_digest(
         (path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
     )
 
 
-def digest(entries: Iterable[tuple[str, str]]) -> str:
+def compute_digest(entries: Iterable[tuple[str, str]]) -> str:
     """SHA-256 over sorted pairs of relative path and checksum of the bytes, shortened to 32 hexadecimal digits."""
     total = hashlib.sha256()
     for path, checksum in sorted(entries):
@@ -116,7 +116,7 @@ def digest(entries: Iterable[tuple[str, str]]) -> str:
 
 
 @contextmanager
-def all_or_nothing(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `target` if the block ends well and is removed if it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
@@ -131,7 +131,7 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def all_or_nothing_file(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path) -> Iterator[Path]:
     """A file to write, which becomes `target` if the block ends well and is removed if it does not."""
     workshop = target.with_name(f".{target.name}-{os.getpid()}")
     try:

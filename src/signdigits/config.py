@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from signdigits.errors import ParameterError, readable
+from signdigits.errors import ParameterError, escape_undecodable
 
 if TYPE_CHECKING:
     import optuna
@@ -64,14 +64,14 @@ def parameter(
     return field(default=default, metadata={"help": help, "spaces": spaces, **limits})
 
 
-def check(declared: Field[Any], value: Any) -> None:
+def check_value(declared: Field[Any], value: Any) -> None:
     """Raise ParameterError, naming the value and what is allowed, unless `value` suits the declaration."""
     rule, name = declared.metadata, declared.name
     if type(value) is not declared.type and not (declared.type is float and type(value) is int):
         raise ParameterError(f"{name}={value!r}: must be of type {type_name(declared)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ParameterError(f"{name}={value}: must be a finite number")
-    if isinstance(value, str) and readable(value) != value:
+    if isinstance(value, str) and escape_undecodable(value) != value:
         raise ParameterError(f"{name}={value}: must be UTF-8 text")
     if rule["choices"] and value not in rule["choices"]:
         raise ParameterError(f"{name}={value!r}: must be one of {', '.join(rule['choices'])}")
@@ -95,7 +95,7 @@ class Checked:
 
     def __post_init__(self) -> None:
         for declared in fields(self):  # type: ignore[arg-type]
-            check(declared, getattr(self, declared.name))
+            check_value(declared, getattr(self, declared.name))
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ class Space:
         for name, value in chosen.items():
             ends = (value.low, value.high) if isinstance(value, Range) else (value,)
             for end in ends:
-                check(declared[name], end)
+                check_value(declared[name], end)
             if isinstance(value, Range) and value.low > value.high:
                 raise ParameterError(f"{name}={value}: the range is empty; write LOW:HIGH")
         ranges = {name: value for name, value in chosen.items() if isinstance(value, Range)}

@@ -28,11 +28,11 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 # Rows of a request that are looked at side by side: decoder and network release Python's lock, and an endpoint seldom has
 # more processors to itself. An interpreter takes 8 MB.
-TOGETHER = 2
+INTERPRETERS = 2
 
 
 @dataclass(frozen=True)
-class Seen:
+class Decoded:
     """A photograph: its width and height, float32 of shape (image_size, image_size, channels), and its logits."""
 
     size: tuple[int, int]
@@ -57,11 +57,11 @@ class SignDigits(PythonModel):
         self.answers = load_module(context.artifacts["answers"]).Answers.of_surroundings(os.environ)
         # An interpreter has one set of tensors: it is taken by one thread at a time.
         self.interpreters = queue.SimpleQueue[Any]()
-        for _ in range(TOGETHER):
+        for _ in range(INTERPRETERS):
             interpreter = Interpreter(context.artifacts["network"], num_threads=1)
             interpreter.allocate_tensors()
             self.interpreters.put(interpreter)
-        self.threads = ThreadPoolExecutor(TOGETHER)
+        self.threads = ThreadPoolExecutor(INTERPRETERS)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -71,10 +71,10 @@ class SignDigits(PythonModel):
         Raises MlflowException (HTTP 400), naming every row at fault, if one holds no usable photograph.
         """
         if not len(model_input):
-            raise refusal("no rows: send one photograph or more in the column 'image'")
+            raise bad_request("no rows: send one photograph or more in the column 'image'")
         values = model_input["image"].tolist()
         each = self.threads.map if len(values) > 1 else map  # one row is not worth a thread
-        seen = found(each(self.look, values))
+        seen = require_decoded(each(self.infer, values))
         probabilities = softmax(np.array([one.logits for one in seen], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
         if self.answers is not None:
@@ -88,7 +88,7 @@ class SignDigits(PythonModel):
             }
         )
 
-    def look(self, value: Any) -> "Seen | str":
+    def infer(self, value: Any) -> "Decoded | str":
         """Decode a photograph and ask the network, or say why that cannot be done."""
         try:
             image = self.images.open_image(to_bytes(value))
@@ -97,21 +97,21 @@ class SignDigits(PythonModel):
             return str(error)
         interpreter = self.interpreters.get()
         try:
-            return Seen(image.size, pixels, forward(interpreter, pixels))
+            return Decoded(image.size, pixels, infer_logits(interpreter, pixels))
         finally:
             self.interpreters.put(interpreter)
 
 
-def found(looked_at: Iterable[Seen | str]) -> list[Seen]:
+def require_decoded(looked_at: Iterable[Decoded | str]) -> list[Decoded]:
     """What was seen in every row; the refusal of them all, with the first reasons, if there is a row that cannot be read."""
     rows = list(looked_at)
     faults = [f"row {number}: {row}" for number, row in enumerate(rows) if isinstance(row, str)]
     if faults:
-        raise refusal("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
-    return [row for row in rows if isinstance(row, Seen)]
+        raise bad_request("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
+    return [row for row in rows if isinstance(row, Decoded)]
 
 
-def forward(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
+def infer_logits(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
     """The network's logits, of shape (classes,), for an image of shape (height, width, channels)."""
     (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.set_tensor(taken["index"], pixels[np.newaxis])
@@ -142,7 +142,7 @@ def to_bytes(value: Any) -> bytes:
     return value
 
 
-def refusal(message: str) -> MlflowException:
+def bad_request(message: str) -> MlflowException:
     return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
 
 

@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from signdigits.errors import DataError, readable
-from signdigits.hyperparameters import SourceParameters
-from signdigits.photographs import sources
-from signdigits.photographs.images import ImageError, open_image, orientation, read_file, to_array
+from signdigits.config import SourceParameters
+from signdigits.data import sources
+from signdigits.data.images import ImageError, open_image, read_file, read_orientation, to_array
+from signdigits.errors import DataError, escape_undecodable
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -57,7 +57,7 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """What the folder holds, as 32 hexadecimal digits: the same paths and bytes give the same digest."""
-        return sources.digest((photograph.path, photograph.checksum) for photograph in self.photographs)
+        return sources.compute_digest((photograph.path, photograph.checksum) for photograph in self.photographs)
 
     def read(self, photograph: Photograph) -> bytes:
         """The bytes of a photograph. Raises DataError if it is gone, or was changed since the folder was scanned."""
@@ -72,7 +72,7 @@ class Dataset:
 
     def part_digest(self, indices: np.ndarray) -> str:
         """The digest of some of the photographs."""
-        return sources.digest((self.photographs[i].path, self.photographs[i].checksum) for i in indices)
+        return sources.compute_digest((self.photographs[i].path, self.photographs[i].checksum) for i in indices)
 
     def counts(self) -> dict[str, int]:
         """Photographs in each class."""
@@ -80,14 +80,14 @@ class Dataset:
         return {name: found[label] for label, name in enumerate(self.class_names)}
 
 
-def scan(parameters: SourceParameters) -> Dataset:
+def scan_dataset(parameters: SourceParameters) -> Dataset:
     """Open every file of every class folder and note what it holds.
 
     Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are passed over.
     Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
     (unless `skip_unreadable`, which lists it in the result instead).
     """
-    folder = sources.resolve(parameters.data)
+    folder = sources.resolve_source(parameters.data)
     try:
         dataset = read_folder(folder, skip_unreadable=parameters.skip_unreadable)
     except OSError as error:  # a folder that may not be entered
@@ -100,8 +100,8 @@ def scan(parameters: SourceParameters) -> Dataset:
 def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
     class_names = find_classes(folder)
     files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
-    looked_at = in_threads(
-        lambda file: examine(file[0], file[0].relative_to(folder).as_posix(), file[1]), files, "reading"
+    looked_at = map_in_threads(
+        lambda file: examine_file(file[0], file[0].relative_to(folder).as_posix(), file[1]), files, "reading"
     )
     photographs: list[Photograph] = []
     unreadable: dict[str, str] = {}
@@ -109,7 +109,7 @@ def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
         if isinstance(found, Photograph):
             photographs.append(found)
         elif skip_unreadable:
-            unreadable[readable(path.relative_to(folder).as_posix())] = str(found)
+            unreadable[escape_undecodable(path.relative_to(folder).as_posix())] = str(found)
         else:
             raise DataError(f"{path}: {found}; remove it, or pass --skip_unreadable true") from found
     present = {photograph.label for photograph in photographs}
@@ -119,7 +119,7 @@ def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
     return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
 
 
-def in_threads(function: Callable[[Item], Found], items: Sequence[Item], title: str) -> Iterator[Found]:
+def map_in_threads(function: Callable[[Item], Found], items: Sequence[Item], title: str) -> Iterator[Found]:
     """`function` of each item, in their order, computed on all processors; with a bar on a terminal.
 
     Reading, decoding, resizing and hashing release Python's lock.
@@ -135,7 +135,7 @@ def find_classes(folder: Path) -> tuple[str, ...]:
     """The sorted names of the class folders in `folder`."""
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder{seen_from(folder)}; pass --data a folder of class folders, or one of the names "
+            f"{folder}: no such folder{describe_relative(folder)}; pass --data a folder of class folders, or one of the names "
             f"{sources.HANDWRITTEN_DIGITS} and {sources.SIGN_LANGUAGE_DIGITS}"
         )
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_junk(entry)))
@@ -150,7 +150,7 @@ def find_classes(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def seen_from(folder: Path) -> str:
+def describe_relative(folder: Path) -> str:
     """From where a relative path was looked for: `mlflow run` works in the project's folder."""
     return "" if folder.is_absolute() else f" in {Path.cwd()}, where `mlflow run` works too: an absolute path is sure"
 
@@ -209,16 +209,16 @@ def check_layout(folder: Path, names: Sequence[str]) -> None:
     shared = set.intersection(*inside)
     if len(shared) > 1 and not all(name.lower() in SPLITS for name in shared):
         raise DataError(
-            f"{folder}: {listed(names)} each hold the folders {listed(sorted(shared))}, which seem to be the classes; pass "
+            f"{folder}: {join_names(names)} each hold the folders {join_names(sorted(shared))}, which seem to be the classes; pass "
             f"--data {folder / names[0]}, or move the photographs of each class into one folder"
         )
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def examine(path: Path, relative: str, label: int) -> Photograph | ImageError:
+def examine_file(path: Path, relative: str, label: int) -> Photograph | ImageError:
     """Read one file to the array that the network would see, and note what it holds, or why that fails."""
     if not is_text(path):
         return ImageError("its name, or its folder's, is not UTF-8; rename it")
@@ -231,4 +231,4 @@ def examine(path: Path, relative: str, label: int) -> Photograph | ImageError:
     except ImageError as error:
         return error
     checksum = hashlib.sha256(content).hexdigest()
-    return Photograph(relative, label, checksum, image.size, image.mode, orientation(image))
+    return Photograph(relative, label, checksum, image.size, image.mode, read_orientation(image))

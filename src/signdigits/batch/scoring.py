@@ -14,11 +14,11 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 
 from signdigits import startup
-from signdigits.artifact import answers
-from signdigits.cluster import cluster, is_distributed
-from signdigits.errors import ClusterError, DataError, SignDigitsError, readable
-from signdigits.hyperparameters import PredictParameters
-from signdigits.photographs import images
+from signdigits.config import PredictParameters
+from signdigits.data import images
+from signdigits.errors import ClusterError, DataError, SignDigitsError, escape_undecodable
+from signdigits.packaging import prediction_log
+from signdigits.ray_cluster import connect_ray, is_distributed
 
 TOGETHER = 32  # photographs that one thread holds in memory
 ATTEMPTS = 3  # that a chunk has if a worker dies over it
@@ -33,9 +33,9 @@ class Chunk:
     paths: tuple[str, ...]
 
 
-def load(model_uri: str) -> mlflow.pyfunc.PyFuncModel:
+def load_served_model(model_uri: str) -> mlflow.pyfunc.PyFuncModel:
     """A model as its endpoint would load it, but without the endpoint's log of answers."""
-    with startup.filtered_stderr(), answers.switched_off():
+    with startup.filtered_stderr(), prediction_log.disable_log():
         return mlflow.pyfunc.load_model(model_uri)
 
 
@@ -43,7 +43,7 @@ class Scorer:
     """A served model, asked about files."""
 
     def __init__(self, model_uri: str) -> None:
-        self.served = load(model_uri)
+        self.served = load_served_model(model_uri)
         self.class_names: list[str] = self.served.unwrap_python_model().class_names
 
     def score(self, chunk: Chunk) -> pd.DataFrame:
@@ -58,8 +58,8 @@ class Scorer:
             )
         found: list[dict[str, Any] | str] = []
         for start in range(0, len(chunk.paths), TOGETHER):
-            found += self.answer([read(folder / path) for path in chunk.paths[start : start + TOGETHER]])
-        rows = [row(path, answer) for path, answer in zip(chunk.paths, found, strict=True)]
+            found += self.answer([read_photograph(folder / path) for path in chunk.paths[start : start + TOGETHER]])
+        rows = [make_row(path, answer) for path, answer in zip(chunk.paths, found, strict=True)]
         columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), "reason"]
         return pd.DataFrame(rows, columns=columns)
 
@@ -83,7 +83,7 @@ class Scorer:
             return self.ask(contents[:half]) + self.ask(contents[half:])
 
 
-def read(path: Path) -> bytes | str:
+def read_photograph(path: Path) -> bytes | str:
     """What a file holds, or the reason why that cannot be said."""
     try:
         if path.exists() and not path.is_file():
@@ -94,26 +94,26 @@ def read(path: Path) -> bytes | str:
     return content or "empty"
 
 
-def row(path: str, answer: dict[str, Any] | str) -> dict[str, Any]:
-    told = readable(path)
+def make_row(path: str, answer: dict[str, Any] | str) -> dict[str, Any]:
+    told = escape_undecodable(path)
     if isinstance(answer, str):
         return {"path": told, "reason": answer}
     each = {f"p({name})": value for name, value in answer["probabilities"].items()}
     return {"path": told, "label": answer["label"], "probability": answer["probability"], **each}
 
 
-def answered(
+def score_chunks(
     model_folder: Path, chunks: Sequence[Chunk], parameters: PredictParameters
 ) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     """Each chunk with its rows, as they come. Raises ClusterError if the workers cannot be had, or keep dying."""
     if not is_distributed(parameters):
-        yield from in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
+        yield from score_in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
         return
-    with cluster(parameters, cpus=1):
-        yield from on_workers(model_folder, chunks, parameters.workers)
+    with connect_ray(parameters, cpus=1):
+        yield from score_on_workers(model_folder, chunks, parameters.workers)
 
 
-def in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+def score_in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     """A thread for each scorer: a model answers one at a time, but decoder and network release Python's lock."""
     free = queue.SimpleQueue[Scorer]()
     for scorer in scorers:
@@ -133,13 +133,13 @@ def in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[t
             threads.shutdown(cancel_futures=True)
 
 
-def on_workers(model_folder: Path, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+def score_on_workers(model_folder: Path, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     import ray
     from ray.exceptions import RayError, RayTaskError
     from ray.util import ActorPool
 
     files = {path.relative_to(model_folder).as_posix(): path.read_bytes() for path in files_in(model_folder)}
-    hire = ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS).remote
+    hire = ray.remote(ScoringWorker).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS).remote
     sent = ray.put(files)
     pool = ActorPool([hire(sent) for _ in range(min(workers, len(chunks)))])
     try:
@@ -158,11 +158,11 @@ def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-class Worker:
+class ScoringWorker:
     """A process that Ray starts, and starts again when it dies. It is sent the model, and needs no tracking store."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        startup.set_up_mlflow()
+        startup.configure_mlflow()
         self.folder = tempfile.TemporaryDirectory()  # as long as the process
         for name, content in files.items():
             path = Path(self.folder.name, name)

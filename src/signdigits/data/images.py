@@ -78,7 +78,7 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """The image's EXIF orientation, 1 (upright) to 8; 1 where it has none, or none that can be read."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -97,7 +97,7 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     """
     try:
         sized = (
-            on_white(upright(image))
+            flatten_on_white(apply_orientation(image))
             .convert("RGB" if color_mode == "rgb" else "L")
             .resize((image_size, image_size), Image.Resampling.BILINEAR)
         )
@@ -110,12 +110,12 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     return (1 - np.asarray(sized, np.float32) / 255)[..., np.newaxis]
 
 
-def upright(image: Image.Image) -> Image.Image:
-    turn = TURNS.get(orientation(image))
+def apply_orientation(image: Image.Image) -> Image.Image:
+    turn = TURNS.get(read_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def on_white(image: Image.Image) -> Image.Image:
+def flatten_on_white(image: Image.Image) -> Image.Image:
     """`image` in 8 bits a channel and opaque: 16-bit gray is scaled, not cut off; transparency turns white.
 
     Raises ImageError for 32 bits a channel, whole or floating: nothing says which number is white.
@@ -133,6 +133,6 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 
-def decode(data: bytes, image_size: int, color_mode: str) -> np.ndarray:
+def decode_image(data: bytes, image_size: int, color_mode: str) -> np.ndarray:
     """`to_array` of the image in `data`; raises ImageError as they do."""
     return to_array(open_image(data), image_size, color_mode)

@@ -26,7 +26,7 @@ TABLES = ("predictions.parquet", "predictions.csv")
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """What the tables of a folder are made of."""
 
     model: str  # the logged model's id
@@ -37,7 +37,7 @@ class Job:
     run_id: str = ""
     finished: bool = False
 
-    def is_of(self, other: "Job") -> bool:
+    def is_of(self, other: "BatchJob") -> bool:
         return (self.model, self.digest) == (other.model, other.digest)
 
 
@@ -46,7 +46,7 @@ class Output:
     """The folder, held by this process alone."""
 
     folder: Path
-    job: Job
+    job: BatchJob
 
     @property
     def is_finished(self) -> bool:
@@ -63,21 +63,23 @@ class Output:
     def note(self, **changes: str | bool) -> "Output":
         """The same folder, with changes to its job that are on disk."""
         job = replace(self.job, **changes)  # type: ignore[arg-type]
-        write(self.folder / "job.json", lambda path: path.write_text(json.dumps(asdict(job), indent=1) + "\n"))
+        write_atomically(
+            self.folder / "job.json", lambda path: path.write_text(json.dumps(asdict(job), indent=1) + "\n")
+        )
         return replace(self, job=job)
 
     def keep(self, number: int, rows: pd.DataFrame) -> None:
         """Write the rows of a chunk."""
         self.part(number).parent.mkdir(exist_ok=True)
         table = pa.Table.from_pandas(rows, schema_of(rows.columns.tolist()), preserve_index=False)
-        write(self.part(number), lambda path: pq.write_table(table, path))
+        write_atomically(self.part(number), lambda path: pq.write_table(table, path))
 
     def assemble(self, count: int) -> None:
         """Write both tables out of `count` parts, one part in memory at a time."""
         parts = [self.part(number) for number in range(count)]
         parquet, csv = self.tables
-        write(parquet, lambda path: join_parquet(parts, path))
-        write(csv, lambda path: join_csv(parts, path))
+        write_atomically(parquet, lambda path: join_parquet(parts, path))
+        write_atomically(csv, lambda path: join_csv(parts, path))
 
     def clear(self) -> None:
         """Remove the parts, once the tables are there."""
@@ -101,7 +103,7 @@ def join_csv(parts: Sequence[Path], target: Path) -> None:
             pd.read_parquet(part).to_csv(file, index=False, header=part is parts[0], lineterminator="\n")
 
 
-def write(target: Path, fill: Callable[[Path], object]) -> None:
+def write_atomically(target: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a file, and give it its name when it is whole on disk. Raises OutputError if it cannot be."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
@@ -110,11 +112,11 @@ def write(target: Path, fill: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         unfinished.replace(target)
     except OSError as error:
-        raise unwritable(target, error) from error
+        raise not_writable(target, error) from error
 
 
 @contextlib.contextmanager
-def hold(folder: Path, job: Job) -> Iterator[Output]:
+def lock_output(folder: Path, job: BatchJob) -> Iterator[Output]:
     """The folder for `job` alone, new or as an earlier start has left it.
 
     Raises OutputError if it is another job's, if it holds tables of unknown origin, or if another process holds it.
@@ -128,17 +130,19 @@ def hold(folder: Path, job: Job) -> Iterator[Output]:
             f"output={folder}: another process is writing there; wait for it, or pass another --output"
         ) from None
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise not_writable(folder, error) from error
     with lock:
         found = find_job(folder)
         if found is not None and not found.is_of(job):
-            raise OutputError(f"output={folder}: {differing(found, job)}; pass another --output, or remove the folder")
+            raise OutputError(
+                f"output={folder}: {describe_difference(found, job)}; pass another --output, or remove the folder"
+            )
         yield Output(folder, found or job)
 
 
-def find_job(folder: Path) -> Job | None:
+def find_job(folder: Path) -> BatchJob | None:
     try:
-        return Job(**json.loads((folder / "job.json").read_text()))
+        return BatchJob(**json.loads((folder / "job.json").read_text()))
     except FileNotFoundError:
         strange = next((name for name in TABLES if (folder / name).exists()), None)
         if strange is None:
@@ -152,7 +156,7 @@ def find_job(folder: Path) -> Job | None:
         ) from error
 
 
-def differing(found: Job, job: Job) -> str:
+def describe_difference(found: BatchJob, job: BatchJob) -> str:
     """What sets two jobs apart, in words."""
     if found.model != job.model:
         return (
@@ -161,5 +165,5 @@ def differing(found: Job, job: Job) -> str:
     return f"begun with the {found.count} images of {found.images} as they were then, which are not these"
 
 
-def unwritable(path: Path, error: OSError) -> OutputError:
+def not_writable(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: {error.strerror}; make room, or a place that can be written: the same command goes on")

@@ -15,10 +15,10 @@ from typing import Any
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits.artifact import answers
-from signdigits.hyperparameters import ServeParameters
-from signdigits.serving import front
-from signdigits.serving.processes import Process, Reply, ask
+from signdigits.config import ServeParameters
+from signdigits.packaging import prediction_log
+from signdigits.serving import nginx
+from signdigits.serving.processes import Process, Reply, send_request
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +28,17 @@ PING_EVERY = 2.0  # seconds
 LONGEST_PAUSE = 30.0  # seconds between two starts of a process that keeps ending
 
 
-class Refused(Exception):
+class HealthCheckFailed(Exception):
     """A version that must not be served; the message says why."""
 
 
-def command(version: ModelVersion, parameters: ServeParameters) -> list[str]:
+def server_command(version: ModelVersion, parameters: ServeParameters) -> list[str]:
     uri = f"models:/{version.name}/{version.version}"
     serve = ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "--timeout", str(parameters.timeout)]
     return [sys.executable, "-m", *serve]
 
 
-def environment(version: ModelVersion) -> dict[str, str]:
+def server_environment(version: ModelVersion) -> dict[str, str]:
     """What MLflow passes on to uvicorn, which reads its options from the environment too.
 
     The process itself says which version it is: whoever passes its replies on cannot say anything else.
@@ -48,15 +48,15 @@ def environment(version: ModelVersion) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        answers.VERSION: str(version.version),  # what a log of answers calls it
+        prediction_log.VERSION: str(version.version),  # what a log of answers calls it
         "UVICORN_HEADERS": f"{VERSION_HEADER}:{version.version}",
         "UVICORN_LOG_LEVEL": "warning",
         "UVICORN_ACCESS_LOG": "false",
-        "UVICORN_TIMEOUT_KEEP_ALIVE": str(front.KEEP_ALIVE + 15),
+        "UVICORN_TIMEOUT_KEEP_ALIVE": str(nginx.KEEP_ALIVE + 15),
     }
 
 
-class Member:
+class Worker:
     """One place in a pool: a socket, and the process that listens there, started again when it ends."""
 
     def __init__(self, path: Path, line: list[str], settings: Mapping[str, str]) -> None:
@@ -72,29 +72,29 @@ class Member:
         self.starts += 1
         self.answered = self.asked = time.monotonic()
 
-    def answers(self) -> bool:
+    def is_healthy(self) -> bool:
         self.asked = time.monotonic()
         try:
-            found = ask(self.path, "GET", "/ping", timeout=1).status == 200
+            found = send_request(self.path, "GET", "/ping", timeout=1).status == 200
         except (OSError, http.client.HTTPException):
             return False
         if found:
             self.answered = time.monotonic()
         return found
 
-    def revive(self, silence: float) -> None:
+    def restart_if_dead(self, silence: float) -> None:
         """Start the process again if it ended, or if it did not answer for `silence` seconds."""
         now = time.monotonic()
         if self.process.running:
-            silent = now - self.asked > PING_EVERY and not self.answers()
+            silent = now - self.asked > PING_EVERY and not self.is_healthy()
             if silent and now - self.answered > silence:
                 log.warning("%s does not answer for %.0f seconds: ended", self.path.stem, silence)
                 self.process.signal(signal.SIGKILL)
             return
         # What is left of it would take the new one's socket along when it ends.
         self.process.signal(signal.SIGKILL)
-        if self.process.gone() and now - self.process.started >= self.pause():
-            log.warning("%s ended (%s): started again", self.path.stem, self.process.reason())
+        if self.process.has_exited() and now - self.process.started >= self.pause():
+            log.warning("%s ended (%s): started again", self.path.stem, self.process.exit_reason())
             self.start()
 
     def pause(self) -> float:
@@ -104,73 +104,73 @@ class Member:
         return min(LONGEST_PAUSE, 2.0**self.starts) if self.starts > 1 else 0
 
 
-class Pool:
+class WorkerPool:
     """The processes of one version."""
 
     def __init__(self, name: str, version: ModelVersion, parameters: ServeParameters, home: Path) -> None:
         self.name = name
         self.version = version
         self.parameters = parameters
-        line, settings = command(version, parameters), environment(version)
-        paths = [front.socket_path(home, name, number) for number in range(1, parameters.processes + 1)]
-        self.members = [Member(path, line, settings) for path in paths]
+        line, settings = server_command(version, parameters), server_environment(version)
+        paths = [nginx.socket_path(home, name, number) for number in range(1, parameters.processes + 1)]
+        self.workers = [Worker(path, line, settings) for path in paths]
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether every process answers. Raises Refused if one has ended instead."""
-        for member in self.members:
+        for member in self.workers:
             if not member.process.running:
-                raise Refused(f"it does not start: {member.process.reason()}")
-        return all(member.answers() for member in self.members)
+                raise HealthCheckFailed(f"it does not start: {member.process.exit_reason()}")
+        return all(member.is_healthy() for member in self.workers)
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Ask every process for the model's own input example, which warms it. Raises Refused unless it is answered."""
-        body, rows = input_example(self.version)
-        for member in self.members:
+        body, rows = read_input_example(self.version)
+        for member in self.workers:
             for _ in range(WARMING):
                 try:
-                    reply = ask(member.path, "POST", "/invocations", body, self.parameters.timeout)
+                    reply = send_request(member.path, "POST", "/invocations", body, self.parameters.timeout)
                 except (OSError, http.client.HTTPException) as error:
-                    raise Refused(f"it does not answer its own input example ({error})") from error
-                if fault := find_fault(reply, rows):
-                    raise Refused(f"it answers its own input example with {fault}")
+                    raise HealthCheckFailed(f"it does not answer its own input example ({error})") from error
+                if fault := find_problem(reply, rows):
+                    raise HealthCheckFailed(f"it answers its own input example with {fault}")
 
-    def revive(self) -> None:
-        for member in self.members:
-            member.revive(self.parameters.timeout)
+    def restart_dead_workers(self) -> None:
+        for member in self.workers:
+            member.restart_if_dead(self.parameters.timeout)
 
     def signal(self, number: signal.Signals) -> None:
-        for member in self.members:
+        for member in self.workers:
             member.process.signal(number)
 
-    def gone(self) -> bool:
-        return all(member.process.gone() for member in self.members)
+    def have_exited(self) -> bool:
+        return all(member.process.has_exited() for member in self.workers)
 
 
-def input_example(version: ModelVersion) -> tuple[bytes, int]:
+def read_input_example(version: ModelVersion) -> tuple[bytes, int]:
     """The version's own input example, as a request, and its number of rows. Raises Refused if it has none."""
     uri = f"models:/{version.name}/{version.version}/serving_input_example.json"
     try:
         text = mlflow.artifacts.load_text(uri)
         rows = len(json.loads(text)["dataframe_split"]["data"])
     except Exception as error:  # whatever the store, the network or the file have to say
-        raise Refused(f"it has no input example that it could be checked with ({error})") from error
+        raise HealthCheckFailed(f"it has no input example that it could be checked with ({error})") from error
     return text.encode(), rows
 
 
-def find_fault(reply: Reply, rows: int) -> str:
+def find_problem(reply: Reply, rows: int) -> str:
     """What is wrong with a reply to so many rows; nothing, if it is right."""
     if reply.status != 200:
-        return f"{reply.status}: {error_in(reply.content)}"
+        return f"{reply.status}: {parse_error(reply.content)}"
     try:
         predictions = json.loads(reply.content)["predictions"]
         if len(predictions) != rows:
             return f"{len(predictions)} predictions for {rows} rows"
-        return next(filter(None, map(find_fault_in_row, predictions)), "")
+        return next(filter(None, map(find_problem_in_row, predictions)), "")
     except (ValueError, KeyError, TypeError) as error:
         return f"another form than label, probability and probabilities ({error!r})"
 
 
-def error_in(content: bytes) -> str:
+def parse_error(content: bytes) -> str:
     """What MLflow's error says, and what the model raised, without the way there."""
     try:
         error = json.loads(content)
@@ -180,7 +180,7 @@ def error_in(content: bytes) -> str:
         return content[:500].decode(errors="replace")
 
 
-def find_fault_in_row(row: Mapping[str, Any]) -> str:
+def find_problem_in_row(row: Mapping[str, Any]) -> str:
     probabilities = row["probabilities"]
     if row["label"] not in probabilities:
         return f"the label {row['label']!r}, which is none of its classes"

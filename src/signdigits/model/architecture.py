@@ -4,8 +4,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from signdigits.config import Hyperparameters
 from signdigits.errors import ParameterError
-from signdigits.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
     import keras
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 FIRST_FILTERS = 16
 
 
-def build(
+def build_network(
     image_shape: tuple[int, int, int],
     n_classes: int,
     *,

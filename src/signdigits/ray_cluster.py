@@ -9,7 +9,7 @@ from typing import Protocol
 from signdigits.errors import ClusterError
 
 
-class Wanted(Protocol):
+class ClusterParameters(Protocol):
     """How many processes should work at once, and on which cluster: parameters of a search, or of a prediction."""
 
     @property
@@ -19,17 +19,17 @@ class Wanted(Protocol):
     def ray_address(self) -> str: ...
 
 
-def is_distributed(parameters: Wanted) -> bool:
+def is_distributed(parameters: ClusterParameters) -> bool:
     return parameters.workers > 1 or bool(parameters.ray_address)
 
 
-def asked(parameters: Wanted) -> str:
+def describe_cluster(parameters: ClusterParameters) -> str:
     """What was given, as a message names it."""
     return f"ray_address={parameters.ray_address}" if parameters.ray_address else f"workers={parameters.workers}"
 
 
 @contextlib.contextmanager
-def cluster(parameters: Wanted, cpus: int) -> Iterator[None]:
+def connect_ray(parameters: ClusterParameters, cpus: int) -> Iterator[None]:
     """The cluster at `ray_address`, or one of this machine's own, which ends with the block.
 
     Raises ClusterError if it cannot be had.
@@ -50,7 +50,7 @@ def cluster(parameters: Wanted, cpus: int) -> Iterator[None]:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ClusterError(
-            f"{asked(parameters)}: {reason}; is it up, and is its token in RAY_AUTH_TOKEN_PATH?"
+            f"{describe_cluster(parameters)}: {reason}; is it up, and is its token in RAY_AUTH_TOKEN_PATH?"
         ) from error
     try:
         yield

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
+from signdigits.data import groups, sources
+from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError
-from signdigits.photographs import groups, sources
-from signdigits.photographs.dataset import Dataset
 
 # The notebook's seed and fraction: with them the test images are its 412 validation images. They are no
 # parameters: runs can be compared only on the same images.
@@ -41,7 +41,7 @@ class Split:
         return {"training": self.training, "validation": self.validation, "testing": self.testing}
 
 
-def split(dataset: Dataset, name: str) -> Split:
+def split_dataset(dataset: Dataset, name: str) -> Split:
     """The split called `name`. Raises DataError if a class is missing from one of the three parts."""
     labels = dataset.labels
     if name == "grouped":
@@ -51,7 +51,7 @@ def split(dataset: Dataset, name: str) -> Split:
         require_each_class(dataset, rest, least=2, part="training and validation")
         require_each_class(dataset, testing, least=1, part="test")
         training, validation = split_evenly(dataset, rest)
-    found = digest(dataset, training=training, validation=validation, testing=testing)
+    found = split_digest(dataset, training=training, validation=validation, testing=testing)
     made = Split(name, training, validation, testing, found, dataset.part_digest(testing))
     for part, indices in made.parts.items():
         require_each_class(dataset, indices, least=1, part=part.replace("testing", "test"))
@@ -84,7 +84,7 @@ def split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
     groups allow.
     """
-    found = groups.of(dataset)
+    found = groups.read_groups(dataset)
 
     def cut(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=SPLIT_SEED)
@@ -108,9 +108,9 @@ def require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: 
             )
 
 
-def digest(dataset: Dataset, **parts: np.ndarray) -> str:
+def split_digest(dataset: Dataset, **parts: np.ndarray) -> str:
     """The digest of the photographs and of which part each is in."""
-    return sources.digest(
+    return sources.compute_digest(
         (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
         for part, indices in parts.items()
         for i in indices

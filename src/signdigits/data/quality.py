@@ -13,9 +13,9 @@ import pandas as pd
 from PIL import Image
 
 from signdigits import plots
-from signdigits.photographs import images
-from signdigits.photographs.data import Data
-from signdigits.photographs.dataset import Dataset, Photograph, in_threads
+from signdigits.data import images
+from signdigits.data.dataset import Dataset, Photograph, map_in_threads
+from signdigits.data.loading import Data
 
 ALIKE = 4  # bits of 64 in which the hashes of two photographs may differ
 ODD = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)
@@ -37,15 +37,15 @@ class Finding:
     other_part: str = ""
 
 
-def find(data: Data) -> pd.DataFrame:
+def find_issues(data: Data) -> pd.DataFrame:
     """One row a finding: its kind, the photograph or photographs, the part of the split each is in, and the detail."""
     dataset, parts = data.dataset, part_names(data)
-    hashes, colours = look(dataset)
+    hashes, colours = hash_photographs(dataset)
     found = [
-        *imbalance(dataset),
-        *odd_sizes(dataset, parts),
-        *odd_colours(dataset, parts, colours),
-        *near_duplicates(dataset, parts, hashes),
+        *find_imbalance(dataset),
+        *find_odd_sizes(dataset, parts),
+        *find_odd_colours(dataset, parts, colours),
+        *find_near_duplicates(dataset, parts, hashes),
     ]
     return pd.DataFrame(found, columns=list(Finding.__dataclass_fields__))
 
@@ -58,29 +58,29 @@ def part_names(data: Data) -> np.ndarray:
     return names
 
 
-def look(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def hash_photographs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """A perceptual hash (uint64, of shape (n,)) and the mean colour (0 to 255, of shape (n, 3)) of each photograph.
 
     The hash is pHash, from the lowest frequencies of a cosine transform; similar pictures differ in few of its bits.
     """
 
     def one(photograph: Photograph) -> tuple[np.ndarray, np.ndarray]:
-        pixels = images.decode(dataset.read(photograph), 100, "rgb")
+        pixels = images.decode_image(dataset.read(photograph), 100, "rgb")
         bits = imagehash.phash(Image.fromarray(pixels)).hash
         return np.packbits(bits).view(">u8")[0], pixels.mean(axis=(0, 1))
 
-    hashes, colours = zip(*in_threads(one, dataset.photographs, "comparing"), strict=True)
+    hashes, colours = zip(*map_in_threads(one, dataset.photographs, "comparing"), strict=True)
     return np.array(hashes, np.uint64), np.array(colours)
 
 
-def imbalance(dataset: Dataset) -> Iterator[Finding]:
+def find_imbalance(dataset: Dataset) -> Iterator[Finding]:
     counts = dataset.counts()
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] > UNEVEN * counts[least]:
         yield Finding("imbalance", least, f"{counts[least]} photographs, but {counts[most]} in class {most}")
 
 
-def odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
+def find_odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
     """Photographs of another size than their class."""
     sizes = np.array([photograph.size for photograph in dataset.photographs], float)
     for label in range(len(dataset.class_names)):
@@ -92,7 +92,7 @@ def odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
             yield Finding("size", dataset.photographs[i].path, detail, parts[i])
 
 
-def odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Iterator[Finding]:
+def find_odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Iterator[Finding]:
     """Photographs whose mean colour is far from that of their class, farthest first."""
     score = np.zeros(len(colours))
     for label in range(len(dataset.class_names)):
@@ -108,7 +108,7 @@ def odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Ite
         yield Finding("colour", dataset.photographs[i].path, detail, parts[i])
 
 
-def near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
+def find_near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
     """Photographs that look like one in another part of the split, each with the one most like it, most alike first."""
     _, part = np.unique(parts.astype(str), return_inverse=True)
     pairs = set()
@@ -126,7 +126,7 @@ def near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> 
         yield Finding("near-duplicate", path, f"{bits} of 64 bits differ", parts[i], other, parts[j])
 
 
-def picture(data: Data, found: pd.DataFrame) -> plots.Figure:
+def plot_findings(data: Data, found: pd.DataFrame) -> plots.Figure:
     """The first findings of each kind, side by side; imbalance has no picture."""
     found = found.assign(caption=[textwrap.fill(detail, 34) for detail in found["detail"]])
     kinds = found[found["finding"] != "imbalance"].groupby("finding", sort=False)
@@ -135,5 +135,5 @@ def picture(data: Data, found: pd.DataFrame) -> plots.Figure:
         captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['caption']}\n{row['part']}"))
         if row["other"]:
             captions.append((row["other"], f"looks like\n{row['other']}\n{row['other_part']}"))
-    shown = [images.decode(images.read_file(data.dataset.folder / path), 150, "rgb") for path, _ in captions]
-    return plots.photographs(shown, [caption for _, caption in captions], "Worth a look", columns=4)
+    shown = [images.decode_image(images.read_file(data.dataset.folder / path), 150, "rgb") for path, _ in captions]
+    return plots.plot_photographs(shown, [caption for _, caption in captions], "Worth a look", columns=4)
