@@ -16,7 +16,7 @@ import mlflow
 
 from benchmarks import measure
 from benchmarks.measure import Row
-from signdigits import tracking
+from signdigits.tracking import runs
 
 PARTS = ("training", "trial", "serving", "front", "start", "growth", "batch", "search")
 ON_A_CLUSTER = ("coordination", "workers")  # these need a running `scripts/cluster`
@@ -49,7 +49,7 @@ def main() -> int:
 
 def markdown(found: list[Row]) -> str:
     head = ("what", "against", "result", "should reach", "measured")
-    return tracking.markdown_table([head, *(shown(row) for row in found)])
+    return runs.markdown_table([head, *(shown(row) for row in found)])
 
 
 def shown(row: Row) -> tuple[str, ...]:
@@ -59,12 +59,12 @@ def shown(row: Row) -> tuple[str, ...]:
 
 def record(found: list[Row]) -> None:
     """Write the table to a run of its own."""
-    tracking.open_experiment("benchmark")
-    with tracking.start_run("benchmark", "benchmark"):
-        tracking.log_versions()
+    runs.open_experiment("benchmark")
+    with runs.start_run("benchmark", "benchmark"):
+        runs.log_versions()
         mlflow.log_dict({"machine": machine(), "rows": [asdict(row) for row in found]}, "benchmark.json")
         mlflow.log_text(markdown(found), "benchmark.md")
-        tracking.set_description(f"{machine()}\n\n{markdown(found)}")
+        runs.set_description(f"{machine()}\n\n{markdown(found)}")
 
 
 def machine() -> str:

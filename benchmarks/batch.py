@@ -9,7 +9,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import predict, tracking
+from signdigits import predict
 from signdigits.batch import inputs
 from signdigits.batch.inputs import BatchInput
 from signdigits.batch.output import BatchJob, lock_output
@@ -17,6 +17,7 @@ from signdigits.config import DataParameters, PredictParameters
 from signdigits.data import images, loading
 from signdigits.model import architecture
 from signdigits.packaging import package
+from signdigits.tracking import registry, runs
 
 ROUNDS = 5
 ENOUGH = 2000  # photographs of a round, so that what a start costs is not what is measured
@@ -25,7 +26,7 @@ ENOUGH = 2000  # photographs of a round, so that what a start costs is not what 
 def rows(photographs: str) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
     with temporary_store("batch") as folder:
-        with tracking.start_run("train", "train"):
+        with runs.start_run("train", "train"):
             info = package.log_model(architecture.build_network((100, 100, 3), 10), 1.0, loaded, {})
         found = inputs.find_inputs(str(loaded.dataset.folder), Path(folder, "tables"))
         found = BatchInput(found.name, found.folder, found.paths[:ENOUGH])
@@ -65,7 +66,7 @@ def bare_loop(network: Path, found: BatchInput) -> list[np.ndarray]:
 
 def into_tables(found: BatchInput, parameters: PredictParameters, target: Path) -> None:
     """All that grows with the number of photographs: reading, answering, part files, tables."""
-    served = tracking.find_model("", parameters.model_uri)
+    served = registry.find_model("", parameters.model_uri)
     job = BatchJob(served.model_id, "1", parameters.images, found.digest, len(found.paths))
     with lock_output(target, job) as output:
         chunks = predict.split_into_chunks(found)

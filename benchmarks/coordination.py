@@ -20,11 +20,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from benchmarks.measure import Row
 from benchmarks.sleeper import SECONDS, Sleeper
-from signdigits import ray_cluster, search, tracking
-from signdigits.config import DataParameters, Space, StudyParameters
+from signdigits import ray_cluster, search
+from signdigits.config import DataParameters, StudyParameters
 from signdigits.data import loading
+from signdigits.tracking import runs
 from signdigits.tuning import executors
 from signdigits.tuning.progress import SearchProgress
+from signdigits.tuning.space import Space
 from signdigits.tuning.study import STARTUP_TRIALS, make_sampler
 
 WORKERS = (1, 8, 32, 64)
@@ -101,7 +103,7 @@ def measure(loaded: loading.Data, workers: int) -> Carried:
 
 def sleeping(workers: int) -> StudyParameters:
     """A new study on the running cluster, whose first trials are one for each worker."""
-    tracking.open_experiment("benchmark")
+    runs.open_experiment("benchmark")
     return StudyParameters(
         space="notebook", storage=os.environ["STORAGE"], study_name=f"sleeping-{workers}-{int(time.time())}",
         workers=workers, pruner="none", ray_address=os.environ["RAY_ADDRESS"], n_trials=workers,

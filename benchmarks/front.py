@@ -20,12 +20,13 @@ from benchmarks import mutations, serving
 from benchmarks.load import Load, until
 from benchmarks.measure import Row, in_turns, temporary_store
 from benchmarks.saturation import memory, saturate
-from signdigits import register, tracking
-from signdigits.config import DataParameters, ServeParameters
+from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.model import architecture
 from signdigits.packaging import package
 from signdigits.serving import processes
+from signdigits.serving.options import ServeParameters
+from signdigits.tracking import registry, runs
 
 PROCESSES = 2
 LONGEST = 300.0  # seconds that anything may take
@@ -78,14 +79,14 @@ def rows(
 def register_model(loaded: loading.Data) -> str:
     """An untrained network as the next version, and its address."""
     network = architecture.build_network((100, 100, 3), len(loaded.dataset.class_names))
-    with tracking.start_run("train", "train"):
+    with runs.start_run("train", "train"):
         uri: str = package.log_model(network, 1.0, loaded, {}).model_uri
-    mlflow.register_model(uri, register.REGISTERED_MODEL)
+    mlflow.register_model(uri, registry.REGISTERED_MODEL)
     return uri
 
 
 def move(version: int) -> None:
-    mlflow.MlflowClient().set_registered_model_alias(register.REGISTERED_MODEL, "champion", str(version))
+    mlflow.MlflowClient().set_registered_model_alias(registry.REGISTERED_MODEL, "champion", str(version))
 
 
 @contextlib.contextmanager

@@ -18,10 +18,11 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from PIL import Image, ImageOps
 
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import search, startup
-from signdigits.config import DataParameters, Hyperparameters, SourceParameters, Space, StudyParameters
+from signdigits import search, startup, threads
+from signdigits.config import DataParameters, Hyperparameters, SourceParameters, StudyParameters
 from signdigits.data import dataset, loading, sources
 from signdigits.model import architecture, input_pipeline
+from signdigits.tuning.space import Space
 
 FACTORS = (10, 100)
 EPOCHS = {1: 10, 10: 2, 100: 1}  # that are timed, after one that is not
@@ -76,7 +77,7 @@ def copy(originals: Path, target: Path, times: int) -> None:
             name = f"{path.stem}-{number}-{version:03d}.jpg"
             Image.fromarray(changed).save(target / found.class_names[photograph.label] / name, quality=90)
 
-    for _ in dataset.map_in_threads(write, range(len(found.photographs)), f"copying {times} times"):
+    for _ in threads.map_in_threads(write, range(len(found.photographs)), f"copying {times} times"):
         pass
 
 

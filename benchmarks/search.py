@@ -30,8 +30,9 @@ from optuna.trial import TrialState
 from benchmarks import plain
 from benchmarks.measure import Row, temporary_store
 from signdigits import search
-from signdigits.config import DataParameters, Range, Space, StudyParameters
+from signdigits.config import DataParameters, StudyParameters
 from signdigits.data import loading
+from signdigits.tuning.space import Range, Space
 from signdigits.tuning.study import make_pruner
 
 SEEDS = (1337, 1338, 1339)

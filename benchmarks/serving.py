@@ -21,11 +21,11 @@ import pandas as pd
 import tensorflow as tf
 
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import tracking
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.model import architecture
 from signdigits.packaging import package
+from signdigits.tracking import runs
 
 # An endpoint that is asked finds its own code and weights in the caches, not what another server's threads have left there.
 ROUNDS, EACH = 20, 10
@@ -78,7 +78,7 @@ def rows(photographs: str) -> list[Row]:
 
 def log_models(network: Any, loaded: loading.Data) -> dict[str, str]:
     """The three models, logged; their addresses."""
-    with tracking.start_run("train", "train"):
+    with runs.start_run("train", "train"):
         ours = package.log_model(network, 1.0, loaded, {}).model_uri
         stock = mlflow.tensorflow.log_model(network, name="stock", input_example=loaded.training.x[:1]).model_uri
         nothing = mlflow.pyfunc.log_model(

@@ -5,7 +5,7 @@ import time
 import mlflow
 import optuna
 
-from signdigits import tracking
+from signdigits.tracking import runs
 from signdigits.tuning import executors
 
 SECONDS = 10.0  # that a trial sleeps
@@ -22,9 +22,7 @@ class Sleeper(executors.TrialWorker):
     def objective(self, trial: optuna.Trial, name: str) -> float:
         self.config.space.suggest(trial)
         tags = {"trial": trial.number, "study": self.config.study_name}
-        with tracking.start_run(
-            "trial", f"trial-{trial.number:03d}", parent_run_id=self.config.run_id, tags=tags
-        ) as run:
+        with runs.start_run("trial", f"trial-{trial.number:03d}", parent_run_id=self.config.run_id, tags=tags) as run:
             trial.set_user_attr("mlflow_run_id", run.info.run_id)
             mlflow.log_params(trial.params)
             time.sleep(SECONDS)

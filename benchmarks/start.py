@@ -10,11 +10,11 @@ import mlflow
 
 from benchmarks import serving
 from benchmarks.measure import Row, in_turns, temporary_store
-from signdigits import tracking
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.model import architecture
 from signdigits.packaging import package
+from signdigits.tracking import runs
 
 ROUNDS = 3
 LIGHT = ("show", "links", "register --version 1")
@@ -23,7 +23,7 @@ LIGHT = ("show", "links", "register --version 1")
 def rows(photographs: str) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
     with temporary_store("start") as folder:
-        with tracking.start_run("train", "train"):
+        with runs.start_run("train", "train"):
             uri = package.log_model(architecture.build_network((100, 100, 3), 10), 1.0, loaded, {}).model_uri
         mlflow.register_model(uri, "sign-digits")
         mlflow.MlflowClient().set_registered_model_alias("sign-digits", "champion", "1")

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from benchmarks import plain
 from benchmarks.measure import Row, in_turns, temporary_store
 from signdigits import search
-from signdigits.config import DataParameters, Hyperparameters, Space, StudyParameters
+from signdigits.config import DataParameters, Hyperparameters, StudyParameters
 from signdigits.data import loading
 from signdigits.model import architecture
 from signdigits.tuning.objective import objective
+from signdigits.tuning.space import Space
 
 ROUNDS = 5
 SHORT, LONG = 1, 3  # epochs: what a trial costs at none follows from the two

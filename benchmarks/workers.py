@@ -11,11 +11,13 @@ import time
 from dataclasses import replace
 
 from benchmarks.measure import Row
-from signdigits import ray_cluster, search, tracking
-from signdigits.config import DataParameters, Space, StudyParameters
+from signdigits import ray_cluster, search
+from signdigits.config import DataParameters, StudyParameters
 from signdigits.data import loading
+from signdigits.tracking import runs
 from signdigits.tuning import executors
 from signdigits.tuning.progress import SearchProgress
+from signdigits.tuning.space import Space
 
 EPOCHS = 8  # the notebook's second and third run
 TRIALS = 6  # after a first one of each worker, which imports TensorFlow and traces
@@ -42,7 +44,7 @@ def trials_an_hour(loaded: loading.Data, workers: int, cpus: int) -> float:
         space="notebook", storage=os.environ["STORAGE"], study_name=name, workers=workers, cpus_per_trial=cpus,
         pruner="none", n_trials=workers,
     )  # fmt: skip
-    tracking.open_experiment("benchmark")
+    runs.open_experiment("benchmark")
     space = Space.of("notebook", epochs=EPOCHS)
     with search.open_study(loaded, space, parameters) as opened, ray_cluster.connect_ray(parameters, cpus):
         config = executors.worker_config(opened.study, opened.context, parameters, cpus)

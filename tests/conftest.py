@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits import evaluate, register, startup, tracking, train
+from signdigits import evaluate, register, startup, train
 from signdigits.config import DataParameters, Hyperparameters, ModelParameters, VersionParameters
 from signdigits.data import loading
 from signdigits.packaging import package
+from signdigits.tracking import runs
 
 PROJECT = Path(__file__).parents[1]
 SIZE = 16  # pixels: the smallest network that still has its three poolings
@@ -125,7 +126,7 @@ def champion_store(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Dat
     with use_store(folder):
         mlflow.set_experiment("tests")
         run_id = train.train(loaded, Hyperparameters(epochs=8, batch_size=8, initial_learning_rate=0.003))
-        evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
+        evaluate.evaluate(loaded.parameters, ModelParameters(run_id=run_id))
         register.register(ModelParameters(run_id=run_id), VersionParameters())
     return folder / "mlflow.db"
 
@@ -145,7 +146,7 @@ def log_model(store: str, loaded: loading.Data) -> Callable[..., Any]:
     from signdigits.model import architecture
 
     def log(temperature: float = 1.0, **tags: str) -> Any:
-        with tracking.start_run("train", "train"):
+        with runs.start_run("train", "train"):
             keras.utils.set_random_seed(0)
             network = architecture.build_network(loaded.training.shape, 3)
             architecture.compile_network(network, Hyperparameters())

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from playwright.sync_api import Browser
 
-from signdigits import links, tracking
+from signdigits import links
 from signdigits.config import LinkParameters
+from signdigits.tracking import store
 
 from . import browser
 
@@ -26,10 +27,12 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:5001", help="where the page is (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=DOCS, help="where the pictures go (default: docs)")
     given = parser.parse_args()
-    tracking.connect_store()
-    runs, study, trials, _ = (line.rpartition(" ")[2] for line in links.list_links(LinkParameters(port=given.ui_port)))
+    store.connect_store()
+    runs_url, study, trials, _ = (
+        line.rpartition(" ")[2] for line in links.list_links(LinkParameters(port=given.ui_port))
+    )
     with browser.chromium() as chromium:
-        show_runs(chromium, runs, study.partition("/runs/")[2].partition("?")[0], given.folder / "runs.png")
+        show_runs(chromium, runs_url, study.partition("/runs/")[2].partition("?")[0], given.folder / "runs.png")
         show_trials(chromium, trials, given.folder / "compare.png")
         show_page(chromium, given.url, given.photograph, given.folder / "page.png")
 

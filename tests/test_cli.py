@@ -9,12 +9,12 @@ from signdigits import cli
 from .conftest import PROJECT, command, write_photographs
 
 
-@pytest.mark.parametrize("name", cli.SUMMARIES)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         cli.make_parser().parse_args([name, "--help"])
     assert raised.value.code == 0
-    assert cli.SUMMARIES[name].split(":")[0] in " ".join(capsys.readouterr().out.split())
+    assert cli.COMMANDS[name].summary.split(":")[0] in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,8 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["search", "--objective", "accuracy"], "objective='accuracy': must be one of val_accuracy, val_loss"),
         (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of percentile, median, hyperband, none"),
         (["search", "--timeout", "inf"], "timeout=inf: must be a finite number"),
+        (["main", "--repeats", "5"], "--repeats was renamed in version 0.2: use --n_seeds"),
+        (["monitor", "--answers=log"], "--answers was renamed in version 0.2: use --prediction_log"),
         (["main", "--alias", "v1"], "alias='v1': must be letters, digits"),
         (["prepare", "--data", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["evaluate"], "give one of the two"),
@@ -92,7 +94,7 @@ def test_a_tracking_store_that_cannot_be_used_is_told_without_its_password(
 
 def test_mlproject_declares_the_parameters_of_the_command_line_and_passes_each_on() -> None:
     project = yaml.safe_load((PROJECT / "MLproject").read_text())
-    assert set(project["entry_points"]) == set(cli.ENTRY_POINTS)
+    assert set(project["entry_points"]) == {name for name, command in cli.COMMANDS.items() if command.is_entry_point}
     parser = cli.make_parser()
     for name, entry in project["entry_points"].items():
         assert entry["command"].split()[:5] == ["PYTHONPATH=src", "python", "-m", "signdigits", name]

@@ -9,7 +9,7 @@ from mlflow.entities import LoggedModel
 from PIL import Image
 
 from signdigits import evaluate
-from signdigits.config import DataParameters
+from signdigits.config import DataParameters, ModelParameters
 from signdigits.data import loading
 from signdigits.errors import ModelError
 
@@ -24,7 +24,7 @@ def test_the_test_images_are_scored_through_the_served_artifact(
     store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]
 ) -> None:
     model = log_model()
-    scores = evaluate.evaluate(model, loaded.parameters)
+    scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=model.model_uri))
     run = mlflow.last_active_run()
     assert scores.test_images == 12
     predictions = pd.read_csv(download(run.info.run_id, "test/predictions.csv"))
@@ -47,7 +47,7 @@ def test_the_test_images_are_scored_through_the_served_artifact(
 
 
 def test_the_scores_follow_the_model(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
-    scores = evaluate.evaluate(log_model(), loaded.parameters)
+    scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model().model_uri))
     (model,) = mlflow.search_logged_models(output_format="list")
     assert float(model.tags["test_accuracy"]) == pytest.approx(scores.test_accuracy)
     assert model.tags["test_images"] == "12"
@@ -58,7 +58,7 @@ def test_the_scores_follow_the_model(store: str, loaded: loading.Data, log_model
 
 def test_the_worst_mistakes_are_shown(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
     """An untrained network is wrong about most of three classes."""
-    evaluate.evaluate(log_model(), loaded.parameters)
+    evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model().model_uri))
     with Image.open(download(mlflow.last_active_run().info.run_id, "test/worst_mistakes.png")) as picture:
         assert picture.width > 500
 
@@ -68,14 +68,17 @@ def test_a_model_of_other_photographs_is_refused(
 ) -> None:
     other = write_photographs(tmp_path / "other", each=21)
     with pytest.raises(ModelError, match="pass --data the photographs that the model was trained on"):
-        evaluate.evaluate(log_model(), replace(source, data=str(other)))
+        evaluate.evaluate(replace(source, data=str(other)), ModelParameters(model_uri=log_model().model_uri))
 
 
 def test_the_calibration_error_before_the_temperature_is_told_too(
     store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]
 ) -> None:
     """Of the same network, once with its probabilities as they are, and once served at a temperature of 3."""
-    plain, cooled = (evaluate.evaluate(log_model(temperature=t), loaded.parameters) for t in (1.0, 3.0))
+    plain, cooled = (
+        evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model(temperature=t).model_uri))
+        for t in (1.0, 3.0)
+    )
     assert plain.test_ece == pytest.approx(plain.test_ece_uncalibrated, abs=1e-6)
     assert cooled.test_ece_uncalibrated == pytest.approx(plain.test_ece, abs=1e-6)
     assert cooled.test_ece != pytest.approx(plain.test_ece, abs=1e-3)

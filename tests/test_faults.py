@@ -15,27 +15,27 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from signdigits import cli, evaluate, main, register, search, tracking, train
+from signdigits import cli, evaluate, main, register, search, train
 from signdigits.config import (
     DataParameters,
     Hyperparameters,
     ModelParameters,
-    Range,
     RefitParameters,
     RegistryParameters,
-    Space,
     StudyParameters,
     VersionParameters,
 )
 from signdigits.data import loading
 from signdigits.errors import DataError, TrackingError
 from signdigits.model import training
+from signdigits.tracking import registry, runs
+from signdigits.tuning.space import Range, Space
 
 from .conftest import command, use_store, wait_until, write_photographs
 
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
 STUDY = StudyParameters(n_trials=3, pruner="none")
-ONCE = RefitParameters(repeats=1)
+ONCE = RefitParameters(n_seeds=1)
 
 
 def during_the_second_trial(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
@@ -52,8 +52,8 @@ def during_the_second_trial(monkeypatch: pytest.MonkeyPatch, act: Callable[[], N
     monkeypatch.setattr(training, "fit_network", fit)
 
 
-def runs(role: str) -> list[mlflow.entities.Run]:
-    return tracking.search_runs(f"tags.role = '{role}'", run_view_type=mlflow.entities.ViewType.ALL)
+def find_runs(role: str) -> list[mlflow.entities.Run]:
+    return runs.search_runs(f"tags.role = '{role}'", run_view_type=mlflow.entities.ViewType.ALL)
 
 
 @pytest.mark.parametrize("what", ["study", "experiment"])
@@ -63,7 +63,7 @@ def test_deleting_the_study_ends_the_search(
     seen = []
 
     def delete() -> None:
-        seen.extend(runs("study"))
+        seen.extend(find_runs("study"))
         if what == "study":
             mlflow.delete_run(seen[0].info.run_id)
         else:
@@ -85,7 +85,7 @@ def test_deleting_the_study_ends_the_search(
 def test_deleting_a_running_trial_costs_that_trial(
     store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    during_the_second_trial(monkeypatch, lambda: mlflow.delete_run(runs("trial")[-1].info.run_id))
+    during_the_second_trial(monkeypatch, lambda: mlflow.delete_run(find_runs("trial")[-1].info.run_id))
     opened = search.search(loaded, SPACE, STUDY)
     assert [trial.state.name for trial in opened.study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
@@ -113,8 +113,8 @@ def test_a_photograph_that_changes_meanwhile_is_named(store: str, tmp_path: Path
     else:
         Image.new("RGB", (24, 24)).save(first)
     message = "No such file.*put it back" if when == "moved" else "changed since the folder was read"
-    with tracking.start_run("evaluate", "evaluate"), pytest.raises(DataError, match=f"{first.name}: {message}"):
-        evaluate.score_model(tracking.find_model(run_id, ""), loaded.dataset)
+    with runs.start_run("evaluate", "evaluate"), pytest.raises(DataError, match=f"{first.name}: {message}"):
+        evaluate.score_model(registry.find_model(run_id, ""), loaded.dataset)
 
 
 @pytest.mark.parametrize("statement", ["DROP TABLE runs", "ALTER TABLE runs RENAME TO _alembic_tmp_runs"])
@@ -151,25 +151,25 @@ def test_a_killed_first_start_leaves_no_half_made_store(tmp_path: Path, number: 
 )
 def test_a_process_is_known_by_its_start_too(start: str, alive: bool) -> None:
     """In a container every command is process 1."""
-    start = start.replace("its own", tracking.process_start(os.getpid()))
-    assert tracking.is_alive(f"{platform.node()}:{os.getpid()}:{start}") == alive
+    start = start.replace("its own", runs.process_start(os.getpid()))
+    assert runs.is_alive(f"{platform.node()}:{os.getpid()}:{start}") == alive
 
 
 @pytest.mark.parametrize("alias", ["champion", "challenger"])
 def test_a_deleted_alias_is_told_and_brought_back(
     store: str, loaded: loading.Data, caplog: pytest.LogCaptureFixture, alias: str
 ) -> None:
-    registry = RegistryParameters(alias=alias)
-    main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, registry)
+    asked = RegistryParameters(alias=alias)
+    main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, asked)
     client = mlflow.MlflowClient()
-    client.delete_registered_model_alias(register.REGISTERED_MODEL, alias)
+    client.delete_registered_model_alias(registry.REGISTERED_MODEL, alias)
     with caplog.at_level("INFO", "signdigits"):
-        main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, registry)
+        main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, asked)
     remedy = f"python -m signdigits register --version 1 --alias {alias}"
     assert f"version 1, no alias; it was {alias}, and `{remedy}` makes it so again" in caplog.text
-    assert remedy in register.missing_alias(alias)
+    assert remedy in registry.missing_alias(alias)
     register.register(ModelParameters(), VersionParameters(version=1, alias=alias))
-    assert register.list_aliases("1") == [alias]
+    assert registry.list_aliases("1") == [alias]
 
 
 @pytest.mark.parametrize(
@@ -179,18 +179,18 @@ def test_mlflows_own_settings_lose_nothing(store: str, photographs: Path, name: 
     line = ["search", "--data", str(photographs), "--image_size", "16", "--space", "notebook", "--n_trials", "2"]
     done = command(*line, "--epochs", "3", env=os.environ | {name: value})
     assert done.returncode == 0, done.stderr
-    for run in runs("trial"):
+    for run in find_runs("trial"):
         assert {"initial_learning_rate", "decay_rate", "epochs"} <= set(run.data.params)
         assert len(mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_loss")) == 3
 
 
 @pytest.mark.parametrize(("params", "steps"), [({"epochs": 3, "dropout": 0.5}, 1), ({"epochs": 3}, 2)])
 def test_what_was_not_recorded_fails_the_run(store: str, params: dict[str, float], steps: int) -> None:
-    with tracking.start_run("train", "train"):
+    with runs.start_run("train", "train"):
         mlflow.log_param("epochs", 3)
         mlflow.log_metric("val_accuracy", 0.5, step=0)
         with pytest.raises(TrackingError, match=f"MLflow recorded 1 of {steps} values of val_accuracy"):
-            tracking.check_recorded(params, "val_accuracy", steps)
+            runs.check_recorded(params, "val_accuracy", steps)
 
 
 @pytest.mark.parametrize("arguments", [["links"], ["prepare"]])
@@ -202,7 +202,7 @@ def test_a_reader_that_stops_is_let_go(store: str, photographs: Path, arguments:
     assert "Logging error" not in done.stderr
     assert "Traceback" not in done.stderr
     if arguments[0] == "prepare":
-        (run,) = runs("prepare")
+        (run,) = find_runs("prepare")
         assert run.info.status == "FINISHED"
 
 
@@ -211,14 +211,14 @@ def test_an_unforeseen_error_is_one_line(
     store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def fail() -> None:
-        with tracking.start_run("train", "train"):
+        with runs.start_run("train", "train"):
             raise error
 
     monkeypatch.setitem(cli.COMMANDS, "show", fail)
     assert cli.main(["show"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"signdigits show: {type(error).__name__}: ")
-    assert f"/runs/{runs('train')[0].info.run_id}" in line
+    assert f"/runs/{find_runs('train')[0].info.run_id}" in line
     file = Path(line.partition("the traceback is in ")[2].partition(";")[0])
     assert "Traceback" in file.read_text()
     file.unlink()
@@ -235,11 +235,11 @@ def test_names_are_text_in_every_picture(store: str, tmp_path: Path, name: str) 
     assert done.returncode == 0, done.stderr
     loaded = loading.load_data(DataParameters(data=str(folder), image_size=16))
     run_id = train.train(loaded, Hyperparameters(epochs=1, initial_learning_rate=1e-6))
-    evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
-    (run,) = runs("evaluate")
+    evaluate.evaluate(loaded.parameters, ModelParameters(run_id=run_id))
+    (run,) = find_runs("evaluate")
     kept = {item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, "test")}
     assert {"test/worst_mistakes.png", "test/per_class.csv"} <= kept
-    (report,) = runs("prepare")
+    (report,) = find_runs("prepare")
     assert "data/sample.png" in {item.path for item in mlflow.MlflowClient().list_artifacts(report.info.run_id, "data")}
 
 
@@ -251,7 +251,7 @@ def test_class_names_are_text(store: str, tmp_path: Path, classes: tuple[str, st
     loaded = loading.load_data(DataParameters(data=str(folder), image_size=16))
     for epochs, rate in ((1, 1e-7), (10, 3e-3)):
         run_id = train.train(loaded, Hyperparameters(epochs=epochs, initial_learning_rate=rate, batch_size=8))
-        scores = evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
+        scores = evaluate.evaluate(loaded.parameters, ModelParameters(run_id=run_id))
         decision = register.register(ModelParameters(run_id=run_id), VersionParameters(significance_level=0.5))
     assert scores.test_accuracy == 1
     assert decision.agreement is not None
@@ -267,7 +267,7 @@ def test_every_format_is_read_from_folder_to_endpoint(store: str, tmp_path: Path
             path.unlink()
     loaded = loading.load_data(DataParameters(data=str(folder), image_size=16))
     run_id = train.train(loaded, Hyperparameters(epochs=1))
-    scores = evaluate.evaluate(tracking.find_model(run_id, ""), loaded.parameters)
+    scores = evaluate.evaluate(loaded.parameters, ModelParameters(run_id=run_id))
     assert scores.test_images == len(loaded.split.testing)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from signdigits import links
 from signdigits.config import LinkParameters
+from signdigits.tracking import urls
 
 
 def test_without_a_study_the_next_step_is_told(store: str) -> None:
@@ -36,7 +37,7 @@ def test_the_links_lead_to_the_latest_study_and_its_finished_trials(store: str) 
 
 def test_a_server_is_its_own_ui(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     mlflow.set_tracking_uri("http://tracking.example:8080/")
-    assert links.ui_url() == "http://tracking.example:8080"
+    assert urls.ui_url() == "http://tracking.example:8080"
     mlflow.set_tracking_uri(store)
 
 

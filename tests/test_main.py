@@ -15,22 +15,16 @@ import pytest
 from mlflow.entities import Run
 
 from signdigits import main, register
-from signdigits.config import (
-    ModelParameters,
-    Range,
-    RefitParameters,
-    RegistryParameters,
-    Space,
-    StudyParameters,
-    VersionParameters,
-)
+from signdigits.config import ModelParameters, RefitParameters, RegistryParameters, StudyParameters, VersionParameters
 from signdigits.data import loading
+from signdigits.tracking import registry
+from signdigits.tuning.space import Range, Space
 
 from .conftest import PROJECT, serving
 
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
 STUDY = StudyParameters(n_trials=2, pruner="none")
-TWO = RefitParameters(repeats=2)
+TWO = RefitParameters(n_seeds=2)
 
 
 def runs() -> list[Run]:
@@ -62,7 +56,7 @@ def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: loadin
             assert run.data.tags["mlflow.parentRunId"] == study.info.run_id
             assert {"initial_learning_rate", "decay_rate", "epochs"} <= set(run.data.params)
             assert float(run.data.params["initial_learning_rate"]) > 0
-    champion = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, "champion")
+    champion = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, "champion")
     expected = {
         "study",
         "trial",
@@ -131,25 +125,25 @@ def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, load
 
 
 def test_the_spread_over_seeds_is_told_and_the_first_is_registered(store: str, loaded: loading.Data) -> None:
-    main.main(loaded, SPACE, STUDY, RefitParameters(repeats=3), RegistryParameters())
+    main.main(loaded, SPACE, STUDY, RefitParameters(n_seeds=3), RegistryParameters())
     refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
     assert set(refits) == {"1337", "1338", "1339"}
     accuracies = [run.data.metrics["test_accuracy"] for run in refits.values()]
     (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
     assert study.data.metrics["test_accuracy_mean"] == pytest.approx(np.mean(accuracies))
     assert study.data.metrics["test_accuracy_spread"] == pytest.approx(np.std(accuracies, ddof=1))
-    champion = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, "champion")
+    champion = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, "champion")
     assert champion.tags["seed"] == "1337"
     assert float(champion.tags["test_accuracy_mean"]) == pytest.approx(np.mean(accuracies))
 
 
 def test_a_second_start_leaves_a_rollback_alone(store: str, loaded: loading.Data) -> None:
-    once = RefitParameters(repeats=1)
+    once = RefitParameters(n_seeds=1)
     main.main(loaded, SPACE, STUDY, once, RegistryParameters())
     other = dataclasses.replace(STUDY, study_name="other")
     assert main.main(loaded, SPACE, other, once, RegistryParameters(force=True)).version == "2"
     register.register(ModelParameters(), VersionParameters(version=1))
     again = main.main(loaded, SPACE, other, once, RegistryParameters(force=True))
     assert (again.version, again.alias) == ("2", "champion"), "what was decided then"
-    champion = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, "champion")
+    champion = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, "champion")
     assert str(champion.version) == "1"

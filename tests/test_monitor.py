@@ -16,7 +16,6 @@ import pytest
 from mlflow.entities import Run
 from PIL import Image, ImageOps
 
-from signdigits import tracking
 from signdigits.config import MonitorParameters
 from signdigits.data import loading
 from signdigits.errors import ModelError
@@ -24,6 +23,7 @@ from signdigits.measures import drift
 from signdigits.model import architecture
 from signdigits.monitor import monitor
 from signdigits.packaging import package, prediction_log
+from signdigits.tracking import runs
 
 from .conftest import command
 
@@ -133,7 +133,7 @@ def test_a_log_that_is_not_there_is_a_misuse(champion: str, tmp_path: Path) -> N
 def test_only_the_latest_answers_count(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     ask(loaded, tmp_path / "log", noisy)
     ask(loaded, tmp_path / "log", same)
-    found = monitor(MonitorParameters(answers="log", last=ENOUGH))
+    found = monitor(MonitorParameters(prediction_log="log", max_predictions=ENOUGH))
     assert found.share == 0
     assert the_run().data.metrics["answers"] == ENOUGH
 
@@ -149,7 +149,7 @@ def test_answers_of_other_hours_other_versions_and_cut_lines_are_passed_over(
     unnamed = [json.dumps({**json.loads(line), "version": ""}) for line in lines[:5]]
     strange = ["[]", "{}", "five fingers", lines[0][:50]]
     file.write_text("\n".join([*old, *other, *lines, *unnamed, *strange]))
-    monitor(MonitorParameters(answers="log", hours=24))
+    monitor(MonitorParameters(prediction_log="log", window_hours=24))
     assert the_run().data.metrics["answers"] == ENOUGH + 5
 
 
@@ -158,7 +158,7 @@ def test_a_model_without_a_reference_names_the_remedy(
 ) -> None:
     ask(loaded, tmp_path / "log", same)
     with pytest.raises(ModelError, match="not evaluated yet; run `python -m signdigits evaluate --model_uri"):
-        monitor(MonitorParameters(answers="log", model_uri=log_another()))
+        monitor(MonitorParameters(prediction_log="log", model_uri=log_another()))
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def log_another(champion: str, loaded: loading.Data) -> Callable[[], str]:
     """A function that logs an untrained network, and returns its address."""
 
     def log() -> str:
-        with tracking.start_run("train", "train"):
+        with runs.start_run("train", "train"):
             return str(
                 package.log_model(architecture.build_network(loaded.training.shape, 3), 1.0, loaded, {}).model_uri
             )

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from signdigits import tracking
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.model import architecture
 from signdigits.packaging import package
+from signdigits.tracking import runs
 
 from .conftest import SIZE
 
@@ -21,7 +21,7 @@ def test_a_logged_model_reads_photographs_as_its_network_was_trained(
 ) -> None:
     loaded = loading.load_data(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
     network = architecture.build_network(loaded.training.shape, 3)
-    with tracking.start_run("train", "train"):
+    with runs.start_run("train", "train"):
         info = package.log_model(network, 1.0, loaded, {})
     served = mlflow.pyfunc.load_model(info.model_uri)
     paths = [loaded.dataset.folder / loaded.dataset.photographs[i].path for i in loaded.split.training[:5]]
@@ -34,7 +34,7 @@ def test_a_logged_model_reads_photographs_as_its_network_was_trained(
 
 def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: str, loaded: loading.Data) -> None:
     network = architecture.build_network(loaded.training.shape, 3)
-    with tracking.start_run("train", "train"):
+    with runs.start_run("train", "train"):
         uris = [package.log_model(network, 1.0, loaded, {}).model_uri for _ in range(2)]
     first, second = (mlflow.pyfunc.load_model(uri).unwrap_python_model() for uri in uris)
     assert first.images is not second.images
@@ -42,7 +42,7 @@ def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: 
 
 def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: loading.Data) -> None:
     network = architecture.build_network(loaded.training.shape, 3)
-    with tracking.start_run("refit", "refit") as run:
+    with runs.start_run("refit", "refit") as run:
         info = package.log_model(network, 1.0, loaded, {"study": "bars-1234", "trial": 3})
     logged = mlflow.get_logged_model(info.model_id)
     assert logged.source_run_id == run.info.run_id

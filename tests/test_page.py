@@ -75,7 +75,17 @@ def made(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champio
 @contextmanager
 def front(made: Made, *options: str) -> Iterator[Front]:
     url = f"http://127.0.0.1:{free_port()}"
-    line = [sys.executable, "-m", "signdigits", "serve", "--port", url.rpartition(":")[2], "--drain", "1", *options]
+    line = [
+        sys.executable,
+        "-m",
+        "signdigits",
+        "serve",
+        "--port",
+        url.rpartition(":")[2],
+        "--drain_timeout",
+        "1",
+        *options,
+    ]
     environment = os.environ | {"MLFLOW_TRACKING_URI": made.store}
     log = made.folder / "serve.log"
     with log.open("w") as output:
@@ -323,7 +333,7 @@ def test_what_is_no_photograph_is_refused_in_the_words_of_the_model(page: Page, 
 
 
 def test_too_large_and_too_many_photographs_are_told(window: Browser, made: Made) -> None:
-    limits = ("--max_body", "1", "--requests_per_second", "1", "--burst", "1")
+    limits = ("--max_body_mb", "1", "--requests_per_second", "1", "--burst", "1")
     with front(made, *limits) as opened, visit(window, opened.url) as page:
         choose(page, file("noise.jpg", os.urandom(2_000_000)))
         expect_trouble(page, "The photograph is too large for this server.")

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 from mlflow.entities import LoggedModel
 
-from signdigits import register, tracking
+from signdigits import register
 from signdigits.config import ModelParameters, RegistryParameters, VersionParameters
 from signdigits.errors import ModelError, ParameterError
+from signdigits.tracking import registry, runs
 
-NAME = register.REGISTERED_MODEL
+NAME = registry.REGISTERED_MODEL
 Log = Callable[..., LoggedModel]
 
 
@@ -19,14 +20,14 @@ def scored(log_model: Log, right: int, **tags: str) -> LoggedModel:
     """A model that reads the first `right` of twelve test images correctly, as if `evaluate` had scored it."""
     table = pd.DataFrame({"path": [f"0/{n}.jpg" for n in range(12)], "label": "0"})
     table["prediction"] = ["0"] * right + ["1"] * (12 - right)
-    with tracking.start_run("evaluate", "evaluate") as run:
-        mlflow.log_text(table.to_csv(index=False), tracking.PREDICTIONS)
+    with runs.start_run("evaluate", "evaluate") as run:
+        mlflow.log_text(table.to_csv(index=False), runs.PREDICTIONS)
     found = {"test_accuracy": str(right / 12), "test_images": "12", "test_digest": "d", "test_run_id": run.info.run_id}
     return log_model(**found | tags)
 
 
 def promote(model: LoggedModel, **rules: Any) -> register.Decision:
-    with tracking.start_run("register", "register"):
+    with runs.start_run("register", "register"):
         return register.promote_model(model, RegistryParameters(**rules))
 
 

@@ -17,12 +17,14 @@ from mlflow.entities import Run
 from optuna.testing.pruners import DeterministicPruner
 from optuna.trial import TrialState
 
-from signdigits import search, tracking
-from signdigits.config import Range, Space, StudyParameters
+from signdigits import search
+from signdigits.config import StudyParameters
 from signdigits.data import loading
 from signdigits.errors import ParameterError, StudyError
 from signdigits.model import training
+from signdigits.tracking import runs
 from signdigits.tuning import storage, study
+from signdigits.tuning.space import Range, Space
 
 from .conftest import wait_until
 
@@ -36,7 +38,7 @@ LONG = Range(20, 30)
 
 
 def trials(opened: search.Search) -> list[Run]:
-    return tracking.nested_runs(opened.run_id, "trial")
+    return runs.nested_runs(opened.run_id, "trial")
 
 
 def artifacts(run_id: str, folder: str) -> set[str]:

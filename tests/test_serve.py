@@ -25,8 +25,11 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
 from signdigits import register, serve, train
-from signdigits.config import Hyperparameters, ServeParameters
+from signdigits.config import Hyperparameters
 from signdigits.data import loading
+from signdigits.serving.options import ServeParameters
+from signdigits.serving.supervisor import REASON, STATE, Supervisor, is_listening
+from signdigits.tracking.registry import REGISTERED_MODEL
 
 from .conftest import free_port, store_like, wait_until
 
@@ -76,7 +79,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, emp
         for seed in (1, 2):
             chosen = Hyperparameters(epochs=1, batch_size=8, initial_learning_rate=0.003, seed=seed)
             output = mlflow.get_run(train.train(loaded, chosen)).outputs.model_outputs[0]
-            mlflow.register_model(f"models:/{output.model_id}", register.REGISTERED_MODEL)
+            mlflow.register_model(f"models:/{output.model_id}", REGISTERED_MODEL)
         for code in (RAISES, DOES_NOT_START):
             register_broken(folder, code)
         photograph = next(loaded.dataset.folder.rglob("*.JPG")).read_bytes()
@@ -95,15 +98,15 @@ def register_broken(folder: Path, code: str) -> None:
             input_example=pd.DataFrame({"image": ["five"]}),
             pip_requirements=["mlflow"],
         )
-    mlflow.register_model(info.model_uri, register.REGISTERED_MODEL)
+    mlflow.register_model(info.model_uri, REGISTERED_MODEL)
 
 
 def move(version: int) -> None:
-    mlflow.MlflowClient().set_registered_model_alias(register.REGISTERED_MODEL, "champion", str(version))
+    mlflow.MlflowClient().set_registered_model_alias(REGISTERED_MODEL, "champion", str(version))
 
 
 def tags(version: int) -> dict[str, str]:
-    return dict(mlflow.MlflowClient().get_model_version(register.REGISTERED_MODEL, str(version)).tags)
+    return dict(mlflow.MlflowClient().get_model_version(REGISTERED_MODEL, str(version)).tags)
 
 
 @dataclass
@@ -139,7 +142,7 @@ class Server:
 @contextmanager
 def started(registry: Registry, log: Path, *options: str, **environment: str) -> Iterator[Server]:
     port = free_port()
-    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--poll", "0.2"]
+    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--poll_interval", "0.2"]
     line += ["--start_timeout", "600", *options]
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -234,8 +237,8 @@ def test_a_promotion_and_the_way_back_fail_no_request_and_no_old_version_answers
             after = {reply.version for reply in load.replies.copy() if reply.sent > switched}
             assert after == {str(version)}
     assert statuses(load) == {200}
-    assert tags(2)[serve.STATE] == "retired"
-    assert tags(1)[serve.STATE] == "live"
+    assert tags(2)[STATE] == "retired"
+    assert tags(1)[STATE] == "live"
 
 
 def test_an_upload_that_began_before_a_promotion_is_answered_after_it(first: Server, registry: Registry) -> None:
@@ -261,10 +264,10 @@ def test_a_broken_version_never_takes_over_and_that_is_recorded(
 ) -> None:
     with Load(first.port, registry.request) as load:
         move(version)
-        wait_until(lambda: tags(version).get(serve.STATE) == "refused", seconds=600)
+        wait_until(lambda: tags(version).get(STATE) == "refused", seconds=600)
         wait_until(lambda: len(first.processes("mlflow models serve")) == 2, seconds=60)
         time.sleep(2)
-    assert reason in tags(version)[serve.REASON]
+    assert reason in tags(version)[REASON]
     assert {reply.version for reply in load.replies} == {"1"}
     assert statuses(load) == {200}
     assert first.said().count(f"starting version {version}\n") == 1, "it is not tried again and again"
@@ -283,7 +286,10 @@ def test_nginx_comes_back_when_it_is_killed(first: Server, registry: Registry) -
     (master,) = first.processes("nginx: master")
     os.kill(master, signal.SIGKILL)
     wait_until(lambda: set(first.processes("nginx: master")) - {master}, seconds=60)
-    wait_until(lambda: serve.is_listening(ServeParameters(port=first.port)), seconds=60)
+    wait_until(
+        lambda: is_listening(ServeParameters(port=first.port)),
+        seconds=60,
+    )
     assert first.version(registry.request) == "1"
 
 
@@ -311,7 +317,7 @@ def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
             raise answer
 
     monkeypatch.setattr(register, "find_alias", find_alias)
-    supervisor = serve.Supervisor(ServeParameters(poll=0.01), "nginx", tmp_path)
+    supervisor = Supervisor(ServeParameters(poll_interval=0.01), "nginx", tmp_path)
     supervisor.live = object()  # type: ignore[assignment]  # somebody answers, and is not asked
     started_at = time.monotonic()
     for _ in range(3):
@@ -356,7 +362,10 @@ def test_without_nginx_the_model_is_served_and_what_is_missing_is_said(registry:
     port = free_port()
     alone = run_without_nginx(registry, programs, "--port", str(port))
     try:
-        wait_until(lambda: serve.is_listening(ServeParameters(port=port)) or alone.poll() is not None, seconds=120)
+        wait_until(
+            lambda: is_listening(ServeParameters(port=port)) or alone.poll() is not None,
+            seconds=120,
+        )
         server = Server(alone, port, tmp_path / "none")
         assert server.version(registry.request) == "1"
     finally:

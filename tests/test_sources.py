@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import signdigits.files
 from signdigits.config import SourceParameters
 from signdigits.data import dataset, sources
 from signdigits.errors import DataError, DownloadError
@@ -80,7 +81,7 @@ def test_the_embedded_digits_are_written_once(tmp_path: Path) -> None:
 
 def test_a_folder_that_fails_half_way_does_not_look_finished(tmp_path: Path) -> None:
     def fail() -> None:
-        with sources.atomic_folder(tmp_path / "digits") as folder:
+        with signdigits.files.atomic_folder(tmp_path / "digits") as folder:
             (folder / "0").mkdir()
             raise KeyboardInterrupt
 

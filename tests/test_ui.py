@@ -13,15 +13,9 @@ import pytest
 from mlflow.entities import Run
 
 from signdigits import links, main
-from signdigits.config import (
-    LinkParameters,
-    Range,
-    RefitParameters,
-    RegistryParameters,
-    Space,
-    StudyParameters,
-)
+from signdigits.config import LinkParameters, RefitParameters, RegistryParameters, StudyParameters
 from signdigits.data import loading
+from signdigits.tuning.space import Range, Space
 
 from .conftest import answers, free_port, store_like, wait_until
 
@@ -56,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, emp
     port = free_port()
     with store_like(empty_store, folder) as store:
         mlflow.set_experiment("sign-digits")
-        main.main(loaded, SPACE, STUDY, RefitParameters(repeats=1), RegistryParameters())
+        main.main(loaded, SPACE, STUDY, RefitParameters(n_seeds=1), RegistryParameters())
         found = mlflow.search_runs(filter_string="tags.role = 'study'", output_format="list")[0]
         kept = [item.path for item in mlflow.MlflowClient().list_artifacts(found.info.run_id, "study")]
         pictures = [Path(path).name for path in kept if path.endswith(".png")]

@@ -17,14 +17,15 @@ from mlflow.entities import LoggedModel
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support
 
-from signdigits import plots, tables, tracking
+from signdigits import plots, tables
 from signdigits.batch import scoring
-from signdigits.config import SourceParameters
+from signdigits.config import ModelParameters, SourceParameters
 from signdigits.data import images, split
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import ModelError
 from signdigits.model import calibration
 from signdigits.packaging import prediction_log
+from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,13 @@ class Scores:
         )
 
 
-def evaluate(model: LoggedModel, parameters: SourceParameters) -> Scores:
-    """Score `model` in a run of its own.
+def evaluate(parameters: SourceParameters, which: ModelParameters) -> Scores:
+    """Score a model in a run of its own.
 
-    Raises ModelError if it was trained on other photographs than `parameters.data`: their split would not keep its
-    training images out of the test.
+    Raises ModelError if there is no such model, or if it was trained on other photographs than `parameters.data`: their
+    split would not keep its training images out of the test (leakage).
     """
+    model = registry.find_model(which.run_id, which.model_uri)
     dataset = scan_dataset(parameters)
     digest = split.split_dataset(dataset, model.tags.get("split", "random")).digest
     if model.tags.get("dataset_digest") != digest:
@@ -64,32 +66,32 @@ def evaluate(model: LoggedModel, parameters: SourceParameters) -> Scores:
             f"{model.tags.get('dataset_digest')}, but data={parameters.data} has {digest}; "
             "pass --data the photographs that the model was trained on"
         )
-    with tracking.start_run("evaluate", f"evaluate {model.model_id}"):
-        tracking.log_params(asdict(parameters))
+    with runs.start_run("evaluate", f"evaluate {model.model_id}"):
+        runs.log_params(asdict(parameters))
         return score_model(model, dataset)
 
 
 def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     """Score `model` on the test images; metrics, tables and pictures go to the active run and to the model."""
     made = split.split_dataset(dataset, model.tags.get("split", "random"))
-    tags = tracking.data_tags(dataset, made)
+    tags = runs.data_tags(dataset, made)
     mlflow.set_tags(tags)
-    mlflow.log_input(tracking.dataset_input(dataset, made.testing), context="testing")
+    mlflow.log_input(runs.dataset_input(dataset, made.testing), context="testing")
     served = scoring.load_served_model(model.model_uri)
     table = predict_photographs(served, dataset, made.testing)
-    mlflow.log_text(tables.to_csv(table), tracking.PREDICTIONS)
-    mlflow.log_text(tables.to_csv(make_reference(served, dataset, table)), tracking.REFERENCE)
+    mlflow.log_text(tables.to_csv(table), runs.PREDICTIONS)
+    mlflow.log_text(tables.to_csv(make_reference(served, dataset, table)), runs.REFERENCE)
     scores = compute_scores(table, dataset.class_names, float(model.tags.get("temperature", "1")))
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
     per_class = score_classes(table)
     mlflow.log_text(tables.to_csv(per_class), "test/per_class.csv")
     log_mlflow_evaluation(table)
     reliability = calibration.compute_reliability(*to_arrays(table, dataset.class_names))
-    tracking.log_figure("test/reliability.png", lambda: plots.plot_reliability(reliability))
+    runs.log_figure("test/reliability.png", lambda: plots.plot_reliability(reliability))
     if not (wrong := table[table["label"] != table["prediction"]].nlargest(WORST, "probability")).empty:
-        tracking.log_figure("test/worst_mistakes.png", lambda: plot_mistakes(wrong, dataset))
+        runs.log_figure("test/worst_mistakes.png", lambda: plot_mistakes(wrong, dataset))
     rows = [list(per_class.columns), *per_class.round(4).itertuples(index=False)]
-    tracking.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n{tracking.markdown_table(rows)}")
+    runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n{runs.markdown_table(rows)}")
     active = mlflow.active_run()
     assert active is not None
     found = {**asdict(scores), "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}

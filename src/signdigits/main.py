@@ -12,31 +12,33 @@ import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel
 
-from signdigits import evaluate, links, prepare, register, search, tracking
-from signdigits.config import RefitParameters, RegistryParameters, Space, StudyParameters
+from signdigits import evaluate, prepare, register, search
+from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
 from signdigits.data.loading import Data
 from signdigits.model import training
 from signdigits.packaging import package
+from signdigits.tracking import registry, runs, urls
 from signdigits.tuning.progress import format_value
+from signdigits.tuning.space import Space
 
 log = logging.getLogger(__name__)
 
 
 def main(
-    data: Data, space: Space, study: StudyParameters, refits: RefitParameters, registry: RegistryParameters
+    data: Data, space: Space, study: StudyParameters, refits: RefitParameters, promotion: RegistryParameters
 ) -> register.Decision:
     """Do what of the job is not done yet, and return which version became what, and why.
 
     Started again after an interruption it goes on where it was; when all is done it changes nothing.
     """
     with search.open_study(data, space, study) as opened:
-        tracking.log_params(asdict(refits) | asdict(registry))
+        runs.log_params(asdict(refits) | asdict(promotion))
         prepare.log_report(data)
         search.optimize_study(opened)
-        seeds = range(opened.best_hyperparameters.seed, opened.best_hyperparameters.seed + refits.repeats)
+        seeds = range(opened.best_hyperparameters.seed, opened.best_hyperparameters.seed + refits.n_seeds)
         models = [find_refit(opened, seed) or refit_best(opened, seed) for seed in seeds]
         log_refit_scores(models)
-        decision = register.previous_decision(models[0]) or register.promote_model(models[0], registry)
+        decision = register.previous_decision(models[0]) or register.promote_model(models[0], promotion)
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
     for line in summarize_job(opened, models, decision):
         log.info("%s", line)
@@ -46,9 +48,9 @@ def main(
 def find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
     """The model of the best trial's refit with `seed`, if that was finished, its evaluation included."""
     wanted = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
-    for run in tracking.nested_runs(opened.run_id, "refit"):
+    for run in runs.nested_runs(opened.run_id, "refit"):
         if wanted.items() <= run.data.tags.items() and run.info.status == "FINISHED":
-            return tracking.find_model(run.info.run_id, "")
+            return registry.find_model(run.info.run_id, "")
     return None
 
 
@@ -61,15 +63,15 @@ def refit_best(opened: search.Search, seed: int) -> LoggedModel:
     data, best = opened.data, opened.best
     hyperparameters = replace(opened.best_hyperparameters, seed=seed)
     facts = {"study": opened.study.study_name, "trial": best.number, "seed": seed}
-    with tracking.start_run("refit", f"refit, seed {seed}"):
+    with runs.start_run("refit", f"refit, seed {seed}"):
         log.info("refit of trial %d on %d images with seed %d", best.number, len(data.split.fitting), seed)
         mlflow.set_tags(facts)
-        tracking.log_params(asdict(hyperparameters))
-        tracking.log_data(data, parts=("fitting",))
+        runs.log_params(asdict(hyperparameters))
+        runs.log_data(data, parts=("fitting",))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.fitting, None, hyperparameters)
         training.log_curves(fitted)
-        tracking.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
+        runs.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
         facts |= {"val_accuracy": best.user_attrs["val_accuracy"]}
         info = package.log_model(fitted.in_float32(), best.user_attrs["temperature"], data, facts)
         evaluate.score_model(mlflow.get_logged_model(info.model_id), data.dataset)
@@ -105,7 +107,7 @@ def summarize_job(opened: search.Search, models: Sequence[LoggedModel], decision
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
         f"over {len(models)} seeds": f"{mean:.4f} +/- {spread:.4f}",
         "calibration error": f"{float(tags['test_ece']):.4f}",
-        "registered": f"{register.REGISTERED_MODEL} version {decision.version}, {register.describe_standing(decision)}",
+        "registered": f"{registry.REGISTERED_MODEL} version {decision.version}, {register.describe_standing(decision)}",
         "because": decision.reason,
     }
     width = max(map(len, rows))
@@ -113,7 +115,7 @@ def summarize_job(opened: search.Search, models: Sequence[LoggedModel], decision
         "",
         *(f"  {name:{width}}  {value}" for name, value in rows.items()),
         "",
-        f"  see it       scripts/ui, then {links.compare_url(links.ui_url(), tracking.find_run(opened.run_id))}",
-        f"  serve it     scripts/serve, or: mlflow models serve -m models:/{register.REGISTERED_MODEL}@champion",
+        f"  see it       scripts/ui, then {urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))}",
+        f"  serve it     scripts/serve, or: mlflow models serve -m models:/{registry.REGISTERED_MODEL}@champion",
         "  ask it       scripts/predict PHOTOGRAPH...",
     ]

@@ -20,12 +20,13 @@ import pandas as pd
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
-from signdigits import plots, register, tables, tracking
+from signdigits import plots, tables
 from signdigits.config import MonitorParameters
 from signdigits.errors import DataError, DriftFound, ModelError, TooFewPredictions
 from signdigits.measures import drift
 from signdigits.measures.drift import Drift
 from signdigits.packaging import prediction_log
+from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +37,18 @@ def monitor(parameters: MonitorParameters) -> Drift:
     Raises DriftFound, once all is written, if so many columns have drifted; TooFewAnswers, before, if there are not
     enough; DataError if there is no log, and ModelError if the model is none, or was not evaluated.
     """
-    folder = Path(parameters.answers)
+    folder = Path(parameters.prediction_log)
     if not folder.is_dir():
         raise DataError(
             f"answers={folder}: no such folder; serve with {prediction_log.FOLDER}={folder} in the environment"
         )
-    model = tracking.find_model("", parameters.model_uri)
-    version = register.version_of(model)
+    model = registry.find_model("", parameters.model_uri)
+    version = registry.version_of(model)
     reference = select_columns(read_reference(model))
     window = read_window(folder, version, parameters)
     tags = {"model_id": model.model_id, "model_version": version}
-    with tracking.start_run("monitor", f"monitor version {version}", tags=tags):
-        tracking.log_params(asdict(parameters))
+    with runs.start_run("monitor", f"monitor version {version}", tags=tags):
+        runs.log_params(asdict(parameters))
         found = log_drift(reference, select_columns(to_table(window)), parameters)
         share, drifted = found.share, ", ".join(found.drifted) or "none"
         outcome = (
@@ -56,7 +57,7 @@ def monitor(parameters: MonitorParameters) -> Drift:
         )
         mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
         mlflow.log_metrics({"answers": len(window), "drifted_columns": len(found.drifted), "drifted_share": share})
-        tracking.set_description(f"{outcome}.\n\n{drift_table(reference, select_columns(to_table(window)), found)}")
+        runs.set_description(f"{outcome}.\n\n{drift_table(reference, select_columns(to_table(window)), found)}")
     if share >= parameters.drift_share:
         raise DriftFound(f"{outcome}; look at the run, and evaluate the model on photographs such as these")
     log.info("no drift: %s", outcome)
@@ -71,7 +72,7 @@ def read_reference(model: LoggedModel) -> pd.DataFrame:
     if "test_run_id" not in model.tags:
         raise ModelError(f"model {model.model_id}: not evaluated yet; {again}")
     try:
-        text = mlflow.artifacts.load_text(f"runs:/{model.tags['test_run_id']}/{tracking.REFERENCE}")
+        text = mlflow.artifacts.load_text(f"runs:/{model.tags['test_run_id']}/{runs.REFERENCE}")
     except (MlflowException, OSError) as error:
         raise ModelError(f"model {model.model_id}: no reference in run {model.tags['test_run_id']}; {again}") from error
     return tables.read_csv(text, lambda column: True)
@@ -83,8 +84,8 @@ def read_window(folder: Path, version: str, parameters: MonitorParameters) -> li
     An answer without a version is taken for one of `version`: whoever served it did not say.
     """
     since = ""
-    if parameters.hours:
-        begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.hours)
+    if parameters.window_hours:
+        begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.window_hours)
         since = begin.isoformat(timespec="milliseconds")
     versions: Counter[str] = Counter()
 
@@ -95,12 +96,12 @@ def read_window(folder: Path, version: str, parameters: MonitorParameters) -> li
                 if record["version"] in ("", version):
                     yield record["time"], number, record
 
-    found = [record for _, _, record in sorted(heapq.nlargest(parameters.last, wanted()))]
-    if len(found) < parameters.min_answers:
+    found = [record for _, _, record in sorted(heapq.nlargest(parameters.max_predictions, wanted()))]
+    if len(found) < parameters.min_predictions:
         held = ", ".join(f"{count} of version {name or 'unknown'}" for name, count in versions.items()) or "none"
-        recent = f" of the last {parameters.hours:g} hours" if parameters.hours else ""
+        recent = f" of the last {parameters.window_hours:g} hours" if parameters.window_hours else ""
         raise TooFewPredictions(
-            f"answers={folder}: {len(found)} answers{recent} of version {version}, {parameters.min_answers} needed "
+            f"answers={folder}: {len(found)} answers{recent} of version {version}, {parameters.min_predictions} needed "
             f"(it holds {held}); wait for more, or lower --min_answers"
         )
     return found
@@ -151,7 +152,7 @@ def log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: Monitor
         found = drift.measure_drift(reference, window, parameters, report)
         mlflow.log_artifact(str(report))
     mlflow.log_metrics({f"drift_{name}": distance for name, distance in found.distances.items()})
-    tracking.log_figure("drift.png", lambda: plots.plot_drift(reference, window, found))
+    runs.log_figure("drift.png", lambda: plots.plot_drift(reference, window, found))
     return found
 
 
@@ -160,7 +161,7 @@ def drift_table(reference: pd.DataFrame, window: pd.DataFrame, found: Drift) -> 
     for name, distance in found.distances.items():
         ends = [describe_column(part[name]) for part in (reference, window)]
         rows.append((name, f"{distance:.3f}", "yes" if name in found.drifted else "no", *ends))
-    return tracking.markdown_table(rows)
+    return runs.markdown_table(rows)
 
 
 def describe_column(column: pd.Series) -> str:

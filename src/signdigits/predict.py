@@ -18,13 +18,14 @@ from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import LoggedModel
 from tqdm import tqdm
 
-from signdigits import plots, register, tracking
+from signdigits import plots
 from signdigits.batch import inputs, scoring
 from signdigits.batch.inputs import BatchInput
 from signdigits.batch.output import BatchJob, Output, lock_output
 from signdigits.batch.scoring import Chunk
 from signdigits.config import PredictParameters
 from signdigits.data import images
+from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +43,11 @@ def predict(parameters: PredictParameters) -> Output:
     """
     folder = Path(parameters.output)
     found = inputs.find_inputs(parameters.images, folder)
-    model = tracking.find_model("", parameters.model_uri)
-    job = BatchJob(model.model_id, register.version_of(model), parameters.images, found.digest, len(found.paths))
+    model = registry.find_model("", parameters.model_uri)
+    job = BatchJob(model.model_id, registry.version_of(model), parameters.images, found.digest, len(found.paths))
     with lock_output(folder, job) as output:
         if output.is_finished:
-            tracking.mark_resumed(tracking.find_run(output.job.run_id))
+            runs.mark_resumed(runs.find_run(output.job.run_id))
             log.info("finished before, in run %s; the tables: %s and %s", output.job.run_id, *output.tables)
         else:
             output = score_job(output, found, model, parameters)
@@ -58,9 +59,9 @@ def score_job(output: Output, found: BatchInput, model: LoggedModel, parameters:
     job = output.job
     tags = {"model_id": model.model_id, "model_version": job.version, "images_digest": job.digest}
     name = f"predict {found.name} with version {job.version}"
-    with tracking.start_run("predict", name, run_id=job.run_id or None, tags=tags) as run:
+    with runs.start_run("predict", name, run_id=job.run_id or None, tags=tags) as run:
         output = output.note(run_id=run.info.run_id)
-        tracking.log_params(asdict(parameters))
+        runs.log_params(asdict(parameters))
         mlflow.log_input(
             MetaDataset(LocalArtifactDatasetSource(str(found.folder)), found.name, job.digest), "prediction"
         )
@@ -125,8 +126,8 @@ def log_summary(output: Output, found: BatchInput, scored: int, seconds: float) 
     mlflow.log_metrics(facts)
     if csv.stat().st_size <= SMALL:
         mlflow.log_artifact(str(csv))
-    tracking.log_figure("least_certain.png", lambda: plot_least_certain(table, found))
-    tracking.set_description(describe_tables(output, found, table, unreadable))
+    runs.log_figure("least_certain.png", lambda: plot_least_certain(table, found))
+    runs.set_description(describe_tables(output, found, table, unreadable))
     log.info(
         "%d images read with version %s, %d unreadable; the tables: %s and %s",
         len(table) - len(unreadable), output.job.version, len(unreadable), parquet, csv,
@@ -136,9 +137,9 @@ def log_summary(output: Output, found: BatchInput, scored: int, seconds: float) 
 def describe_tables(output: Output, found: BatchInput, table: pd.DataFrame, unreadable: pd.DataFrame) -> str:
     counts = table["label"].value_counts().sort_index()
     reasons = unreadable["reason"].value_counts().head(10)
-    tables = [tracking.markdown_table([("label", "images"), *counts.items()])]
+    tables = [runs.markdown_table([("label", "images"), *counts.items()])]
     if len(reasons):
-        tables.append(tracking.markdown_table([("unreadable because", "images"), *reasons.items()]))
+        tables.append(runs.markdown_table([("unreadable because", "images"), *reasons.items()]))
     return "\n\n".join([f"{len(table)} images of `{found.name}`, read with version {output.job.version}.", *tables])
 
 

@@ -12,20 +12,21 @@ from typing import Any
 import mlflow
 import pandas as pd
 
-from signdigits import plots, tables, tracking
+from signdigits import plots, tables
 from signdigits.data import groups, quality
 from signdigits.data.loading import Data
+from signdigits.tracking import runs
 
 log = logging.getLogger(__name__)
 
 
 def prepare(data: Data) -> str:
     """Report on `data` in a run of its own, and return the run's id."""
-    with tracking.start_run("prepare", f"prepare {data.dataset.name}") as run:
-        tracking.log_params(asdict(data.parameters))
-        mlflow.log_input(tracking.dataset_input(data.dataset), context="all")
+    with runs.start_run("prepare", f"prepare {data.dataset.name}") as run:
+        runs.log_params(asdict(data.parameters))
+        mlflow.log_input(runs.dataset_input(data.dataset), context="all")
         log_report(data)
-        tracking.set_description(describe_dataset(data))
+        runs.set_description(describe_dataset(data))
         return run.info.run_id
 
 
@@ -33,7 +34,7 @@ def log_report(data: Data) -> None:
     """Log the report, the table of files, the table of classes and a sample to the active run, and print the gist."""
     groups.write_groups(data.dataset)
     found, worth_a_look = build_report(data), quality.find_issues(data)
-    mlflow.set_tags(tracking.data_tags(data.dataset, data.split))
+    mlflow.set_tags(runs.data_tags(data.dataset, data.split))
     mlflow.log_metrics(
         {
             "photographs": len(data.dataset.photographs),
@@ -44,10 +45,10 @@ def log_report(data: Data) -> None:
     )
     mlflow.log_dict(found, "data/report.json")
     mlflow.log_text(tables.to_csv(files_table(data)), "data/files.csv")
-    tracking.log_figure("data/sample.png", lambda: plot_sample(data))
+    runs.log_figure("data/sample.png", lambda: plot_sample(data))
     mlflow.log_text(tables.to_csv(worth_a_look), "data/findings.csv")
     if set(worth_a_look["finding"]) - {"imbalance"}:
-        tracking.log_figure("data/findings.png", lambda: quality.plot_findings(data, worth_a_look))
+        runs.log_figure("data/findings.png", lambda: quality.plot_findings(data, worth_a_look))
     for line in report_lines(data, found, worth_a_look):
         log.info("%s", line)
 
@@ -93,7 +94,7 @@ def report_lines(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) 
 
 def describe_dataset(data: Data) -> str:
     """The report for the run's page."""
-    rows = tracking.markdown_table([("class", "photographs"), *data.dataset.counts().items()])
+    rows = runs.markdown_table([("class", "photographs"), *data.dataset.counts().items()])
     return f"What `{data.parameters.data}` holds. Digest `{data.dataset.digest}`.\n\n{rows}"
 
 

@@ -15,20 +15,12 @@ from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from signdigits import tables, tracking
+from signdigits import tables
 from signdigits.config import ModelParameters, RegistryParameters, VersionParameters
 from signdigits.errors import ModelError, ParameterError
+from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
-
-REGISTERED_MODEL = "sign-digits"
-CHAMPION = "champion"
-CHALLENGER = "challenger"
-
-DESCRIPTION = """\
-Reads the digit (0 to 9) that a photographed hand signs. Takes rows with a column `image`, base64 text of a JPEG or
-PNG; answers with `label`, `probability` and `probabilities`. `champion` is served; a `challenger` did not beat it.
-"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class ContingencyTable:
         return float(binomtest(self.challenger_only, differing, alternative="greater").pvalue) if differing else 1.0
 
     def table(self) -> str:
-        return tracking.markdown_table(
+        return runs.markdown_table(
             [
                 ("", "champion right", "champion wrong"),
                 ("**challenger right**", self.both, self.challenger_only),
@@ -82,16 +74,16 @@ def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
         raise ParameterError(
             f"run_id={which.run_id!r}, model_uri={which.model_uri!r}, version={parameters.version}: give one of the three"
         )
-    with tracking.start_run("register", "register"):
-        tracking.log_params({"run_id": which.run_id, "model_uri": which.model_uri, **asdict(parameters)})
+    with runs.start_run("register", "register"):
+        runs.log_params({"run_id": which.run_id, "model_uri": which.model_uri, **asdict(parameters)})
         if parameters.version:
             decision = move_alias(str(parameters.version), parameters.alias)
         else:
-            decision = promote_model(tracking.find_model(which.run_id, which.model_uri), parameters)
+            decision = promote_model(registry.find_model(which.run_id, which.model_uri), parameters)
         mlflow.set_tags({"version": decision.version, "alias": decision.alias})
         agreement = f"\n\n{decision.agreement.table()}" if decision.agreement else ""
-        tracking.set_description(
-            f"`{REGISTERED_MODEL}` version {decision.version} is `{decision.alias}`: {decision.reason}.{agreement}"
+        runs.set_description(
+            f"`{registry.REGISTERED_MODEL}` version {decision.version} is `{decision.alias}`: {decision.reason}.{agreement}"
         )
         return decision
 
@@ -107,11 +99,11 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
             f"model {model.model_id}: not evaluated yet; run `python -m signdigits evaluate --run_id "
             f"{model.source_run_id}` first"
         )
-    version = find_version(model) or create_version(model)
-    champion = find_alias(parameters.alias)
+    version = registry.find_version(model) or registry.create_version(model)
+    champion = registry.find_alias(parameters.alias)
     previous = str(champion.version) if champion else ""
     agreement = None
-    if parameters.alias != CHAMPION:
+    if parameters.alias != registry.CHAMPION:
         deserves, reason = True, "as asked"
     elif champion is None:
         deserves, reason = True, "there was no champion"
@@ -122,7 +114,7 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
         deserves = agreement is not None and agreement.p_value < parameters.significance_level
         if parameters.force and not deserves:
             deserves, reason = True, f"forced, although {reason}"
-    alias = parameters.alias if deserves else CHALLENGER
+    alias = parameters.alias if deserves else registry.CHALLENGER
     decision = Decision(str(version.version), alias, reason, agreement, previous)
     assign_alias(decision)
     return decision
@@ -152,7 +144,7 @@ def read_predictions(version: ModelVersion) -> pd.DataFrame:
     """What `evaluate` recorded of a version: one row a test image."""
     run_id = version.tags.get("test_run_id", "")
     try:
-        text = mlflow.artifacts.load_text(f"runs:/{run_id}/{tracking.PREDICTIONS}")
+        text = mlflow.artifacts.load_text(f"runs:/{run_id}/{runs.PREDICTIONS}")
     except (MlflowException, OSError) as error:
         raise ModelError(
             f"version {version.version}: its predictions are not in run {run_id!r} any more; evaluate it again "
@@ -176,10 +168,12 @@ def count_agreement(challenger: pd.DataFrame, champion: pd.DataFrame) -> Conting
 def move_alias(version: str, alias: str) -> Decision:
     """Give `alias` to a registered version, forwards or back, without a question."""
     try:
-        mlflow.MlflowClient().get_model_version(REGISTERED_MODEL, version)
+        mlflow.MlflowClient().get_model_version(registry.REGISTERED_MODEL, version)
     except MlflowException as error:
-        raise ModelError(f"version={version}: {REGISTERED_MODEL} has no such version; look in the MLflow UI") from error
-    holder = find_alias(alias)
+        raise ModelError(
+            f"version={version}: {registry.REGISTERED_MODEL} has no such version; look in the MLflow UI"
+        ) from error
+    holder = registry.find_alias(alias)
     previous = str(holder.version) if holder else ""
     reason = f"moved by hand from version {previous}" if previous else "given by hand"
     decision = Decision(version, alias, reason, None, previous)
@@ -189,21 +183,16 @@ def move_alias(version: str, alias: str) -> Decision:
 
 def previous_decision(model: LoggedModel) -> Decision | None:
     """The decision that was made on `model` before, if one was."""
-    version = find_version(model)
+    version = registry.find_version(model)
     if version is None or "decision" not in version.tags:
         return None
     alias, _, reason = version.tags["decision"].partition(": ")
     return Decision(str(version.version), alias, reason)
 
 
-def list_aliases(version: str) -> list[str]:
-    """The aliases that a version has at present."""
-    return sorted(mlflow.MlflowClient().get_model_version(REGISTERED_MODEL, version).aliases)
-
-
 def describe_standing(decision: Decision) -> str:
     """What a version is now: somebody may have moved or deleted its alias since the decision."""
-    present = list_aliases(decision.version)
+    present = registry.list_aliases(decision.version)
     if decision.alias in present:
         return ", ".join(present)
     was = f"{', '.join(present) or 'no alias'}; it was {decision.alias}"
@@ -219,63 +208,30 @@ def assign_alias(decision: Decision) -> None:
         mlflow.log_metric("p_value", decision.agreement.p_value)
         mlflow.log_dict(asdict(decision.agreement), "gate/agreement.json")
     for name, value in facts.items():
-        client.set_model_version_tag(REGISTERED_MODEL, decision.version, name, value)
+        client.set_model_version_tag(registry.REGISTERED_MODEL, decision.version, name, value)
     mlflow.set_tags(facts)
-    client.set_registered_model_alias(REGISTERED_MODEL, decision.alias, decision.version)
-    challenger = find_alias(CHALLENGER)
-    if decision.alias == CHAMPION and challenger and str(challenger.version) == decision.version:
-        client.delete_registered_model_alias(REGISTERED_MODEL, CHALLENGER)
-    log.info("%s version %s is now %s: %s", REGISTERED_MODEL, decision.version, decision.alias, decision.reason)
-
-
-def describe_champion() -> str:
-    """What is served: the champion's version and what it was measured at. Raises ModelError if there is none."""
-    champion = find_alias(CHAMPION)
-    if champion is None:
-        raise ModelError(missing_alias(CHAMPION))
-    tags = champion.tags
-    if "test_accuracy" not in tags:
-        return f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: registered by other means, never evaluated"
-    return (
-        f"{REGISTERED_MODEL} version {champion.version}, {CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "
-        f"{tags['test_images']} images of {tags['dataset']}"
+    client.set_registered_model_alias(registry.REGISTERED_MODEL, decision.alias, decision.version)
+    challenger = registry.find_alias(registry.CHALLENGER)
+    if decision.alias == registry.CHAMPION and challenger and str(challenger.version) == decision.version:
+        client.delete_registered_model_alias(registry.REGISTERED_MODEL, registry.CHALLENGER)
+    log.info(
+        "%s version %s is now %s: %s", registry.REGISTERED_MODEL, decision.version, decision.alias, decision.reason
     )
 
 
-def missing_alias(alias: str) -> str:
-    """Why nobody has an alias, and what gives it to somebody."""
-    versions = mlflow.MlflowClient().search_model_versions(f"name = '{REGISTERED_MODEL}'")
-    newest = max((int(version.version) for version in versions), default=0)
-    remedy = f"python -m signdigits register --version {newest} --alias {alias}" if newest else "scripts/quickstart"
-    found = f"its {len(versions)} versions have other aliases or none" if newest else "it has no version"
-    return f"{REGISTERED_MODEL} has no {alias} in {tracking.store_address()}, {found}; run {remedy}"
+def show_champion() -> None:
+    """Print the champion's version and its test accuracy. Raises ModelError if there is none."""
+    log.info("%s", describe_champion())
 
 
-def create_version(model: LoggedModel) -> ModelVersion:
-    """Register `model` with the tags that lead back to its data, study and commit."""
-    client = mlflow.MlflowClient()
-    own = {name: value for name, value in model.tags.items() if not name.startswith("mlflow.")}
-    version = mlflow.register_model(f"models:/{model.model_id}", REGISTERED_MODEL, tags=own)
-    client.update_registered_model(REGISTERED_MODEL, DESCRIPTION)
-    return client.get_model_version(REGISTERED_MODEL, version.version)
-
-
-def find_version(model: LoggedModel) -> ModelVersion | None:
-    """The version that `model` is registered as, if it is."""
-    found = mlflow.MlflowClient().search_model_versions(f"name = '{REGISTERED_MODEL}'")
-    return next((version for version in found if version.source == f"models:/{model.model_id}"), None)
-
-
-def version_of(model: LoggedModel) -> str:
-    """The registered version of `model`, or its id where it is not registered."""
-    version = find_version(model)
-    return str(model.model_id) if version is None else str(version.version)
-
-
-def find_alias(alias: str) -> ModelVersion | None:
-    """The version that has `alias`, if one has."""
-    client = mlflow.MlflowClient()
-    found = client.search_registered_models(f"name = '{REGISTERED_MODEL}'")
-    if not found or alias not in found[0].aliases:
-        return None
-    return client.get_model_version(REGISTERED_MODEL, found[0].aliases[alias])
+def describe_champion() -> str:
+    champion = registry.find_alias(registry.CHAMPION)
+    if champion is None:
+        raise ModelError(registry.missing_alias(registry.CHAMPION))
+    tags = champion.tags
+    if "test_accuracy" not in tags:
+        return f"{registry.REGISTERED_MODEL} version {champion.version}, {registry.CHAMPION}: registered by other means, never evaluated"
+    return (
+        f"{registry.REGISTERED_MODEL} version {champion.version}, {registry.CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "
+        f"{tags['test_images']} images of {tags['dataset']}"
+    )

@@ -17,14 +17,16 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import plots, tables, tracking
-from signdigits.config import Hyperparameters, Space, StudyParameters
+from signdigits import plots, tables
+from signdigits.config import Hyperparameters, StudyParameters
 from signdigits.data.loading import Data
 from signdigits.errors import StorageError, StudyError
 from signdigits.model import architecture
+from signdigits.tracking import runs, urls
 from signdigits.tuning import executors, storage
 from signdigits.tuning.objective import TrialContext
 from signdigits.tuning.progress import format_value
+from signdigits.tuning.space import Space
 from signdigits.tuning.study import (
     automatic_name,
     count_finished,
@@ -77,7 +79,9 @@ def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
     """Bring the study to `n_trials` finished trials, and return it."""
     with open_study(data, space, parameters) as opened:
         optimize_study(opened)
-        return opened
+    link = urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))
+    log.info("compare its trials: scripts/ui, then %s", link)
+    return opened
 
 
 @contextmanager
@@ -107,8 +111,8 @@ def study_run(study: optuna.Study) -> Iterator[str]:
     """Open the study's run, or continue it; then the run that `mlflow run` launched records how many trials this start added."""
     run_id = study.user_attrs.get("mlflow_run_id")
     before = count_finished(study)
-    launched = tracking.launched_run()
-    with tracking.start_run("study", study.study_name, run_id=run_id) as run:
+    launched = runs.launched_run()
+    with runs.start_run("study", study.study_name, run_id=run_id) as run:
         study.set_user_attr("mlflow_run_id", run.info.run_id)
         try:
             yield run.info.run_id
@@ -157,13 +161,13 @@ def describe_study(opened: Search) -> None:
     """Log what the study is made of to its run, with a description that a stranger understands."""
     data, space, parameters = opened.data, opened.context.space, opened.parameters
     ranges = {name: str(r) for name, r in space.ranges.items()}
-    tracking.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
+    runs.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
     mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")  # `mlflow run` has recorded "auto" for these
-    tracking.log_data(data, parts=("training", "validation"))
-    tracking.log_versions()
+    runs.log_data(data, parts=("training", "validation"))
+    runs.log_versions()
     # Tags, because a study that is continued may be given more trials or another limit, and parameters cannot change.
     mlflow.set_tags({"study": opened.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})
-    rows = tracking.markdown_table(
+    rows = runs.markdown_table(
         [
             ("searched", "from"),
             *(
@@ -172,7 +176,7 @@ def describe_study(opened: Search) -> None:
             ),
         ]
     )
-    tracking.set_description(
+    runs.set_description(
         f"**A study on `{data.parameters.data}`.** Every nested run is a *trial*: the same network trained on "
         f"{len(data.training)} images with other hyperparameters, judged by `{parameters.objective}` on "
         f"{len(data.validation)} others. A run named *refit* is the best trial fitted again on both, scored on "

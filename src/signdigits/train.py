@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 import mlflow
 
-from signdigits import tracking
 from signdigits.config import Hyperparameters
 from signdigits.data.loading import Data
 from signdigits.model import training
 from signdigits.packaging import package
+from signdigits.tracking import runs
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +23,14 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
 
     Raises TrainingDiverged, leaving the run FAILED with its reason, if the loss is no longer a number.
     """
-    with tracking.start_run("train", "train") as run:
-        tracking.log_params(asdict(data.parameters) | asdict(hyperparameters))
-        tracking.log_data(data, parts=("training", "validation"))
-        tracking.log_versions()
+    with runs.start_run("train", "train") as run:
+        runs.log_params(asdict(data.parameters) | asdict(hyperparameters))
+        runs.log_data(data, parts=("training", "validation"))
+        runs.log_versions()
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters)
         training.log_curves(fitted)
-        tracking.check_recorded(asdict(hyperparameters), "val_accuracy", hyperparameters.epochs)
+        runs.check_recorded(asdict(hyperparameters), "val_accuracy", hyperparameters.epochs)
         temperature = training.calibrate_network(fitted, data.validation)
         mlflow.log_metric("temperature", temperature)
         package.log_model(fitted.in_float32(), temperature, data, {"val_accuracy": fitted.last("val_accuracy")})

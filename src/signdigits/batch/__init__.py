@@ -1,1 +1,1 @@
-"""Many photographs read by the served model: which, by whom, and where the answers go."""
+"""Batch prediction: its input, its scoring and its output."""

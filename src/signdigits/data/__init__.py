@@ -1,1 +1,1 @@
-"""A folder of photographs becomes arrays: named, checked, digested, split and decoded."""
+"""Photographs: where they come from, how they are split, decoded, cached and checked."""

@@ -16,9 +16,10 @@ import filelock
 import numpy as np
 import PIL
 
+import signdigits.threads
 from signdigits.config import DataParameters
 from signdigits.data import images
-from signdigits.data.dataset import Dataset, map_in_threads
+from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParameter
             dataset.read(dataset.photographs[index]), parameters.image_size, parameters.color_mode
         )
 
-    return map_in_threads(one, indices.tolist(), "decoding")
+    return signdigits.threads.map_in_threads(one, indices.tolist(), "decoding")
 
 
 def cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:

@@ -1,30 +1,23 @@
 """A folder of class folders, every photograph in it looked at once: what it shows, and what its file holds."""
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
+import signdigits.files
+import signdigits.threads
 from signdigits.config import SourceParameters
 from signdigits.data import sources
 from signdigits.data.images import ImageError, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
 
-Item = TypeVar("Item")
-Found = TypeVar("Found")
-
 JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
-
-CHUNK = 1024  # photographs that threads may be ahead of whoever takes what they found
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +50,9 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """What the folder holds, as 32 hexadecimal digits: the same paths and bytes give the same digest."""
-        return sources.compute_digest((photograph.path, photograph.checksum) for photograph in self.photographs)
+        return signdigits.files.compute_digest(
+            (photograph.path, photograph.checksum) for photograph in self.photographs
+        )
 
     def read(self, photograph: Photograph) -> bytes:
         """The bytes of a photograph. Raises DataError if it is gone, or was changed since the folder was scanned."""
@@ -72,7 +67,9 @@ class Dataset:
 
     def part_digest(self, indices: np.ndarray) -> str:
         """The digest of some of the photographs."""
-        return sources.compute_digest((self.photographs[i].path, self.photographs[i].checksum) for i in indices)
+        return signdigits.files.compute_digest(
+            (self.photographs[i].path, self.photographs[i].checksum) for i in indices
+        )
 
     def counts(self) -> dict[str, int]:
         """Photographs in each class."""
@@ -100,7 +97,7 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
 def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
     class_names = find_classes(folder)
     files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
-    looked_at = map_in_threads(
+    looked_at = signdigits.threads.map_in_threads(
         lambda file: examine_file(file[0], file[0].relative_to(folder).as_posix(), file[1]), files, "reading"
     )
     photographs: list[Photograph] = []
@@ -117,18 +114,6 @@ def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
         if label not in present:
             raise DataError(f"{folder / name}: no photograph in this class folder; add some, or remove it")
     return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
-
-
-def map_in_threads(function: Callable[[Item], Found], items: Sequence[Item], title: str) -> Iterator[Found]:
-    """`function` of each item, in their order, computed on all processors; with a bar on a terminal.
-
-    Reading, decoding, resizing and hashing release Python's lock.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as threads, tqdm(total=len(items), desc=title, disable=None) as bar:
-        for start in range(0, len(items), CHUNK):
-            for found in threads.map(function, items[start : start + CHUNK]):
-                bar.update()
-                yield found
 
 
 def find_classes(folder: Path) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import stat
 import numpy as np
 import pandas as pd
 
-from signdigits import tables
+from signdigits import files, tables
 from signdigits.data import sources
 from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError
@@ -56,7 +56,7 @@ def write_groups(dataset: Dataset) -> None:
         return
     table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": infer_students(dataset)})
     try:
-        with sources.atomic_file(file) as workshop:
+        with files.atomic_file(file) as workshop:
             workshop.write_text(tables.to_csv(table))
     except OSError as error:
         log.info("%s: not written (%s); the groups are told from the files' numbers each time", file, error.strerror)

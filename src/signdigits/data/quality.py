@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from signdigits import plots
+from signdigits import plots, threads
 from signdigits.data import images
-from signdigits.data.dataset import Dataset, Photograph, map_in_threads
+from signdigits.data.dataset import Dataset, Photograph
 from signdigits.data.loading import Data
 
 ALIKE = 4  # bits of 64 in which the hashes of two photographs may differ
@@ -69,7 +69,7 @@ def hash_photographs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         bits = imagehash.phash(Image.fromarray(pixels)).hash
         return np.packbits(bits).view(">u8")[0], pixels.mean(axis=(0, 1))
 
-    hashes, colours = zip(*map_in_threads(one, dataset.photographs, "comparing"), strict=True)
+    hashes, colours = zip(*threads.map_in_threads(one, dataset.photographs, "comparing"), strict=True)
     return np.array(hashes, np.uint64), np.array(colours)
 
 

@@ -5,11 +5,7 @@ Both are all or nothing: they are made in a folder beside their place and moved 
 
 import hashlib
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ from PIL import Image
 
 from signdigits import startup
 from signdigits.errors import DownloadError
+from signdigits.files import atomic_folder, compute_digest
 
 log = logging.getLogger(__name__)
 
@@ -100,42 +97,9 @@ def move_up(inner: Path, folder: Path) -> None:
 
 
 def folder_digest(folder: Path) -> str:
-    """`digest` of every file below `folder`."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Return the digest of every file below `folder`."""
     return compute_digest(
-        (path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
+        (path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in folder.rglob("*")
+        if path.is_file()
     )
-
-
-def compute_digest(entries: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 over sorted pairs of relative path and checksum of the bytes, shortened to 32 hexadecimal digits."""
-    total = hashlib.sha256()
-    for path, checksum in sorted(entries):
-        total.update(os.fsencode(f"{path}\0{checksum}\n"))
-    return total.hexdigest()[:32]
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` if the block ends well and is removed if it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
-        folder = Path(workshop) / target.name
-        folder.mkdir()
-        yield folder
-        try:
-            folder.rename(target)
-        except OSError:
-            if not target.is_dir():  # another process may have made the same folder meanwhile
-                raise
-
-
-@contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """A file to write, which becomes `target` if the block ends well and is removed if it does not."""
-    workshop = target.with_name(f".{target.name}-{os.getpid()}")
-    try:
-        yield workshop
-        workshop.replace(target)
-    finally:
-        workshop.unlink(missing_ok=True)

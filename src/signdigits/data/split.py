@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-from signdigits.data import groups, sources
+import signdigits.files
+from signdigits.data import groups
 from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError
 
@@ -110,7 +111,7 @@ def require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: 
 
 def split_digest(dataset: Dataset, **parts: np.ndarray) -> str:
     """The digest of the photographs and of which part each is in."""
-    return sources.compute_digest(
+    return signdigits.files.compute_digest(
         (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
         for part, indices in parts.items()
         for i in indices

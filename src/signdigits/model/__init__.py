@@ -1,1 +1,1 @@
-"""The network, and what it is fed with."""
+"""The network, its input pipeline, its training and its calibration."""

@@ -1,1 +1,1 @@
-"""What is registered and served: the network, the decoder and the log of its answers, as code and files."""
+"""The trained network as an MLflow model."""

@@ -17,10 +17,11 @@ from mlflow.models.model import ModelInfo
 from mlflow.types.schema import ColSpec, DataType, Map, Schema
 from PIL import Image
 
-from signdigits import startup, tracking
+from signdigits import startup
 from signdigits.data import images
 from signdigits.data.loading import Data
 from signdigits.packaging import prediction_log
+from signdigits.tracking import runs
 
 if TYPE_CHECKING:
     import keras
@@ -72,7 +73,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
         )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
-    tags = tracking.data_tags(data.dataset, data.split)
+    tags = runs.data_tags(data.dataset, data.split)
     tags |= {"git_commit": commit, "data": data.parameters.data, "temperature": str(temperature)}
     mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info

@@ -1,1 +1,1 @@
-"""The parts of an endpoint: the front, its page, and the processes behind it."""
+"""The server: nginx, supervisor, worker processes, page and client."""

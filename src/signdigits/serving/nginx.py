@@ -14,9 +14,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from signdigits.config import ServeParameters
 from signdigits.data import images
 from signdigits.errors import ServingError
+from signdigits.serving.options import ServeParameters
 
 POOLS = ("blue", "green")
 NO_POOL = "none"
@@ -72,7 +72,7 @@ def refusals(parameters: ServeParameters) -> dict[int, Refusal]:
         411: Refusal(411, "BAD_REQUEST", "the length of the request is missing; send the header Content-Length"),
         413: Refusal(
             413, "BAD_REQUEST",
-            f"the request has more than the {parameters.max_body} megabytes allowed; send fewer or smaller photographs",
+            f"the request has more than the {parameters.max_body_mb} megabytes allowed; send fewer or smaller photographs",
         ),
         414: Refusal(414, "BAD_REQUEST", "the address is too long; send photographs to /invocations, in the body"),
         415: Refusal(
@@ -201,7 +201,7 @@ http {{
         client_header_timeout {parameters.client_timeout}s;
         client_body_timeout {parameters.client_timeout}s;
         send_timeout {parameters.client_timeout}s;
-        client_max_body_size {parameters.max_body}m;
+        client_max_body_size {parameters.max_body_mb}m;
         client_body_buffer_size 256k;
         large_client_header_buffers 4 8k;
 

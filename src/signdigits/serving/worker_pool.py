@@ -15,9 +15,9 @@ from typing import Any
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits.config import ServeParameters
 from signdigits.packaging import prediction_log
 from signdigits.serving import nginx
+from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import Process, Reply, send_request
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""The search: its objective, its study, who runs the trials, and where they are stored."""
+"""The hyperparameter search: its objective, study, search space, executors and storage."""

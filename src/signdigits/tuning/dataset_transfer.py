@@ -9,6 +9,7 @@ from pathlib import Path
 import filelock
 import mlflow
 
+import signdigits.files
 from signdigits.config import DataParameters
 from signdigits.data import groups, loading, sources
 from signdigits.data.loading import Data
@@ -58,7 +59,7 @@ def download_photographs(name: str, digest: str, run_id: str, home: Path = Path(
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f"{name}.lock")):
         if not target.exists():
-            with sources.atomic_folder(target) as folder, tempfile.TemporaryDirectory() as place:
+            with signdigits.files.atomic_folder(target) as folder, tempfile.TemporaryDirectory() as place:
                 packed = mlflow.artifacts.download_artifacts(
                     run_id=run_id, artifact_path=f"{FOLDER}/{name}.zip", dst_path=place
                 )

@@ -14,13 +14,15 @@ from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import startup, tracking
-from signdigits.config import DataParameters, Space, StudyParameters
+from signdigits import startup
+from signdigits.config import DataParameters, StudyParameters
 from signdigits.data import sources
 from signdigits.errors import StudyError
 from signdigits.ray_cluster import connect_ray, describe_cluster, is_distributed
+from signdigits.tracking import runs
 from signdigits.tuning import dataset_transfer, storage
 from signdigits.tuning.progress import SearchProgress
+from signdigits.tuning.space import Space
 from signdigits.tuning.study import FAILURE_REASON, FINISHED, count_finished, make_sampler, retry_interrupted
 
 if TYPE_CHECKING:  # a worker imports TensorFlow when it knows on how many threads
@@ -75,8 +77,8 @@ class FailureLimit:
 
 def refuse_deleted(study: optuna.Study) -> None:
     """Raise TrackingError if the study's run has been deleted: every further trial would fail for its sake."""
-    if tracking.is_deleted(run_id := study.user_attrs["mlflow_run_id"]):
-        raise tracking.deleted_error(run_id)
+    if runs.is_deleted(run_id := study.user_attrs["mlflow_run_id"]):
+        raise runs.deleted_error(run_id)
 
 
 def run_on_workers(

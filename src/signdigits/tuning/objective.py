@@ -8,10 +8,10 @@ import keras
 import mlflow
 import optuna
 
-from signdigits import tracking
-from signdigits.config import Space
 from signdigits.data.loading import Data
 from signdigits.model import training
+from signdigits.tracking import runs
+from signdigits.tuning.space import Space
 from signdigits.tuning.study import FAILURE_REASON
 
 
@@ -46,9 +46,9 @@ def trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
     """Open the nested run of a trial; an exception becomes the trial's failure reason."""
     tags = {"trial": trial.number, "study": context.study_name} | trial.user_attrs
     try:
-        with tracking.start_run("trial", f"trial-{trial.number:03d}", parent_run_id=context.run_id, tags=tags) as run:
+        with runs.start_run("trial", f"trial-{trial.number:03d}", parent_run_id=context.run_id, tags=tags) as run:
             trial.set_user_attr("mlflow_run_id", run.info.run_id)
-            tracking.log_data(context.data, parts=("training", "validation"))
+            runs.log_data(context.data, parts=("training", "validation"))
             yield
     except Exception as error:
         trial.set_user_attr(FAILURE_REASON, f"{type(error).__name__}: {error}"[:2000])
@@ -64,7 +64,7 @@ def log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned:
     fluctuation = training.loss_fluctuation(fitted.history["val_loss"])
     mlflow.log_metrics({"val_loss_fluctuation": fluctuation, "temperature": temperature})
     mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
-    tracking.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))
+    runs.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))
 
 
 class Pruning(keras.callbacks.Callback):

@@ -9,11 +9,12 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import tracking
-from signdigits.config import Space, StudyParameters
+from signdigits.config import StudyParameters
 from signdigits.data.loading import Data
 from signdigits.errors import StudyError
+from signdigits.tracking import runs
 from signdigits.tuning import storage
+from signdigits.tuning.space import Space
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ KEPT = 75.0  # percentile of the complete trials: early accuracies say little of
 def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
     """What must be equal for two searches to be one study: data, split, space, objective and pruner."""
     return {
-        **tracking.data_tags(data.dataset, data.split),
+        **runs.data_tags(data.dataset, data.split),
         "image_size": data.parameters.image_size,
         "color_mode": data.parameters.color_mode,
         **{name: str(r) for name, r in space.ranges.items()},
@@ -91,7 +92,7 @@ def rank_trials(study: optuna.Study) -> list[FrozenTrial]:
 
     Of equal values, which a few hundred validation images make likely, the one with the lower validation loss leads.
     """
-    deleted = tracking.deleted_runs(study.user_attrs.get("mlflow_run_id", ""))
+    deleted = runs.deleted_runs(study.user_attrs.get("mlflow_run_id", ""))
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     kept = [trial for trial in complete if trial.user_attrs.get("mlflow_run_id") not in deleted]
@@ -133,9 +134,9 @@ def reconcile_stores(study: optuna.Study) -> None:
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
     retry_interrupted(study)
-    for run in tracking.nested_runs(study.user_attrs["mlflow_run_id"]):
+    for run in runs.nested_runs(study.user_attrs["mlflow_run_id"]):
         if run.info.status == "RUNNING":
-            tracking.close_interrupted(run)
+            runs.close_interrupted(run)
 
 
 def retry_interrupted(study: optuna.Study) -> None:
@@ -152,6 +153,6 @@ def retry_interrupted(study: optuna.Study) -> None:
             log.info("trial %d was interrupted: its parameters are queued again", number)
             params = trial.system_attrs.get("fixed_params", {}) | trial.params  # those it was queued with, and drew
             study.enqueue_trial(params, user_attrs={"retry_of": number, "retries": retries + 1})
-    for run in tracking.nested_runs(study.user_attrs["mlflow_run_id"], "trial") if interrupted else []:
+    for run in runs.nested_runs(study.user_attrs["mlflow_run_id"], "trial") if interrupted else []:
         if int(run.data.tags["trial"]) in interrupted and run.info.status != "KILLED":
-            tracking.close_interrupted(run)
+            runs.close_interrupted(run)

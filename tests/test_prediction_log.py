@@ -20,7 +20,7 @@ from signdigits.packaging import prediction_log
 from signdigits.packaging.prediction_log import PredictionLog, image_statistics
 
 from .conftest import serving
-from .test_served_model import post, records, text
+from .test_pyfunc_model import post, records, text
 
 RANDOM = np.random.default_rng(0)
 PHOTOGRAPH = RANDOM.integers(0, 256, (16, 16, 3)).astype(np.float32)

@@ -20,8 +20,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from signdigits import register
 from signdigits.data import loading
+from signdigits.tracking import registry
 
 from .conftest import serving, store_like
 
@@ -44,7 +44,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     with store_like(champion_store, folder) as store:
-        model_uri = f"models:/{register.REGISTERED_MODEL}@{register.CHAMPION}"
+        model_uri = f"models:/{registry.REGISTERED_MODEL}@{registry.CHAMPION}"
         with serving(model_uri, folder / "server.log") as url:
             yield Served(model_uri, store, url, loaded)
 

@@ -22,13 +22,13 @@ from typing import Any
 import mlflow
 import pytest
 
-from signdigits import register, serve
-from signdigits.config import ServeParameters
 from signdigits.data import loading
 from signdigits.errors import ParameterError, ServingError
-from signdigits.serving import nginx
+from signdigits.serving import nginx, supervisor
+from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import Process
 from signdigits.serving.worker_pool import WorkerPool
+from signdigits.tracking import registry
 
 from .conftest import free_port, store_like, wait_until
 
@@ -72,7 +72,7 @@ class Model:
         (self.home / "nginx.conf").write_text(nginx.configuration(chosen, self.home, token))
         front = Process("nginx", ["nginx", "-p", str(self.home), "-c", str(self.home / "nginx.conf")])
         try:
-            wait_until(lambda: serve.is_listening(chosen) or not front.running, seconds=30)
+            wait_until(lambda: supervisor.is_listening(chosen) or not front.running, seconds=30)
             assert front.running, front.exit_reason()
             yield Front(chosen.port)
         finally:
@@ -84,7 +84,7 @@ class Model:
 def model(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Model]:
     folder = tmp_path_factory.mktemp("front")
     with store_like(champion_store, folder), tempfile.TemporaryDirectory() as home:
-        version = mlflow.MlflowClient().get_model_version_by_alias(register.REGISTERED_MODEL, register.CHAMPION)
+        version = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, registry.CHAMPION)
         nginx.make_home(Path(home))
         answering = WorkerPool("blue", version, ServeParameters(), Path(home))
         try:
@@ -178,7 +178,7 @@ def test_the_headers_of_a_client_do_not_reach_the_model(plain: Front, model: Mod
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(model: Model) -> None:
-    with model.behind(ServeParameters(max_body=1)) as found:
+    with model.behind(ServeParameters(max_body_mb=1)) as found:
         status, _, reply = found.post(b" " * 1_100_000)
         assert (status, reply["error_code"]) == (413, "BAD_REQUEST")
         assert "more than the 1 megabytes allowed; send fewer or smaller photographs" in reply["message"]
@@ -279,7 +279,7 @@ def test_a_process_that_hangs_is_given_up_after_the_time_out_and_started_again(m
         assert (status, reply["error_code"]) == (504, "DEADLINE_EXCEEDED")
         stopped = member.process
         while member.process is stopped:
-            member.revive(silence=3)
+            member.restart_if_dead(silence=3)
             time.sleep(0.1)
         status, headers, reply = found.post(model.request)
         assert (status, headers["Retry-After"], reply["error_code"]) == (503, "1", "TEMPORARILY_UNAVAILABLE")

@@ -6,6 +6,7 @@ import pytest
 
 from signdigits import config as hp
 from signdigits.errors import ParameterError
+from signdigits.tuning.space import SPACES, Range, Space
 
 
 @pytest.mark.parametrize(
@@ -36,42 +37,42 @@ def test_a_whole_number_may_stand_for_a_float() -> None:
 
 
 def test_the_space_searches_three_parameters_and_keeps_the_rest() -> None:
-    space = hp.Space.of("notebook")
+    space = Space.of("notebook")
     assert set(space.ranges) == {"initial_learning_rate", "decay_rate", "epochs"}
     assert set(space.ranges) | set(space.fixed) == {declared.name for declared in fields(hp.Hyperparameters)}
 
 
 def test_the_extended_space_searches_what_keeps_the_network_from_learning_by_heart() -> None:
-    space = hp.Space.of("extended")
+    space = Space.of("extended")
     more = {"decay_steps", "batch_size", "augmentation", "dropout", "conv_blocks"}
     assert set(space.ranges) == {"initial_learning_rate", "decay_rate", "epochs"} | more
 
 
-@pytest.mark.parametrize("name", hp.SPACES)
+@pytest.mark.parametrize("name", SPACES)
 def test_a_searched_decay_matters_within_the_searched_epochs(name: str) -> None:
     """The notebook's 0.96 in 1,500 steps lowers the rate by 0.6 % in 20 epochs of 11 steps: next to nothing."""
-    drawn = hp.Hyperparameters(**{**hp.Space.of(name).fixed, **hp.Space.of(name).baseline()})  # type: ignore[arg-type]
-    low, epochs = hp.Space.of(name).ranges["decay_rate"].low, hp.Space.of(name).ranges["epochs"].low
+    drawn = hp.Hyperparameters(**{**Space.of(name).fixed, **Space.of(name).baseline()})  # type: ignore[arg-type]
+    low, epochs = Space.of(name).ranges["decay_rate"].low, Space.of(name).ranges["epochs"].low
     steps = 1320 / drawn.batch_size * epochs
     assert 0.96 ** (11 * 20 / 1500) > 0.99
     assert low ** (steps / drawn.decay_steps) < 0.2
 
 
 def test_auto_stands_for_what_the_space_says() -> None:
-    assert hp.Space.of("extended", epochs="auto", dropout=0.1).ranges["epochs"] == hp.Range(60, 100, start=80)
-    assert hp.Space.of("extended", dropout=0.1).fixed["dropout"] == 0.1
+    assert Space.of("extended", epochs="auto", dropout=0.1).ranges["epochs"] == Range(60, 100, start=80)
+    assert Space.of("extended", dropout=0.1).fixed["dropout"] == 0.1
 
 
-@pytest.mark.parametrize("name", hp.SPACES)
+@pytest.mark.parametrize("name", SPACES)
 def test_the_first_trial_lies_in_the_space(name: str) -> None:
-    space = hp.Space.of(name)
+    space = Space.of(name)
     first = space.baseline()
     assert all(r.low <= first[searched] <= r.high for searched, r in space.ranges.items())
     space.complete(first)
 
 
 def test_a_range_can_be_replaced_or_fixed() -> None:
-    space = hp.Space.of("notebook", epochs=hp.Range(2, 3), decay_rate=0.5)
+    space = Space.of("notebook", epochs=Range(2, 3), decay_rate=0.5)
     assert str(space.ranges["epochs"]) == "2:3"
     assert space.fixed["decay_rate"] == 0.5
 
@@ -79,19 +80,19 @@ def test_a_range_can_be_replaced_or_fixed() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": hp.Range(0, 3)}, "epochs=0: must be 1 or more"),
-        ({"epochs": hp.Range(5, 3)}, "epochs=5:3: the range is empty"),
+        ({"epochs": Range(0, 3)}, "epochs=0: must be 1 or more"),
+        ({"epochs": Range(5, 3)}, "epochs=5:3: the range is empty"),
         ({"decay_rate": 2.0}, "decay_rate=2.0: must be 1 or less"),
     ],
 )
 def test_an_unfit_range_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError) as raised:
-        hp.Space.of("notebook", **values)
+        Space.of("notebook", **values)
     assert message in str(raised.value)
 
 
 def test_a_trial_draws_from_the_ranges() -> None:
-    space = hp.Space.of("notebook", batch_size=64)
+    space = Space.of("notebook", batch_size=64)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         drawn = asdict(space.suggest(study.ask()))
@@ -101,7 +102,7 @@ def test_a_trial_draws_from_the_ranges() -> None:
 
 
 def test_the_baseline_is_the_default_moved_into_the_range() -> None:
-    assert hp.Space.of("notebook", epochs=hp.Range(2, 3)).baseline() == {
+    assert Space.of("notebook", epochs=Range(2, 3)).baseline() == {
         "initial_learning_rate": 1e-3,
         "decay_rate": 0.96,
         "epochs": 3,

@@ -1,12 +1,10 @@
 """What every command does with an MLflow run: open it, name it, describe it, and leave it with a true status."""
 
-import contextlib
 import importlib.metadata
 import logging
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
-from mlflow.entities import LoggedModel, Run, ViewType
+from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from signdigits.errors import ModelError, TrackingError
+from signdigits.tracking import store
 
 if TYPE_CHECKING:  # commands that touch no photograph need not wait for scikit-learn
     from matplotlib.figure import Figure
@@ -135,7 +134,7 @@ def open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: dic
         return continued
     except MlflowException as error:
         raise TrackingError(
-            f"{store_address()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
+            f"{store.store_address()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
             "to the address of the store that holds the run"
         ) from error
 
@@ -145,7 +144,7 @@ def find_continued(run_id: str) -> Run:
         return mlflow.get_run(run_id)
     except MlflowException as error:
         raise TrackingError(
-            f"{store_address()}: does not hold run {run_id}, which this would continue; set MLFLOW_TRACKING_URI to the store that "
+            f"{store.store_address()}: does not hold run {run_id}, which this would continue; set MLFLOW_TRACKING_URI to the store that "
             "does, or begin anew: a search with another --study_name, a prediction with another --output"
         ) from error
 
@@ -177,14 +176,13 @@ def nested_runs(run_id: str, role: str = "") -> list[Run]:
     return search_runs(wanted)
 
 
-def search_runs(wanted: str, **options: Any) -> list[Run]:
-    """The runs of all experiments that `wanted` selects, oldest first."""
-    return list(
-        mlflow.search_runs(
-            search_all_experiments=True, filter_string=wanted, order_by=["attributes.start_time ASC"],
-            output_format="list", **options,
-        )
-    )  # fmt: skip
+def search_runs(filter_string: str, **options: Any) -> list[Run]:
+    """Return the runs of all experiments that match, oldest first unless `order_by` says otherwise."""
+    options = {"order_by": ["attributes.start_time ASC"]} | options
+    found = mlflow.search_runs(
+        search_all_experiments=True, filter_string=filter_string, output_format="list", **options
+    )
+    return list(found)
 
 
 def deleted_runs(run_id: str) -> set[str]:
@@ -200,57 +198,13 @@ def close_interrupted(run: Run) -> None:
     client.set_terminated(run.info.run_id, "KILLED")
 
 
-def store_address() -> str:
-    """The address of the tracking store, without a password that stands in it."""
-    return re.sub(r"://([^:/@]*):[^/@]*@", r"://\1:***@", mlflow.get_tracking_uri())
-
-
-def connect_store() -> None:
-    """Raise TrackingError if the tracking store cannot be used. A SQLite store that is not there is created."""
-    try:
-        create_database()
-        mlflow.search_experiments(max_results=1)
-    except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
-        file = database_file()
-        if file and re.search("already exists|no such table|Can't locate revision", str(error)):
-            raise TrackingError(
-                f"{file}: its tables are not whole: the start that made them was killed, or it is of another version of "
-                f"MLflow; if no run is in it, remove it, else run `mlflow db upgrade {store_address()}`"
-            ) from error
-        raise TrackingError(
-            f"{store_address()}: {str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a store that can be used"
-        ) from error
-
-
-def database_file() -> Path | None:
-    """The file of the tracking store, if that is SQLite."""
-    scheme, _, path = mlflow.get_tracking_uri().partition(":///")
-    return Path(path) if scheme == "sqlite" and path else None
-
-
-def create_database() -> None:
-    """Create a SQLite store beside its place, and move it there when it is whole.
-
-    MLflow makes its tables in hundreds of steps; a start that is killed between two of them would leave a file that no
-    later start can use.
-    """
-    file = database_file()
-    if file is None or file.exists() or not file.parent.is_dir():
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
-        whole = Path(folder, file.name)
-        mlflow.MlflowClient(tracking_uri=f"sqlite:///{whole}").search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):  # another process was quicker
-            os.link(whole, file)
-
-
 def open_experiment(role: str) -> None:
     """Make the experiment of the surroundings, or the project's own, the active one, and describe it if nobody has.
 
     A run that `mlflow run` made for this process gets its `role` at once, and those of processes that were killed
     before they could say so are closed.
     """
-    connect_store()
+    store.connect_store()
     close_stale_runs()
     client = mlflow.MlflowClient()
     try:
@@ -264,7 +218,7 @@ def open_experiment(role: str) -> None:
             experiment_id = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT).experiment_id
     except MlflowException as error:
         raise TrackingError(
-            f"{store_address()}: {error.message}; start in the project's folder, set MLFLOW_TRACKING_URI to the address of "
+            f"{store.store_address()}: {error.message}; start in the project's folder, set MLFLOW_TRACKING_URI to the address of "
             "the store that holds the run, or MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"
         ) from error
     if "mlflow.note.content" not in client.get_experiment(experiment_id).tags:
@@ -315,7 +269,7 @@ def note_failure(error: Exception) -> None:
         client.set_tag(run_id, "failure_reason", f"{type(error).__name__}: {error}"[:5000])
 
 
-def log_figure(path: str, draw: "Callable[[], Figure]", **options: Any) -> None:
+def log_figure(path: str, draw: Callable[[], "Figure"], **options: Any) -> None:
     """Log a figure to the active run. One that cannot be drawn costs a warning, and nothing else."""
     try:
         mlflow.log_figure(draw(), path, **options)
@@ -400,30 +354,5 @@ def find_run(run_id: str) -> Run:
         return mlflow.get_run(run_id)
     except MlflowException as error:
         raise ModelError(
-            f"run_id={run_id}: no such run in {store_address()}; copy the id from the MLflow UI"
+            f"run_id={run_id}: no such run in {store.store_address()}; copy the id from the MLflow UI"
         ) from error
-
-
-def find_model(run_id: str, model_uri: str) -> LoggedModel:
-    """The logged model that `run_id` trained, or that lies at `model_uri`. Raises ModelError if there is none."""
-    if bool(run_id) == bool(model_uri):
-        raise ModelError(f"run_id={run_id!r}, model_uri={model_uri!r}: give one of the two")
-    if run_id:
-        outputs = find_run(run_id).outputs
-        if not outputs or not outputs.model_outputs:
-            raise ModelError(f"run_id={run_id}: the run has no model; give a run of the role train or refit")
-        return get_model(outputs.model_outputs[-1].model_id, f"run_id={run_id}")
-    try:
-        info = mlflow.models.get_model_info(model_uri)
-    except (MlflowException, OSError) as error:
-        raise ModelError(f"model_uri={model_uri}: no such model ({error})") from error
-    if info.model_id is None:
-        raise ModelError(f"model_uri={model_uri}: not a model of this tracking store")
-    return get_model(info.model_id, f"model_uri={model_uri}")
-
-
-def get_model(model_id: str, given: str) -> LoggedModel:
-    try:
-        return mlflow.get_logged_model(model_id)
-    except MlflowException as error:  # deleted, or of another store
-        raise ModelError(f"{given}: its model {model_id} is not in {store_address()}; train it again") from error

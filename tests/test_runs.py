@@ -6,8 +6,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from signdigits import tracking
 from signdigits.errors import ModelError, TrackingError
+from signdigits.tracking import registry, runs
 
 from .conftest import command
 
@@ -24,7 +24,7 @@ def test_a_run_says_truly_how_it_ended(
     store: str, error: BaseException | None, status: str, reason: str | None
 ) -> None:
     def work() -> None:
-        with tracking.start_run("train", "train"):
+        with runs.start_run("train", "train"):
             if error:
                 raise error
 
@@ -42,8 +42,8 @@ def test_a_run_says_truly_how_it_ended(
 def test_the_run_of_mlflow_run_is_adopted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = mlflow.MlflowClient().create_run(mlflow.get_experiment_by_name("tests").experiment_id)
     monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
-    with tracking.start_run("train", "train") as run:
-        tracking.log_params({"epochs": 3})
+    with runs.start_run("train", "train") as run:
+        runs.log_params({"epochs": 3})
     assert run.info.run_id == launched.info.run_id
 
 
@@ -52,7 +52,7 @@ def test_a_name_that_somebody_chose_is_kept(store: str, monkeypatch: pytest.Monk
     for chosen in ("friday's idea", "sign-digits-3", "big-hand-12"):
         launched = mlflow.MlflowClient().create_run(experiment, run_name=chosen)
         monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
-        with tracking.start_run("train", "train"):
+        with runs.start_run("train", "train"):
             pass
         assert mlflow.get_run(launched.info.run_id).info.run_name == chosen
 
@@ -60,18 +60,18 @@ def test_a_name_that_somebody_chose_is_kept(store: str, monkeypatch: pytest.Monk
 def test_a_parameter_that_mlflow_run_wrote_as_text_is_left_as_it_is(store: str) -> None:
     with mlflow.start_run() as run:
         mlflow.log_param("initial_learning_rate", "1e-4")
-        tracking.log_params({"initial_learning_rate": 0.0001, "epochs": 3})
+        runs.log_params({"initial_learning_rate": 0.0001, "epochs": 3})
     assert mlflow.get_run(run.info.run_id).data.params == {"initial_learning_rate": "1e-4", "epochs": "3"}
 
 
 def test_the_run_of_mlflow_run_records_that_a_study_continued(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tracking.start_run("study", "study") as study:
+    with runs.start_run("study", "study") as study:
         pass
     launched = mlflow.MlflowClient().create_run(study.info.experiment_id)
     monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
-    with tracking.start_run("study", "study", run_id=study.info.run_id) as continued:
+    with runs.start_run("study", "study", run_id=study.info.run_id) as continued:
         assert continued.info.run_id == study.info.run_id
-        with tracking.start_run("trial", "trial-000") as nested:
+        with runs.start_run("trial", "trial-000") as nested:
             assert nested.info.run_id != launched.info.run_id
     tags = mlflow.get_run(launched.info.run_id).data.tags
     assert (tags["role"], tags["continued_by"]) == ("resume", study.info.run_id)
@@ -79,17 +79,17 @@ def test_the_run_of_mlflow_run_records_that_a_study_continued(store: str, monkey
 
 def test_a_run_of_another_store_is_told_with_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI"), tracking.start_run("train", "train"):
+    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI"), runs.start_run("train", "train"):
         pass
 
 
 def test_a_deleted_study_is_told_with_the_remedy(store: str) -> None:
-    with tracking.start_run("study", "study") as study:
+    with runs.start_run("study", "study") as study:
         pass
     mlflow.delete_run(study.info.run_id)
     with (
         pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {study.info.run_id}"),
-        tracking.start_run("study", "study", run_id=study.info.run_id),
+        runs.start_run("study", "study", run_id=study.info.run_id),
     ):
         pass
 
@@ -98,9 +98,9 @@ def test_what_a_killed_process_left_running_is_closed_by_the_next_start(store: s
     gone = subprocess.Popen(["true"])
     gone.wait()
     with mlflow.start_run() as left:
-        mlflow.set_tag(tracking.PROCESS, f"{platform.node()}:{gone.pid}")
-        with tracking.start_run("train", "train") as alive:
-            tracking.open_experiment("prepare")
+        mlflow.set_tag(runs.PROCESS, f"{platform.node()}:{gone.pid}")
+        with runs.start_run("train", "train") as alive:
+            runs.open_experiment("prepare")
             assert mlflow.get_run(alive.info.run_id).info.status == "RUNNING"
     closed = mlflow.get_run(left.info.run_id)
     assert closed.data.tags["failure_reason"] == "interrupted"
@@ -120,18 +120,18 @@ def test_a_deleted_experiment_is_told_with_the_remedy(store: str, monkeypatch: p
     mlflow.delete_experiment(mlflow.create_experiment("sign-digits"))
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     with pytest.raises(TrackingError, match="MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"):
-        tracking.open_experiment("train")
+        runs.open_experiment("train")
 
 
 def test_the_experiment_is_described_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)  # MLflow sets it with the active experiment
-    tracking.open_experiment("train")
-    experiment = mlflow.get_experiment_by_name(tracking.EXPERIMENT)
+    runs.open_experiment("train")
+    experiment = mlflow.get_experiment_by_name(runs.EXPERIMENT)
     assert "study" in experiment.tags["mlflow.note.content"]
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
     mlflow.set_experiment("tests")
     mlflow.set_experiment_tag("mlflow.note.content", "ours")
-    tracking.open_experiment("train")
+    runs.open_experiment("train")
     assert mlflow.get_experiment_by_name("tests").tags["mlflow.note.content"] == "ours"
 
 
@@ -148,11 +148,11 @@ def test_the_experiment_is_described_once(store: str, monkeypatch: pytest.Monkey
 )
 def test_a_model_that_is_not_there_is_told(store: str, run_id: str, model_uri: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        tracking.find_model(run_id, model_uri)
+        registry.find_model(run_id, model_uri)
 
 
 def test_a_run_without_a_model_is_told(store: str, tmp_path: Path) -> None:
-    with tracking.start_run("prepare", "prepare") as run:
+    with runs.start_run("prepare", "prepare") as run:
         pass
     with pytest.raises(ModelError, match="the run has no model; give a run of the role train or refit"):
-        tracking.find_model(run.info.run_id, "")
+        registry.find_model(run.info.run_id, "")

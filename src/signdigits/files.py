@@ -1,0 +1,42 @@
+"""Atomic writes, and digests of many files."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A file to write, which becomes `target` if the block ends well and is removed if it does not."""
+    workshop = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        yield workshop
+        workshop.replace(target)
+    finally:
+        workshop.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` if the block ends well and is removed if it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
+        folder = Path(workshop) / target.name
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process may have made the same folder meanwhile
+                raise
+
+
+def compute_digest(entries: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over sorted pairs of relative path and checksum of the bytes, shortened to 32 hexadecimal digits."""
+    total = hashlib.sha256()
+    for path, checksum in sorted(entries):
+        total.update(os.fsencode(f"{path}\0{checksum}\n"))
+    return total.hexdigest()[:32]

@@ -1,0 +1,38 @@
+"""The options of the server, declared as those in config.py."""
+
+from dataclasses import dataclass
+
+from signdigits.config import ALIAS, Checked, parameter
+from signdigits.errors import ParameterError
+
+
+@dataclass(frozen=True)
+class ServeParameters(Checked):
+    """The served alias, the address, the worker processes and the limits of the reverse proxy."""
+
+    host: str = parameter(
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0: all interfaces",
+        pattern=(r"[0-9A-Za-z:.-]+", "a host name or an address"),
+    )
+    port: int = parameter(5001, "port to listen on", low=1, high=65_535)
+    alias: str = parameter("champion", "alias of the version to serve", pattern=ALIAS)
+    processes: int = parameter(1, "worker processes per version", low=1, high=256)
+    poll_interval: float = parameter(2.0, "polling interval of the alias in seconds", above=0)
+    start_timeout: float = parameter(120.0, "startup timeout of a version in seconds", above=0)
+    timeout: int = parameter(60, "request timeout in seconds", low=1)
+    drain_timeout: float = parameter(60.0, "seconds that a replaced version may take to finish its requests", low=0)
+    client_timeout: int = parameter(10, "seconds without progress after which a client is disconnected", low=1)
+    max_body_mb: int = parameter(64, "maximum size of a request body in megabytes", low=1)
+    requests_per_second: int = parameter(0, "rate limit per client address; 0: no limit", low=0)
+    burst: int = parameter(20, "requests above the rate limit that are accepted at once", low=0)
+    connections_per_client: int = parameter(0, "concurrent requests per client address; 0: no limit", low=0)
+    token_file: str = parameter("", "file with the bearer token that clients must send; empty: no authentication")
+    certificate: str = parameter("", "TLS certificate chain (PEM file)")
+    key: str = parameter("", "private key of the certificate (PEM file)")
+    access_log: str = parameter("", "access log file; empty: none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.certificate) != bool(self.key):
+            raise ParameterError(f"certificate={self.certificate!r}, key={self.key!r}: give both, or neither")

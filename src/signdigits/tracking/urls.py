@@ -1,0 +1,50 @@
+"""Links to the pages of the MLflow UI."""
+
+import json
+import re
+from urllib.parse import quote
+
+import mlflow
+from mlflow.entities import Run
+
+from signdigits.config import LinkParameters
+from signdigits.tracking import runs
+from signdigits.tracking.registry import REGISTERED_MODEL
+
+MODE = "workflowType=machine_learning"  # without it the UI shows its pages for language models
+MAX_COMPARED = 100  # trials in one link; browsers limit the length of a URL
+
+
+def ui_url(port: int = LinkParameters().port) -> str:
+    """Return the URL of the UI: the tracking server's, or for a local store the one that scripts/ui serves at `port`."""
+    uri = mlflow.get_tracking_uri()
+    return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
+
+
+def experiment_url(ui: str, experiment_id: str) -> str:
+    return f"{ui}/#/experiments/{experiment_id}/runs?{MODE}"
+
+
+def run_url(ui: str, run: Run) -> str:
+    return f"{ui}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{MODE}"
+
+
+def compare_url(ui: str, study: Run) -> str:
+    """Return the link to the compare view of a study's finished trials, the most accurate ones if there are many."""
+    trials = runs.search_runs(
+        f"tags.`mlflow.parentRunId` = '{study.info.run_id}' and tags.role = 'trial' and attributes.status = 'FINISHED'",
+        order_by=["metrics.val_accuracy DESC"],
+        max_results=MAX_COMPARED,
+    )
+    chosen = quote(json.dumps([trial.info.run_id for trial in trials], separators=(",", ":")))
+    return f"{ui}/#/compare-runs?runs={chosen}&experiments={quote(json.dumps([study.info.experiment_id]))}&{MODE}"
+
+
+def model_url(ui: str) -> str:
+    return f"{ui}/#/models/{REGISTERED_MODEL}"
+
+
+def last_run_url() -> str:
+    """Return the link to the run that this process opened last."""
+    last = mlflow.last_active_run()
+    return run_url(ui_url(), last) if last else "none"
