@@ -36,13 +36,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_it_is_off_unless_the_environment_names_a_folder() -> None:
     assert PredictionLog.from_environ({}) is None
-    assert PredictionLog.from_environ({"SIGN_DIGITS_ANSWERS": "", "SIGN_DIGITS_VERSION": "3"}) is None
+    assert PredictionLog.from_environ({"SIGN_DIGITS_PREDICTION_LOG": "", "SIGN_DIGITS_VERSION": "3"}) is None
 
 
 @pytest.mark.parametrize("limit", ["many", "0", "-1", "nan", "inf"])
 def test_a_limit_that_is_none_is_refused_by_name(limit: str) -> None:
-    with pytest.raises(ValueError, match=f"SIGN_DIGITS_ANSWERS_MB={limit}: must be a number of megabytes"):
-        PredictionLog.from_environ({"SIGN_DIGITS_ANSWERS": "log", "SIGN_DIGITS_ANSWERS_MB": limit})
+    with pytest.raises(ValueError, match=f"SIGN_DIGITS_PREDICTION_LOG_MB={limit}: must be a number of megabytes"):
+        PredictionLog.from_environ({"SIGN_DIGITS_PREDICTION_LOG": "log", "SIGN_DIGITS_PREDICTION_LOG_MB": limit})
 
 
 def test_a_line_says_when_which_and_what_but_holds_no_picture(tmp_path: Path) -> None:

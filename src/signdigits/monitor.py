@@ -1,14 +1,13 @@
-"""Say whether what is sent to the endpoint, and what it answers, is still like the test images.
+"""Check recent predictions of the endpoint for drift from the test images.
 
-python -m signdigits monitor --answers FOLDER      # exits with 3 if not, with 4 if there are too few answers to say
-mlflow run . -e monitor -P answers=FOLDER -P hours=24
+python -m signdigits monitor --prediction_log FOLDER     # exit code 3: drift, 4: too few predictions
+mlflow run . -e monitor -P prediction_log=FOLDER -P window_hours=24
 """
 
 import datetime
 import heapq
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,9 +21,8 @@ from mlflow.exceptions import MlflowException
 
 from signdigits import plots, tables
 from signdigits.config import MonitorParameters
+from signdigits.drift import Drift, measure_drift
 from signdigits.errors import DataError, DriftFound, ModelError, TooFewPredictions
-from signdigits.measures import drift
-from signdigits.measures.drift import Drift
 from signdigits.packaging import prediction_log
 from signdigits.tracking import registry, runs
 
@@ -40,7 +38,7 @@ def monitor(parameters: MonitorParameters) -> Drift:
     folder = Path(parameters.prediction_log)
     if not folder.is_dir():
         raise DataError(
-            f"answers={folder}: no such folder; serve with {prediction_log.FOLDER}={folder} in the environment"
+            f"prediction_log={folder}: no such folder; serve with {prediction_log.FOLDER}={folder} in the environment"
         )
     model = registry.find_model("", parameters.model_uri)
     version = registry.version_of(model)
@@ -53,10 +51,10 @@ def monitor(parameters: MonitorParameters) -> Drift:
         share, drifted = found.share, ", ".join(found.drifted) or "none"
         outcome = (
             f"{len(found.drifted)} of {len(found.distances)} columns have drifted ({drifted}), from the test images of "
-            f"version {version} to its {len(window)} answers from {window[0]['time']} to {window[-1]['time']}"
+            f"version {version} to its {len(window)} predictions from {window[0]['time']} to {window[-1]['time']}"
         )
         mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
-        mlflow.log_metrics({"answers": len(window), "drifted_columns": len(found.drifted), "drifted_share": share})
+        mlflow.log_metrics({"predictions": len(window), "drifted_columns": len(found.drifted), "drifted_share": share})
         runs.set_description(f"{outcome}.\n\n{drift_table(reference, select_columns(to_table(window)), found)}")
     if share >= parameters.drift_share:
         raise DriftFound(f"{outcome}; look at the run, and evaluate the model on photographs such as these")
@@ -101,8 +99,8 @@ def read_window(folder: Path, version: str, parameters: MonitorParameters) -> li
         held = ", ".join(f"{count} of version {name or 'unknown'}" for name, count in versions.items()) or "none"
         recent = f" of the last {parameters.window_hours:g} hours" if parameters.window_hours else ""
         raise TooFewPredictions(
-            f"answers={folder}: {len(found)} answers{recent} of version {version}, {parameters.min_predictions} needed "
-            f"(it holds {held}); wait for more, or lower --min_answers"
+            f"prediction_log={folder}: {len(found)} predictions{recent} of version {version}, {parameters.min_predictions} needed "
+            f"(it holds {held}); wait for more, or lower --min_predictions"
         )
     return found
 
@@ -146,11 +144,8 @@ def select_columns(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
-    """The distances, which go to the active run with the report and its figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "drift.html")
-        found = drift.measure_drift(reference, window, parameters, report)
-        mlflow.log_artifact(str(report))
+    """Measure the drift, and log its distances and its picture to the active run."""
+    found = measure_drift(reference, window, parameters)
     mlflow.log_metrics({f"drift_{name}": distance for name, distance in found.distances.items()})
     runs.log_figure("drift.png", lambda: plots.plot_drift(reference, window, found))
     return found

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import optuna
     import pandas as pd
 
-    from signdigits.measures.drift import Drift
+    from signdigits.drift import Drift
     from signdigits.model.calibration import Reliability
 
 

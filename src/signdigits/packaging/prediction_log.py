@@ -1,7 +1,7 @@
 """What an endpoint has answered, kept for `monitor`: one line of JSON for each photograph, never the photograph.
 
-    SIGN_DIGITS_ANSWERS=FOLDER mlflow models serve ...     # off without it
-    SIGN_DIGITS_ANSWERS_MB=64                              # all files of the folder together, at most
+    SIGN_DIGITS_PREDICTION_LOG=FOLDER mlflow models serve ...     # off without it
+    SIGN_DIGITS_PREDICTION_LOG_MB=64                              # all files of the folder together, at most
     SIGN_DIGITS_VERSION=3                                  # the registered version, which a model itself does not know
 
 Imports NumPy alone, so that the served model can carry this file along. Every process writes files of its own, up to a
@@ -24,7 +24,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-FOLDER, MEGABYTES, VERSION = "SIGN_DIGITS_ANSWERS", "SIGN_DIGITS_ANSWERS_MB", "SIGN_DIGITS_VERSION"
+FOLDER, MEGABYTES, VERSION = "SIGN_DIGITS_PREDICTION_LOG", "SIGN_DIGITS_PREDICTION_LOG_MB", "SIGN_DIGITS_VERSION"
 DEFAULT_MEGABYTES = 64.0  # some 200,000 answers
 FILES = 64
 PAUSE = 30.0  # seconds until a folder that could not be written is tried again
@@ -118,7 +118,7 @@ class PredictionLog:
     def begin(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
-        path = self.folder / f"answers-{now}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        path = self.folder / f"predictions-{now}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
 
     def tidy(self) -> None:
@@ -145,5 +145,5 @@ def disable_log() -> Iterator[None]:
 
 
 def list_log_files(folder: Path) -> list[Path]:
-    """The files of the log, in the order in which they were begun."""
-    return sorted(folder.glob("answers-*.jsonl"))
+    """Return the files of the log, oldest first."""
+    return sorted(folder.glob("*.jsonl"), key=lambda path: path.name.partition("-")[2])

@@ -48,7 +48,8 @@ def server_environment(version: ModelVersion) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        prediction_log.VERSION: str(version.version),  # what a log of answers calls it
+        prediction_log.VERSION: str(version.version),  # a model does not know its own version
+        "SIGN_DIGITS_ANSWERS": os.environ.get(prediction_log.FOLDER, ""),  # the name in versions logged by 0.1
         "UVICORN_HEADERS": f"{VERSION_HEADER}:{version.version}",
         "UVICORN_LOG_LEVEL": "warning",
         "UVICORN_ACCESS_LOG": "false",

@@ -1,1 +1,0 @@
-"""Numbers that judge: whether probabilities can be believed, how far answers lie apart."""
