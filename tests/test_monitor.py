@@ -76,7 +76,7 @@ def test_the_same_photographs_have_not_drifted(champion: str, loaded: loading.Da
     assert run.info.status == "FINISHED"
     assert run.data.tags["outcome"] == "no drift"
     assert run.data.tags["model_version"] == "1"
-    assert run.data.metrics["answers"] == ENOUGH
+    assert run.data.metrics["predictions"] == ENOUGH
     assert run.data.metrics["drifted_share"] == 0
     assert {f"drift_{name}" for name in COLUMNS} <= set(run.data.metrics)
     assert all(run.data.metrics[f"drift_{name}"] < 0.01 for name in COLUMNS)
@@ -127,7 +127,7 @@ def test_only_the_latest_answers_count(champion: str, loaded: loading.Data, tmp_
     ask(loaded, tmp_path / "log", same)
     found = monitor(MonitorParameters(prediction_log="log", max_predictions=ENOUGH))
     assert found.share == 0
-    assert the_run().data.metrics["answers"] == ENOUGH
+    assert the_run().data.metrics["predictions"] == ENOUGH
 
 
 def test_answers_of_other_hours_other_versions_and_cut_lines_are_passed_over(
@@ -142,7 +142,7 @@ def test_answers_of_other_hours_other_versions_and_cut_lines_are_passed_over(
     strange = ["[]", "{}", "five fingers", lines[0][:50]]
     file.write_text("\n".join([*old, *other, *lines, *unnamed, *strange]))
     monitor(MonitorParameters(prediction_log="log", window_hours=24))
-    assert the_run().data.metrics["answers"] == ENOUGH + 5
+    assert the_run().data.metrics["predictions"] == ENOUGH + 5
 
 
 def test_a_model_without_a_reference_names_the_remedy(

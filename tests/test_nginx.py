@@ -69,7 +69,7 @@ class Model:
         """nginx before it."""
         chosen = replace(parameters or ServeParameters(), port=free_port())
         token = nginx.read_token(chosen.token_file) if chosen.token_file else ""
-        (self.home / "nginx.conf").write_text(nginx.configuration(chosen, self.home, token))
+        (self.home / "nginx.conf").write_text(nginx.render_configuration(chosen, self.home, token))
         front = Process("nginx", ["nginx", "-p", str(self.home), "-c", str(self.home / "nginx.conf")])
         try:
             wait_until(lambda: supervisor.is_listening(chosen) or not front.running, seconds=30)
@@ -143,7 +143,7 @@ def test_the_page_may_use_the_camera_and_nothing_of_other_hosts(plain: Front) ->
     ("method", "target", "body", "headers", "status", "message"),
     [
         ("GET", "/nothing", None, {}, 404, "send photographs to /invocations"),
-        ("GET", "/.front/413", None, {}, 404, "send photographs to /invocations"),
+        ("GET", "/.errors/413", None, {}, 404, "send photographs to /invocations"),
         ("GET", "/../../etc/passwd", None, {}, 400, "not HTTP that can be read"),
         ("GET", "/invocations", None, {}, 405, "with POST"),
         ("POST", "/", b"five", {}, 405, "with POST"),
@@ -306,3 +306,22 @@ def test_a_token_that_will_not_do_is_refused_with_the_way_to_a_better_one(tmp_pa
 def test_a_certificate_needs_its_key() -> None:
     with pytest.raises(ParameterError, match="give both, or neither"):
         ServeParameters(certificate="certificate.pem")
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("limits", [{}, {"requests_per_second": 5, "burst": 0}, {"connections_per_client": 2}])
+@pytest.mark.parametrize("others", [{}, {"access_log": "a b.log", "processes": 3, "max_body_mb": 1}, {"host": "::1"}])
+@pytest.mark.parametrize("secret", ["", SECRET])
+def test_nginx_accepts_configuration(
+    certificate: tuple[str, str], tmp_path: Path, tls: bool, limits: dict[str, Any], others: dict[str, Any], secret: str
+) -> None:
+    keys = {"certificate": certificate[0], "key": certificate[1]} if tls else {}
+    nginx.make_home(tmp_path / "home") if (tmp_path / "home").mkdir() is None else None
+    configuration = tmp_path / "home" / "nginx.conf"
+    options = ServeParameters(port=free_port(), **limits, **others, **keys)
+    configuration.write_text(nginx.render_configuration(options, tmp_path / "home", secret))
+    checked = subprocess.run(
+        ["nginx", "-t", "-p", str(tmp_path), "-c", str(configuration)], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert "warn" not in checked.stderr

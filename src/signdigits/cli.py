@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_renamed(sys.argv[1:] if arguments is None else arguments)
         values = vars(make_parser().parse_args(arguments))
         name = values.pop("command")
-        run_command(COMMANDS[name], name, values)
+        _run_command(COMMANDS[name], name, values)
     except SignDigitsError as error:
         if "MLFLOW_RUN_ID" in os.environ:
             _record_failure(error)
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"signdigits {name}: interrupted{resume}", file=sys.stderr)
         return 130
     except Exception as error:
-        print(f"signdigits {name}: {describe_unexpected(error)}", file=sys.stderr)
+        print(f"signdigits {name}: {_describe_unexpected(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -139,7 +139,7 @@ class StdoutHandler(logging.StreamHandler):
             super().handleError(record)
 
 
-def describe_unexpected(error: Exception) -> str:
+def _describe_unexpected(error: Exception) -> str:
     """Return one line for an unexpected error: its type and message, its traceback file and the run that it ended."""
     with tempfile.NamedTemporaryFile("w", prefix="signdigits-", suffix=".txt", delete=False) as file:
         file.write(escape_undecodable("".join(traceback.format_exception(error))))
@@ -221,16 +221,16 @@ def _make_range_reader(read: Callable[[str], Any], log: bool) -> Callable[[str],
     return read_range
 
 
-def parse_boolean(text: str) -> bool:
+def _parse_boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
     return text.lower() == "true"
 
 
-READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": parse_boolean}
+READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": _parse_boolean}
 
 
-def run_command(command: Command, name: str, values: dict[str, Any]) -> None:
+def _run_command(command: Command, name: str, values: dict[str, Any]) -> None:
     """Check the parameters, open the experiment, load the photographs, and call the command's function."""
     if "space" in values:
         config.check_value(config.StudyParameters.__dataclass_fields__["space"], values["space"])

@@ -39,20 +39,20 @@ def measure_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: Mon
     distances, thresholds = {}, {}
     for name in map(str, reference):
         if name == "label":
-            distances[name] = label_distance(reference[name], window[name])
+            distances[name] = _label_distance(reference[name], window[name])
             thresholds[name] = parameters.drift_labels
         else:
-            distances[name] = number_distance(reference[name], window[name])
+            distances[name] = _number_distance(reference[name], window[name])
             thresholds[name] = parameters.drift_distance
     return Drift(distances, thresholds)
 
 
-def number_distance(reference: pd.Series, window: pd.Series) -> float:
+def _number_distance(reference: pd.Series, window: pd.Series) -> float:
     spread = max(float(reference.std(ddof=0)), 1e-3)  # a constant column drifts with any change, by a finite distance
     return float(wasserstein_distance(reference, window)) / spread
 
 
-def label_distance(reference: pd.Series, window: pd.Series) -> float:
+def _label_distance(reference: pd.Series, window: pd.Series) -> float:
     labels = sorted({*reference, *window})
     shares = [column.value_counts(normalize=True).reindex(labels, fill_value=0) for column in (reference, window)]
     return float(jensenshannon(*shares, base=2))

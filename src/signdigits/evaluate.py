@@ -78,18 +78,18 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     mlflow.set_tags(tags)
     mlflow.log_input(runs.dataset_input(dataset, made.testing), context="testing")
     served = scoring.load_served_model(model.model_uri)
-    table = predict_photographs(served, dataset, made.testing)
+    table = _predict_photographs(served, dataset, made.testing)
     mlflow.log_text(tables.to_csv(table), runs.PREDICTIONS)
-    mlflow.log_text(tables.to_csv(make_reference(served, dataset, table)), runs.REFERENCE)
+    mlflow.log_text(tables.to_csv(_make_reference(served, dataset, table)), runs.REFERENCE)
     scores = compute_scores(table, dataset.class_names, float(model.tags.get("temperature", "1")))
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
-    per_class = score_classes(table)
+    per_class = _score_classes(table)
     mlflow.log_text(tables.to_csv(per_class), "test/per_class.csv")
-    log_mlflow_evaluation(table)
-    reliability = calibration.compute_reliability(*to_arrays(table, dataset.class_names))
+    _log_mlflow_evaluation(table)
+    reliability = calibration.compute_reliability(*_to_arrays(table, dataset.class_names))
     runs.log_figure("test/reliability.png", lambda: plots.plot_reliability(reliability))
     if not (wrong := table[table["label"] != table["prediction"]].nlargest(WORST, "probability")).empty:
-        runs.log_figure("test/worst_mistakes.png", lambda: plot_mistakes(wrong, dataset))
+        runs.log_figure("test/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset))
     rows = [list(per_class.columns), *per_class.round(4).itertuples(index=False)]
     runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n{runs.markdown_table(rows)}")
     active = mlflow.active_run()
@@ -100,7 +100,7 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     return scores
 
 
-def predict_photographs(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
+def _predict_photographs(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
     """One row a photograph: path, label, prediction, its probability, and that of each class as `p(class)`."""
     chunks = []
     for start in range(0, len(indices), CHUNK):
@@ -118,7 +118,7 @@ def predict_photographs(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, ind
     return pd.concat(chunks, ignore_index=True)
 
 
-def make_reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
+def _make_reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
     """The test images as the endpoint's log of answers would have them: what `monitor` compares later ones with."""
     model = served.unwrap_python_model()
 
@@ -137,7 +137,7 @@ def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperatur
     """
     right = int((table["label"] == table["prediction"]).sum())
     interval = binomtest(right, len(table)).proportion_ci(confidence_level=0.95, method="wilson")
-    probabilities, labels = to_arrays(table, class_names)
+    probabilities, labels = _to_arrays(table, class_names)
     before = calibration.at_temperature(probabilities, 1 / temperature)
     return Scores(
         len(table),
@@ -149,13 +149,13 @@ def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperatur
     )
 
 
-def to_arrays(table: pd.DataFrame, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _to_arrays(table: pd.DataFrame, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The probabilities, of shape (n, classes), and the labels, of shape (n,), of a table of predictions."""
     probabilities = table[[f"p({name})" for name in class_names]].to_numpy(float)
     return probabilities, np.array([class_names.index(label) for label in table["label"]])
 
 
-def score_classes(table: pd.DataFrame) -> pd.DataFrame:
+def _score_classes(table: pd.DataFrame) -> pd.DataFrame:
     """Precision, recall, F1 and number of images of every class, and their means."""
     names, scores = (
         sorted(set(table["label"]) | set(table["prediction"])),
@@ -171,7 +171,7 @@ def score_classes(table: pd.DataFrame) -> pd.DataFrame:
     return every
 
 
-def log_mlflow_evaluation(table: pd.DataFrame) -> None:
+def _log_mlflow_evaluation(table: pd.DataFrame) -> None:
     """MLflow's own evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
     read = table[["label", "prediction"]]
     with matplotlib.rc_context({"text.parse_math": False}):  # MLflow leaves its style behind; $ may be in a name
@@ -183,7 +183,7 @@ def log_mlflow_evaluation(table: pd.DataFrame) -> None:
         )
 
 
-def plot_mistakes(wrong: pd.DataFrame, dataset: Dataset) -> plots.Figure:
+def _plot_mistakes(wrong: pd.DataFrame, dataset: Dataset) -> plots.Figure:
     """The photographs that the model was surest about and wrong."""
     pictures = [images.decode_image(images.read_file(dataset.folder / path), 200, "rgb") for path in wrong["path"]]
     titles = [f"{row.label} read as {row.prediction}\n{row.probability:.0%}, {row.path}" for row in wrong.itertuples()]

@@ -36,16 +36,16 @@ def main(
         prepare.log_report(data)
         search.optimize_study(opened)
         seeds = range(opened.best_hyperparameters.seed, opened.best_hyperparameters.seed + refits.n_seeds)
-        models = [find_refit(opened, seed) or refit_best(opened, seed) for seed in seeds]
-        log_refit_scores(models)
+        models = [_find_refit(opened, seed) or _refit_best(opened, seed) for seed in seeds]
+        _log_refit_scores(models)
         decision = register.previous_decision(models[0]) or register.promote_model(models[0], promotion)
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
-    for line in summarize_job(opened, models, decision):
+    for line in _summarize_job(opened, models, decision):
         log.info("%s", line)
     return decision
 
 
-def find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
+def _find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
     """The model of the best trial's refit with `seed`, if that was finished, its evaluation included."""
     wanted = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
     for run in runs.nested_runs(opened.run_id, "refit"):
@@ -54,7 +54,7 @@ def find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
     return None
 
 
-def refit_best(opened: search.Search, seed: int) -> LoggedModel:
+def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
     """Fit the best trial's hyperparameters on training and validation images together, and score the test images.
 
     What chose the hyperparameters, the validation images, cannot report on them; the test images, which nothing has
@@ -78,7 +78,7 @@ def refit_best(opened: search.Search, seed: int) -> LoggedModel:
         return mlflow.get_logged_model(info.model_id)
 
 
-def log_refit_scores(models: Sequence[LoggedModel]) -> None:
+def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
     """Write mean and spread (standard deviation) of the test accuracy over the seeds on the study and the first model.
 
     The first is registered whatever the others reached: to choose among them by the test images would spoil the test.
@@ -95,7 +95,7 @@ def log_refit_scores(models: Sequence[LoggedModel]) -> None:
     models[0].tags.update({name: str(value) for name, value in found.items()})
 
 
-def summarize_job(opened: search.Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
+def _summarize_job(opened: search.Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
     """What came out, and what to do with it."""
     tags = models[0].tags
     mean, spread = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_spread"])

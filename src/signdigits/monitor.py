@@ -42,12 +42,12 @@ def monitor(parameters: MonitorParameters) -> Drift:
         )
     model = registry.find_model("", parameters.model_uri)
     version = registry.version_of(model)
-    reference = select_columns(read_reference(model))
-    window = read_window(folder, version, parameters)
+    reference = _select_columns(_read_reference(model))
+    window = _read_window(folder, version, parameters)
     tags = {"model_id": model.model_id, "model_version": version}
     with runs.start_run("monitor", f"monitor version {version}", tags=tags):
         runs.log_params(asdict(parameters))
-        found = log_drift(reference, select_columns(to_table(window)), parameters)
+        found = _log_drift(reference, _select_columns(_to_table(window)), parameters)
         share, drifted = found.share, ", ".join(found.drifted) or "none"
         outcome = (
             f"{len(found.drifted)} of {len(found.distances)} columns have drifted ({drifted}), from the test images of "
@@ -55,14 +55,14 @@ def monitor(parameters: MonitorParameters) -> Drift:
         )
         mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
         mlflow.log_metrics({"predictions": len(window), "drifted_columns": len(found.drifted), "drifted_share": share})
-        runs.set_description(f"{outcome}.\n\n{drift_table(reference, select_columns(to_table(window)), found)}")
+        runs.set_description(f"{outcome}.\n\n{_drift_table(reference, _select_columns(_to_table(window)), found)}")
     if share >= parameters.drift_share:
         raise DriftFound(f"{outcome}; look at the run, and evaluate the model on photographs such as these")
     log.info("no drift: %s", outcome)
     return found
 
 
-def read_reference(model: LoggedModel) -> pd.DataFrame:
+def _read_reference(model: LoggedModel) -> pd.DataFrame:
     """The test images of `model`, as `evaluate` left them. Raises ModelError if it did not."""
     again = (
         f"run `python -m signdigits evaluate --model_uri models:/{model.model_id}` with the --data it was trained on"
@@ -76,7 +76,7 @@ def read_reference(model: LoggedModel) -> pd.DataFrame:
     return tables.read_csv(text, lambda column: True)
 
 
-def read_window(folder: Path, version: str, parameters: MonitorParameters) -> list[dict[str, Any]]:
+def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> list[dict[str, Any]]:
     """The latest answers, in the order of their time. Raises TooFewAnswers.
 
     An answer without a version is taken for one of `version`: whoever served it did not say.
@@ -88,7 +88,7 @@ def read_window(folder: Path, version: str, parameters: MonitorParameters) -> li
     versions: Counter[str] = Counter()
 
     def wanted() -> Iterator[tuple[str, int, dict[str, Any]]]:
-        for number, record in enumerate(read_records(folder)):
+        for number, record in enumerate(_read_records(folder)):
             if record["time"] >= since:
                 versions[record["version"]] += 1
                 if record["version"] in ("", version):
@@ -105,7 +105,7 @@ def read_window(folder: Path, version: str, parameters: MonitorParameters) -> li
     return found
 
 
-def read_records(folder: Path) -> Iterator[dict[str, Any]]:
+def _read_records(folder: Path) -> Iterator[dict[str, Any]]:
     """Every whole line of the log; a process that was killed, or a full disk, may have left half of one."""
     for file in prediction_log.list_log_files(folder):
         try:
@@ -123,7 +123,7 @@ def read_records(folder: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def to_table(window: list[dict[str, Any]]) -> pd.DataFrame:
+def _to_table(window: list[dict[str, Any]]) -> pd.DataFrame:
     """The answers in the columns of the reference."""
     return pd.DataFrame(
         {name: record[name] for name in prediction_log.STATISTICS}
@@ -132,7 +132,7 @@ def to_table(window: list[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
-def select_columns(found: pd.DataFrame) -> pd.DataFrame:
+def _select_columns(found: pd.DataFrame) -> pd.DataFrame:
     """What is compared: the statistics, the label, and how probable the model found it.
 
     Width and height become one `size`, so that another camera is one column that drifts and not two.
@@ -143,7 +143,7 @@ def select_columns(found: pd.DataFrame) -> pd.DataFrame:
     return seen.assign(probability=shares.max(axis=1), label=shares.idxmax(axis=1).str[2:-1])
 
 
-def log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
+def _log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
     """Measure the drift, and log its distances and its picture to the active run."""
     found = measure_drift(reference, window, parameters)
     mlflow.log_metrics({f"drift_{name}": distance for name, distance in found.distances.items()})
@@ -151,14 +151,14 @@ def log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: Monitor
     return found
 
 
-def drift_table(reference: pd.DataFrame, window: pd.DataFrame, found: Drift) -> str:
+def _drift_table(reference: pd.DataFrame, window: pd.DataFrame, found: Drift) -> str:
     rows: list[tuple[Any, ...]] = [("column", "distance", "drifted", "test images", "answers")]
     for name, distance in found.distances.items():
-        ends = [describe_column(part[name]) for part in (reference, window)]
+        ends = [_describe_column(part[name]) for part in (reference, window)]
         rows.append((name, f"{distance:.3f}", "yes" if name in found.drifted else "no", *ends))
     return runs.markdown_table(rows)
 
 
-def describe_column(column: pd.Series) -> str:
+def _describe_column(column: pd.Series) -> str:
     """The middle of a column: its mean, or its most frequent label."""
     return f"mostly {column.mode()[0]}" if column.name == "label" else f"{column.mean():.3f} ± {column.std():.3f}"

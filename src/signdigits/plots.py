@@ -106,10 +106,10 @@ def plot_study(study: "optuna.Study", objective: str) -> dict[str, Figure]:
                 "parallel_coordinate": draw.plot_parallel_coordinate(study, target_name=objective),
                 "slice": draw.plot_slice(study, target_name=objective),
             }
-    return {name: as_figure(drawn) for name, drawn in pictures.items()}
+    return {name: _as_figure(drawn) for name, drawn in pictures.items()}
 
 
-def as_figure(drawn: object) -> Figure:
+def _as_figure(drawn: object) -> Figure:
     """The figure of the axes, or array of axes, that Optuna returns."""
     from matplotlib import pyplot
 

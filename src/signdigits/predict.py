@@ -50,12 +50,12 @@ def predict(parameters: PredictParameters) -> Output:
             runs.mark_resumed(runs.find_run(output.job.run_id))
             log.info("finished before, in run %s; the tables: %s and %s", output.job.run_id, *output.tables)
         else:
-            output = score_job(output, found, model, parameters)
+            output = _score_job(output, found, model, parameters)
         output.clear()
         return output
 
 
-def score_job(output: Output, found: BatchInput, model: LoggedModel, parameters: PredictParameters) -> Output:
+def _score_job(output: Output, found: BatchInput, model: LoggedModel, parameters: PredictParameters) -> Output:
     job = output.job
     tags = {"model_id": model.model_id, "model_version": job.version, "images_digest": job.digest}
     name = f"predict {found.name} with version {job.version}"
@@ -70,7 +70,7 @@ def score_job(output: Output, found: BatchInput, model: LoggedModel, parameters:
         scored = score_missing(output, chunks, model, parameters)
         seconds = time.monotonic() - began
         output.assemble(len(chunks))
-        log_summary(output, found, scored, seconds)
+        _log_summary(output, found, scored, seconds)
     return output.note(finished=True)
 
 
@@ -84,32 +84,32 @@ def score_missing(output: Output, chunks: Sequence[Chunk], model: LoggedModel, p
     missing = [chunk for chunk in chunks if not output.part(chunk.number).exists()]
     if not missing:
         return 0
-    total, left = count_paths(chunks), count_paths(missing)
+    total, left = _count_paths(chunks), _count_paths(missing)
     model_folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
     told = began = time.monotonic()
     with tqdm(total=total, initial=total - left, unit=" images", disable=None) as bar:
         for chunk, rows in scoring.score_chunks(model_folder, missing, parameters):
-            output.keep(chunk.number, rows.assign(model_version=output.job.version)[order_columns(rows)])
+            output.keep(chunk.number, rows.assign(model_version=output.job.version)[_order_columns(rows)])
             bar.update(len(rows))
             left -= len(rows)
             if bar.disable and time.monotonic() - told > SILENCE:
                 told = time.monotonic()
-                rate = (count_paths(missing) - left) / (told - began)
+                rate = (_count_paths(missing) - left) / (told - began)
                 time_left = tqdm.format_interval(left / rate)
                 log.info("%d of %d images, %.0f a second, about %s left", total - left, total, rate, time_left)
-    return count_paths(missing)
+    return _count_paths(missing)
 
 
-def count_paths(chunks: Sequence[Chunk]) -> int:
+def _count_paths(chunks: Sequence[Chunk]) -> int:
     return sum(len(chunk.paths) for chunk in chunks)
 
 
-def order_columns(rows: pd.DataFrame) -> list[str]:
+def _order_columns(rows: pd.DataFrame) -> list[str]:
     """The columns of the tables."""
     return [*rows.columns.drop("reason"), "model_version", "reason"]
 
 
-def log_summary(output: Output, found: BatchInput, scored: int, seconds: float) -> None:
+def _log_summary(output: Output, found: BatchInput, scored: int, seconds: float) -> None:
     """Write on the active run what the tables hold.
 
     `seconds` and `images_per_second` are of the `scored` photographs; the others were answered before an interruption.
@@ -126,15 +126,15 @@ def log_summary(output: Output, found: BatchInput, scored: int, seconds: float) 
     mlflow.log_metrics(facts)
     if csv.stat().st_size <= SMALL:
         mlflow.log_artifact(str(csv))
-    runs.log_figure("least_certain.png", lambda: plot_least_certain(table, found))
-    runs.set_description(describe_tables(output, found, table, unreadable))
+    runs.log_figure("least_certain.png", lambda: _plot_least_certain(table, found))
+    runs.set_description(_describe_tables(output, found, table, unreadable))
     log.info(
         "%d images read with version %s, %d unreadable; the tables: %s and %s",
         len(table) - len(unreadable), output.job.version, len(unreadable), parquet, csv,
     )  # fmt: skip
 
 
-def describe_tables(output: Output, found: BatchInput, table: pd.DataFrame, unreadable: pd.DataFrame) -> str:
+def _describe_tables(output: Output, found: BatchInput, table: pd.DataFrame, unreadable: pd.DataFrame) -> str:
     counts = table["label"].value_counts().sort_index()
     reasons = unreadable["reason"].value_counts().head(10)
     tables = [runs.markdown_table([("label", "images"), *counts.items()])]
@@ -143,7 +143,7 @@ def describe_tables(output: Output, found: BatchInput, table: pd.DataFrame, unre
     return "\n\n".join([f"{len(table)} images of `{found.name}`, read with version {output.job.version}.", *tables])
 
 
-def plot_least_certain(table: pd.DataFrame, found: BatchInput) -> plots.Figure:
+def _plot_least_certain(table: pd.DataFrame, found: BatchInput) -> plots.Figure:
     """The photographs with the smallest probabilities."""
     pictures, titles = [], []
     for row in table.nsmallest(LEAST_CERTAIN, "probability").to_dict("records"):

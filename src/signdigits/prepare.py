@@ -26,14 +26,14 @@ def prepare(data: Data) -> str:
         runs.log_params(asdict(data.parameters))
         mlflow.log_input(runs.dataset_input(data.dataset), context="all")
         log_report(data)
-        runs.set_description(describe_dataset(data))
+        runs.set_description(_describe_dataset(data))
         return run.info.run_id
 
 
 def log_report(data: Data) -> None:
     """Log the report, the table of files, the table of classes and a sample to the active run, and print the gist."""
     groups.write_groups(data.dataset)
-    found, worth_a_look = build_report(data), quality.find_issues(data)
+    found, worth_a_look = _build_report(data), quality.find_issues(data)
     mlflow.set_tags(runs.data_tags(data.dataset, data.split))
     mlflow.log_metrics(
         {
@@ -44,16 +44,16 @@ def log_report(data: Data) -> None:
         }
     )
     mlflow.log_dict(found, "data/report.json")
-    mlflow.log_text(tables.to_csv(files_table(data)), "data/files.csv")
-    runs.log_figure("data/sample.png", lambda: plot_sample(data))
+    mlflow.log_text(tables.to_csv(_files_table(data)), "data/files.csv")
+    runs.log_figure("data/sample.png", lambda: _plot_sample(data))
     mlflow.log_text(tables.to_csv(worth_a_look), "data/findings.csv")
     if set(worth_a_look["finding"]) - {"imbalance"}:
         runs.log_figure("data/findings.png", lambda: quality.plot_findings(data, worth_a_look))
-    for line in report_lines(data, found, worth_a_look):
+    for line in _report_lines(data, found, worth_a_look):
         log.info("%s", line)
 
 
-def build_report(data: Data) -> dict[str, Any]:
+def _build_report(data: Data) -> dict[str, Any]:
     """Counts, sizes and modes, what was unreadable, and the digests of the whole and of each part of the split."""
     dataset, split = data.dataset, data.split
     sizes = Counter(f"{width}x{height}" for width, height in (photograph.size for photograph in dataset.photographs))
@@ -72,7 +72,7 @@ def build_report(data: Data) -> dict[str, Any]:
     }
 
 
-def report_lines(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) -> list[str]:
+def _report_lines(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) -> list[str]:
     """The report in a few lines for the terminal."""
     dataset = data.dataset
     sizes = list(found["sizes"].items())
@@ -92,13 +92,13 @@ def report_lines(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) 
     return lines
 
 
-def describe_dataset(data: Data) -> str:
+def _describe_dataset(data: Data) -> str:
     """The report for the run's page."""
     rows = runs.markdown_table([("class", "photographs"), *data.dataset.counts().items()])
     return f"What `{data.parameters.data}` holds. Digest `{data.dataset.digest}`.\n\n{rows}"
 
 
-def files_table(data: Data) -> pd.DataFrame:
+def _files_table(data: Data) -> pd.DataFrame:
     """One row a photograph: path, class, checksum, size, mode, orientation, and the part of the split it is in."""
     parts = quality.part_names(data)
     rows = [
@@ -117,7 +117,7 @@ def files_table(data: Data) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plot_sample(data: Data) -> plots.Figure:
+def _plot_sample(data: Data) -> plots.Figure:
     """The first nine training images, as the network sees them, with their classes."""
     images, labels = data.training.x[:9], data.training.y[:9]
     titles = [data.dataset.class_names[label] for label in labels]

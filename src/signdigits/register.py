@@ -77,7 +77,7 @@ def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
     with runs.start_run("register", "register"):
         runs.log_params({"run_id": which.run_id, "model_uri": which.model_uri, **asdict(parameters)})
         if parameters.version:
-            decision = move_alias(str(parameters.version), parameters.alias)
+            decision = _move_alias(str(parameters.version), parameters.alias)
         else:
             decision = promote_model(registry.find_model(which.run_id, which.model_uri), parameters)
         mlflow.set_tags({"version": decision.version, "alias": decision.alias})
@@ -110,17 +110,17 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
     elif previous == str(version.version):
         deserves, reason = True, "it is the champion already"
     else:
-        agreement, reason = compare_versions(version, champion)
+        agreement, reason = _compare_versions(version, champion)
         deserves = agreement is not None and agreement.p_value < parameters.significance_level
         if parameters.force and not deserves:
             deserves, reason = True, f"forced, although {reason}"
     alias = parameters.alias if deserves else registry.CHALLENGER
     decision = Decision(str(version.version), alias, reason, agreement, previous)
-    assign_alias(decision)
+    _assign_alias(decision)
     return decision
 
 
-def compare_versions(version: ModelVersion, champion: ModelVersion) -> tuple[ContingencyTable | None, str]:
+def _compare_versions(version: ModelVersion, champion: ModelVersion) -> tuple[ContingencyTable | None, str]:
     """How the two versions read the same test images, and the outcome in words.
 
     Both were scored by `evaluate`, with the artifact that is served. No agreement where they cannot be compared.
@@ -132,7 +132,7 @@ def compare_versions(version: ModelVersion, champion: ModelVersion) -> tuple[Con
             f"{theirs.get('split')}; not {mine['dataset']}, split {mine['split']}), so the two cannot be compared; "
             "--force true gives the place all the same"
         )
-    found = count_agreement(read_predictions(version), read_predictions(champion))
+    found = _count_agreement(_read_predictions(version), _read_predictions(champion))
     return found, (
         f"test accuracy {float(mine['test_accuracy']):.4f} against {float(theirs['test_accuracy']):.4f} of version "
         f"{champion.version} on the same {mine['test_images']} images: {found.challenger_only} read correctly by the "
@@ -140,7 +140,7 @@ def compare_versions(version: ModelVersion, champion: ModelVersion) -> tuple[Con
     )
 
 
-def read_predictions(version: ModelVersion) -> pd.DataFrame:
+def _read_predictions(version: ModelVersion) -> pd.DataFrame:
     """What `evaluate` recorded of a version: one row a test image."""
     run_id = version.tags.get("test_run_id", "")
     try:
@@ -153,7 +153,7 @@ def read_predictions(version: ModelVersion) -> pd.DataFrame:
     return tables.read_csv(text, tables.is_probability)
 
 
-def count_agreement(challenger: pd.DataFrame, champion: pd.DataFrame) -> ContingencyTable:
+def _count_agreement(challenger: pd.DataFrame, champion: pd.DataFrame) -> ContingencyTable:
     """Count what two tables of predictions of the same images have right."""
     both = challenger.merge(champion, on="path", validate="one_to_one", suffixes=("", "_champion"))
     mine, theirs = both["prediction"] == both["label"], both["prediction_champion"] == both["label_champion"]
@@ -165,7 +165,7 @@ def count_agreement(challenger: pd.DataFrame, champion: pd.DataFrame) -> Conting
     )
 
 
-def move_alias(version: str, alias: str) -> Decision:
+def _move_alias(version: str, alias: str) -> Decision:
     """Give `alias` to a registered version, forwards or back, without a question."""
     try:
         mlflow.MlflowClient().get_model_version(registry.REGISTERED_MODEL, version)
@@ -177,7 +177,7 @@ def move_alias(version: str, alias: str) -> Decision:
     previous = str(holder.version) if holder else ""
     reason = f"moved by hand from version {previous}" if previous else "given by hand"
     decision = Decision(version, alias, reason, None, previous)
-    assign_alias(decision)
+    _assign_alias(decision)
     return decision
 
 
@@ -199,7 +199,7 @@ def describe_standing(decision: Decision) -> str:
     return f"{was}, and `python -m signdigits register --version {decision.version} --alias {decision.alias}` makes it so again"
 
 
-def assign_alias(decision: Decision) -> None:
+def _assign_alias(decision: Decision) -> None:
     """Set the alias, and write why on the version and the active run; a champion is no longer a challenger."""
     client = mlflow.MlflowClient()
     facts = {"decision": f"{decision.alias}: {decision.reason}", "previous_version": decision.previous}

@@ -99,15 +99,15 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     executors.check_stores(parameters)
     with storage.lock_study(parameters.storage, name):
         study = load_study(name, settings, space, parameters)
-        with study_run(study) as run_id:
+        with _study_run(study) as run_id:
             opened = Search(study, TrialContext(name, run_id, data, space, parameters.objective), parameters)
-            describe_study(opened)
+            _describe_study(opened)
             reconcile_stores(study)
             yield opened
 
 
 @contextmanager
-def study_run(study: optuna.Study) -> Iterator[str]:
+def _study_run(study: optuna.Study) -> Iterator[str]:
     """Open the study's run, or continue it; then the run that `mlflow run` launched records how many trials this start added."""
     run_id = study.user_attrs.get("mlflow_run_id")
     before = count_finished(study)
@@ -125,7 +125,7 @@ def study_run(study: optuna.Study) -> Iterator[str]:
 def optimize_study(opened: Search) -> None:
     """Bring the study to `n_trials` finished trials, or run until the time is up, and report on it."""
     run_missing_trials(opened)
-    log_study(opened)
+    _log_study(opened)
 
 
 def run_missing_trials(opened: Search) -> None:
@@ -157,7 +157,7 @@ def param_importances(study: optuna.Study) -> dict[str, float]:
     return {f"importance_{name}": value for name, value in found.items()}
 
 
-def describe_study(opened: Search) -> None:
+def _describe_study(opened: Search) -> None:
     """Log what the study is made of to its run, with a description that a stranger understands."""
     data, space, parameters = opened.data, opened.context.space, opened.parameters
     ranges = {name: str(r) for name, r in space.ranges.items()}
@@ -184,7 +184,7 @@ def describe_study(opened: Search) -> None:
     )
 
 
-def log_study(opened: Search) -> None:
+def _log_study(opened: Search) -> None:
     """Log the best trial, the counts, the importances and Optuna's pictures to the study's run."""
     study, objective, best = opened.study, opened.parameters.objective, opened.best
     trials = study.get_trials(deepcopy=False)

@@ -33,19 +33,19 @@ def serve(parameters: ServeParameters) -> None:
     version = registry.find_alias(parameters.alias)
     if version is None:
         raise ModelError(registry.missing_alias(parameters.alias))
-    check_port(parameters)
+    _check_port(parameters)
     if not (parameters.token_file or is_loopback(parameters.host)):
         log.warning("host=%s, and no token_file: whoever reaches this machine may ask", parameters.host)
     program = shutil.which("nginx")
     if program is None:
-        serve_alone(parameters, version)
+        _serve_alone(parameters, version)
     else:
-        with runtime_folder() as folder:
-            write_configuration(parameters, folder)
+        with _runtime_folder() as folder:
+            _write_configuration(parameters, folder)
             supervisor.Supervisor(parameters, program, folder).run(version)
 
 
-def write_configuration(parameters: ServeParameters, home: Path) -> None:
+def _write_configuration(parameters: ServeParameters, home: Path) -> None:
     """Write what nginx needs, which holds the token, and let it read it. Raises ServingError if it finds fault."""
     token = nginx.read_token(parameters.token_file) if parameters.token_file else ""
     for name in ("certificate", "key"):
@@ -55,10 +55,10 @@ def write_configuration(parameters: ServeParameters, home: Path) -> None:
     nginx.make_home(home)
     configuration = home / "nginx.conf"
     configuration.touch(mode=0o600)
-    configuration.write_text(nginx.configuration(parameters, home, token))
+    configuration.write_text(nginx.render_configuration(parameters, home, token))
 
 
-def check_port(parameters: ServeParameters) -> None:
+def _check_port(parameters: ServeParameters) -> None:
     """Raise ServingError unless the port can be listened on."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(parameters.host, parameters.port, type=socket.SOCK_STREAM)[0]
@@ -76,7 +76,7 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
 
 
-def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
+def _serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
     """Become `mlflow models serve`: without nginx that is all there is."""
     unmet = [
         f"{name}={value}"
@@ -100,7 +100,7 @@ def serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
 
 
 @contextlib.contextmanager
-def runtime_folder() -> Iterator[Path]:
+def _runtime_folder() -> Iterator[Path]:
     """A folder for sockets, configuration and what nginx writes, gone afterwards.
 
     It is locked, which keeps systemd's daily cleaning of /tmp from it.

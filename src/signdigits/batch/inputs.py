@@ -46,13 +46,13 @@ def find_inputs(images: str, output: Path) -> BatchInput:
     taken as they stand, relative to the table's folder. Raises DataError if there are none.
     """
     place = Path(images)
-    listing = find_in_folder(place, output.resolve()) if place.is_dir() else read_table(place)
+    listing = _find_in_folder(place, output.resolve()) if place.is_dir() else read_table(place)
     if not listing.paths:
         raise DataError(f"{place}: no photograph in it; pass --images a folder that has some, or a table of paths")
     return listing
 
 
-def find_in_folder(folder: Path, output: Path) -> BatchInput:
+def _find_in_folder(folder: Path, output: Path) -> BatchInput:
     whole = folder.resolve()
     if whole.is_relative_to(output):
         raise DataError(f"{folder}: lies in the folder for the tables, {output}; pass another --output")

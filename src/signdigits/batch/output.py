@@ -63,7 +63,7 @@ class Output:
     def note(self, **changes: str | bool) -> "Output":
         """The same folder, with changes to its job that are on disk."""
         job = replace(self.job, **changes)  # type: ignore[arg-type]
-        write_atomically(
+        _write_atomically(
             self.folder / "job.json", lambda path: path.write_text(json.dumps(asdict(job), indent=1) + "\n")
         )
         return replace(self, job=job)
@@ -71,39 +71,39 @@ class Output:
     def keep(self, number: int, rows: pd.DataFrame) -> None:
         """Write the rows of a chunk."""
         self.part(number).parent.mkdir(exist_ok=True)
-        table = pa.Table.from_pandas(rows, schema_of(rows.columns.tolist()), preserve_index=False)
-        write_atomically(self.part(number), lambda path: pq.write_table(table, path))
+        table = pa.Table.from_pandas(rows, _schema_of(rows.columns.tolist()), preserve_index=False)
+        _write_atomically(self.part(number), lambda path: pq.write_table(table, path))
 
     def assemble(self, count: int) -> None:
         """Write both tables out of `count` parts, one part in memory at a time."""
         parts = [self.part(number) for number in range(count)]
         parquet, csv = self.tables
-        write_atomically(parquet, lambda path: join_parquet(parts, path))
-        write_atomically(csv, lambda path: join_csv(parts, path))
+        _write_atomically(parquet, lambda path: _join_parquet(parts, path))
+        _write_atomically(csv, lambda path: _join_csv(parts, path))
 
     def clear(self) -> None:
         """Remove the parts, once the tables are there."""
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
 
-def schema_of(columns: Sequence[str]) -> pa.Schema:
+def _schema_of(columns: Sequence[str]) -> pa.Schema:
     """Text, but for `probability` and each `p(class)`; a chunk without a readable photograph has no type of its own."""
     return pa.schema([(name, pa.float64() if tables.is_probability(name) else pa.string()) for name in columns])
 
 
-def join_parquet(parts: Sequence[Path], target: Path) -> None:
+def _join_parquet(parts: Sequence[Path], target: Path) -> None:
     with pq.ParquetWriter(target, pq.read_schema(parts[0])) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part))
 
 
-def join_csv(parts: Sequence[Path], target: Path) -> None:
+def _join_csv(parts: Sequence[Path], target: Path) -> None:
     with target.open("w", newline="") as file:
         for part in parts:
             pd.read_parquet(part).to_csv(file, index=False, header=part is parts[0], lineterminator="\n")
 
 
-def write_atomically(target: Path, fill: Callable[[Path], object]) -> None:
+def _write_atomically(target: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a file, and give it its name when it is whole on disk. Raises OutputError if it cannot be."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
@@ -112,7 +112,7 @@ def write_atomically(target: Path, fill: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         unfinished.replace(target)
     except OSError as error:
-        raise not_writable(target, error) from error
+        raise _not_writable(target, error) from error
 
 
 @contextlib.contextmanager
@@ -130,12 +130,12 @@ def lock_output(folder: Path, job: BatchJob) -> Iterator[Output]:
             f"output={folder}: another process is writing there; wait for it, or pass another --output"
         ) from None
     except OSError as error:
-        raise not_writable(folder, error) from error
+        raise _not_writable(folder, error) from error
     with lock:
         found = find_job(folder)
         if found is not None and not found.is_of(job):
             raise OutputError(
-                f"output={folder}: {describe_difference(found, job)}; pass another --output, or remove the folder"
+                f"output={folder}: {_describe_difference(found, job)}; pass another --output, or remove the folder"
             )
         yield Output(folder, found or job)
 
@@ -156,7 +156,7 @@ def find_job(folder: Path) -> BatchJob | None:
         ) from error
 
 
-def describe_difference(found: BatchJob, job: BatchJob) -> str:
+def _describe_difference(found: BatchJob, job: BatchJob) -> str:
     """What sets two jobs apart, in words."""
     if found.model != job.model:
         return (
@@ -165,5 +165,5 @@ def describe_difference(found: BatchJob, job: BatchJob) -> str:
     return f"begun with the {found.count} images of {found.images} as they were then, which are not these"
 
 
-def not_writable(path: Path, error: OSError) -> OutputError:
+def _not_writable(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: {error.strerror}; make room, or a place that can be written: the same command goes on")

@@ -59,7 +59,7 @@ class Scorer:
         found: list[dict[str, Any] | str] = []
         for start in range(0, len(chunk.paths), TOGETHER):
             found += self.answer([read_photograph(folder / path) for path in chunk.paths[start : start + TOGETHER]])
-        rows = [make_row(path, answer) for path, answer in zip(chunk.paths, found, strict=True)]
+        rows = [_make_row(path, answer) for path, answer in zip(chunk.paths, found, strict=True)]
         columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), "reason"]
         return pd.DataFrame(rows, columns=columns)
 
@@ -94,7 +94,7 @@ def read_photograph(path: Path) -> bytes | str:
     return content or "empty"
 
 
-def make_row(path: str, answer: dict[str, Any] | str) -> dict[str, Any]:
+def _make_row(path: str, answer: dict[str, Any] | str) -> dict[str, Any]:
     told = escape_undecodable(path)
     if isinstance(answer, str):
         return {"path": told, "reason": answer}
@@ -107,13 +107,13 @@ def score_chunks(
 ) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     """Each chunk with its rows, as they come. Raises ClusterError if the workers cannot be had, or keep dying."""
     if not is_distributed(parameters):
-        yield from score_in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
+        yield from _score_in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
         return
     with connect_ray(parameters, cpus=1):
-        yield from score_on_workers(model_folder, chunks, parameters.workers)
+        yield from _score_on_workers(model_folder, chunks, parameters.workers)
 
 
-def score_in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+def _score_in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     """A thread for each scorer: a model answers one at a time, but decoder and network release Python's lock."""
     free = queue.SimpleQueue[Scorer]()
     for scorer in scorers:
@@ -133,12 +133,14 @@ def score_in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iter
             threads.shutdown(cancel_futures=True)
 
 
-def score_on_workers(model_folder: Path, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+def _score_on_workers(
+    model_folder: Path, chunks: Sequence[Chunk], workers: int
+) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     import ray
     from ray.exceptions import RayError, RayTaskError
     from ray.util import ActorPool
 
-    files = {path.relative_to(model_folder).as_posix(): path.read_bytes() for path in files_in(model_folder)}
+    files = {path.relative_to(model_folder).as_posix(): path.read_bytes() for path in _files_in(model_folder)}
     hire = ray.remote(ScoringWorker).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS).remote
     sent = ray.put(files)
     pool = ActorPool([hire(sent) for _ in range(min(workers, len(chunks)))])
@@ -154,7 +156,7 @@ def score_on_workers(model_folder: Path, chunks: Sequence[Chunk], workers: int) 
         ) from error
 
 
-def files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 

@@ -64,21 +64,21 @@ def decode_photographs(dataset: Dataset, indices: np.ndarray, parameters: DataPa
     """
     channels, kind = (3, np.uint8) if parameters.color_mode == "rgb" else (1, np.float32)
     shape, dtype = (len(indices), parameters.image_size, parameters.image_size, channels), np.dtype(kind)
-    arrays = decode_each(dataset, indices, parameters)
+    arrays = _decode_each(dataset, indices, parameters)
     if np.prod(shape, dtype=float) * dtype.itemsize <= parameters.memory_budget * 1e6:
         found = np.empty(shape, dtype)
         for place, array in zip(found, arrays, strict=True):
             place[...] = array
         return found
-    path = FOLDER / f"{cache_key(dataset, indices, parameters)}.npy"
+    path = FOLDER / f"{_cache_key(dataset, indices, parameters)}.npy"
     try:
-        write_cache(path, arrays, shape, dtype)
-        return open_cache(path)
+        _write_cache(path, arrays, shape, dtype)
+        return _open_cache(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; make room for it, or raise --memory_budget") from error
 
 
-def decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Iterator[np.ndarray]:
+def _decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Iterator[np.ndarray]:
     """Each photograph as the network sees it."""
 
     def one(index: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParameter
     return signdigits.threads.map_in_threads(one, indices.tolist(), "decoding")
 
 
-def cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:
+def _cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:
     """Stands for all that the decoded bytes depend on: the photographs, their order, what reads them, and how."""
     told = hashlib.sha256(f"{parameters.image_size} {parameters.color_mode} {PIL.__version__}\n".encode())
     told.update(Path(images.__file__).read_bytes())
@@ -98,7 +98,7 @@ def cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters)
     return told.hexdigest()[:32]
 
 
-def write_cache(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
+def _write_cache(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
     """Write the file, unless it is there or another process is writing it: then wait for that one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
@@ -116,7 +116,7 @@ def write_cache(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...]
         unfinished.replace(path)
 
 
-def open_cache(path: Path) -> DiskArray:
+def _open_cache(path: Path) -> DiskArray:
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)

@@ -86,7 +86,7 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
     """
     folder = sources.resolve_source(parameters.data)
     try:
-        dataset = read_folder(folder, skip_unreadable=parameters.skip_unreadable)
+        dataset = _read_folder(folder, skip_unreadable=parameters.skip_unreadable)
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
     if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
@@ -94,11 +94,11 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
     return dataset
 
 
-def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
-    class_names = find_classes(folder)
+def _read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
+    class_names = _find_classes(folder)
     files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
     looked_at = signdigits.threads.map_in_threads(
-        lambda file: examine_file(file[0], file[0].relative_to(folder).as_posix(), file[1]), files, "reading"
+        lambda file: _examine_file(file[0], file[0].relative_to(folder).as_posix(), file[1]), files, "reading"
     )
     photographs: list[Photograph] = []
     unreadable: dict[str, str] = {}
@@ -116,26 +116,26 @@ def read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
     return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
 
 
-def find_classes(folder: Path) -> tuple[str, ...]:
+def _find_classes(folder: Path) -> tuple[str, ...]:
     """The sorted names of the class folders in `folder`."""
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder{describe_relative(folder)}; pass --data a folder of class folders, or one of the names "
+            f"{folder}: no such folder{_describe_relative(folder)}; pass --data a folder of class folders, or one of the names "
             f"{sources.HANDWRITTEN_DIGITS} and {sources.SIGN_LANGUAGE_DIGITS}"
         )
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_junk(entry)))
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_junk(entry)))
     if not names:
         raise DataError(f"{folder}: no class folder in it; put the photographs of each class into a folder of its own")
     if len(names) == 1:
         raise DataError(f"{folder}: only one class folder, {names[0]!r}; a classifier needs two or more")
     for name in names:
-        if not is_text(Path(name)):
+        if not _is_text(Path(name)):
             raise DataError(f"{folder / name}: the name is not UTF-8; rename it")
-    check_layout(folder, names)
+    _check_layout(folder, names)
     return names
 
 
-def describe_relative(folder: Path) -> str:
+def _describe_relative(folder: Path) -> str:
     """From where a relative path was looked for: `mlflow run` works in the project's folder."""
     return "" if folder.is_absolute() else f" in {Path.cwd()}, where `mlflow run` works too: an absolute path is sure"
 
@@ -146,14 +146,14 @@ def find_files(folder: Path) -> Iterator[Path]:
     Links are followed once: a link to what lies in the folder anyway adds nothing.
     """
     whole = folder.resolve()
-    for directory in find_folders(folder):
+    for directory in _find_folders(folder):
         for path in sorted(directory.iterdir()):
             again = path.is_symlink() and path.exists() and path.resolve().is_relative_to(whole)
-            if is_file(path) and not is_junk(path) and not again:
+            if is_file(path) and not _is_junk(path) and not again:
                 yield path
 
 
-def find_folders(folder: Path) -> list[Path]:
+def _find_folders(folder: Path) -> list[Path]:
     """`folder` and the folders in it, each once, however many links lead to it."""
     found: dict[Path, Path] = {}
     waiting, links = [folder], list[Path]()
@@ -163,12 +163,12 @@ def find_folders(folder: Path) -> list[Path]:
             continue
         found[directory.resolve()] = directory
         for entry in sorted(directory.iterdir()):
-            if entry.is_dir() and not is_junk(entry):
+            if entry.is_dir() and not _is_junk(entry):
                 (links if entry.is_symlink() else waiting).append(entry)
     return sorted(found.values(), key=str)
 
 
-def is_text(path: Path) -> bool:
+def _is_text(path: Path) -> bool:
     """Tell names that are UTF-8 from bytes of another encoding, which old archives hold."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
@@ -178,34 +178,34 @@ def is_file(path: Path) -> bool:
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
-def is_junk(path: Path) -> bool:
+def _is_junk(path: Path) -> bool:
     """Hidden files and folders, and what systems and archivers leave beside photographs."""
     return path.name.startswith(".") or path.name in JUNK
 
 
-def check_layout(folder: Path, names: Sequence[str]) -> None:
+def _check_layout(folder: Path, names: Sequence[str]) -> None:
     """Raise DataError if the class folders hold nothing but the same folders: train/CLASS and test/CLASS, say."""
     inside = []
     for name in names:
-        entries = [entry for entry in (folder / name).iterdir() if not is_junk(entry)]
+        entries = [entry for entry in (folder / name).iterdir() if not _is_junk(entry)]
         if not all(entry.is_dir() for entry in entries):
             return
         inside.append({entry.name for entry in entries})
     shared = set.intersection(*inside)
     if len(shared) > 1 and not all(name.lower() in SPLITS for name in shared):
         raise DataError(
-            f"{folder}: {join_names(names)} each hold the folders {join_names(sorted(shared))}, which seem to be the classes; pass "
+            f"{folder}: {_join_names(names)} each hold the folders {_join_names(sorted(shared))}, which seem to be the classes; pass "
             f"--data {folder / names[0]}, or move the photographs of each class into one folder"
         )
 
 
-def join_names(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def examine_file(path: Path, relative: str, label: int) -> Photograph | ImageError:
+def _examine_file(path: Path, relative: str, label: int) -> Photograph | ImageError:
     """Read one file to the array that the network would see, and note what it holds, or why that fails."""
-    if not is_text(path):
+    if not _is_text(path):
         return ImageError("its name, or its folder's, is not UTF-8; rename it")
     try:
         content = read_file(path)

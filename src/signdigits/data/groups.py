@@ -26,8 +26,8 @@ def read_groups(dataset: Dataset) -> np.ndarray:
     Raises DataError if there is no usable groups.csv, or if it leaves a photograph out.
     """
     file = dataset.folder / FILE
-    if not file.exists() and is_sign_language_digits(dataset):
-        return infer_students(dataset)  # where `prepare` may not write
+    if not file.exists() and _is_sign_language_digits(dataset):
+        return _infer_students(dataset)  # where `prepare` may not write
     try:
         table = tables.read_csv(file)[["path", "group"]]
     except (OSError, ValueError, KeyError) as error:
@@ -47,14 +47,14 @@ def write_groups(dataset: Dataset) -> None:
     Nor is it written into a folder that is marked as read-only, even by root, whom the mark would not stop.
     """
     file = dataset.folder / FILE
-    if file.exists() or not is_sign_language_digits(dataset):
+    if file.exists() or not _is_sign_language_digits(dataset):
         return
     if not dataset.folder.stat().st_mode & stat.S_IWUSR:
         log.info(
             "%s: not written, the folder is read-only; the groups are told from the files' numbers each time", file
         )
         return
-    table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": infer_students(dataset)})
+    table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": _infer_students(dataset)})
     try:
         with files.atomic_file(file) as workshop:
             workshop.write_text(tables.to_csv(table))
@@ -64,11 +64,11 @@ def write_groups(dataset: Dataset) -> None:
         log.info("%s: %d groups, written for --split grouped", file, table["group"].nunique())
 
 
-def is_sign_language_digits(dataset: Dataset) -> bool:
+def _is_sign_language_digits(dataset: Dataset) -> bool:
     return dataset.digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
 
 
-def infer_students(dataset: Dataset) -> np.ndarray:
+def _infer_students(dataset: Dataset) -> np.ndarray:
     """Who signs on each of the sign language digits, as far as the files' numbers tell.
 
     Each of the 218 students gave about ten photographs in a row, one a digit: sorted by the number in the file's name,

@@ -97,7 +97,7 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     """
     try:
         sized = (
-            flatten_on_white(apply_orientation(image))
+            _flatten_on_white(_apply_orientation(image))
             .convert("RGB" if color_mode == "rgb" else "L")
             .resize((image_size, image_size), Image.Resampling.BILINEAR)
         )
@@ -110,12 +110,12 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     return (1 - np.asarray(sized, np.float32) / 255)[..., np.newaxis]
 
 
-def apply_orientation(image: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     turn = TURNS.get(read_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def flatten_on_white(image: Image.Image) -> Image.Image:
+def _flatten_on_white(image: Image.Image) -> Image.Image:
     """`image` in 8 bits a channel and opaque: 16-bit gray is scaled, not cut off; transparency turns white.
 
     Raises ImageError for 32 bits a channel, whole or floating: nothing says which number is white.

@@ -40,12 +40,12 @@ class Finding:
 def find_issues(data: Data) -> pd.DataFrame:
     """One row a finding: its kind, the photograph or photographs, the part of the split each is in, and the detail."""
     dataset, parts = data.dataset, part_names(data)
-    hashes, colours = hash_photographs(dataset)
+    hashes, colours = _hash_photographs(dataset)
     found = [
-        *find_imbalance(dataset),
-        *find_odd_sizes(dataset, parts),
-        *find_odd_colours(dataset, parts, colours),
-        *find_near_duplicates(dataset, parts, hashes),
+        *_find_imbalance(dataset),
+        *_find_odd_sizes(dataset, parts),
+        *_find_odd_colours(dataset, parts, colours),
+        *_find_near_duplicates(dataset, parts, hashes),
     ]
     return pd.DataFrame(found, columns=list(Finding.__dataclass_fields__))
 
@@ -58,7 +58,7 @@ def part_names(data: Data) -> np.ndarray:
     return names
 
 
-def hash_photographs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def _hash_photographs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """A perceptual hash (uint64, of shape (n,)) and the mean colour (0 to 255, of shape (n, 3)) of each photograph.
 
     The hash is pHash, from the lowest frequencies of a cosine transform; similar pictures differ in few of its bits.
@@ -73,14 +73,14 @@ def hash_photographs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.array(hashes, np.uint64), np.array(colours)
 
 
-def find_imbalance(dataset: Dataset) -> Iterator[Finding]:
+def _find_imbalance(dataset: Dataset) -> Iterator[Finding]:
     counts = dataset.counts()
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] > UNEVEN * counts[least]:
         yield Finding("imbalance", least, f"{counts[least]} photographs, but {counts[most]} in class {most}")
 
 
-def find_odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
+def _find_odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
     """Photographs of another size than their class."""
     sizes = np.array([photograph.size for photograph in dataset.photographs], float)
     for label in range(len(dataset.class_names)):
@@ -92,7 +92,7 @@ def find_odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
             yield Finding("size", dataset.photographs[i].path, detail, parts[i])
 
 
-def find_odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Iterator[Finding]:
+def _find_odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Iterator[Finding]:
     """Photographs whose mean colour is far from that of their class, farthest first."""
     score = np.zeros(len(colours))
     for label in range(len(dataset.class_names)):
@@ -108,7 +108,7 @@ def find_odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -
         yield Finding("colour", dataset.photographs[i].path, detail, parts[i])
 
 
-def find_near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
+def _find_near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
     """Photographs that look like one in another part of the split, each with the one most like it, most alike first."""
     _, part = np.unique(parts.astype(str), return_inverse=True)
     pairs = set()

@@ -30,13 +30,13 @@ SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 def resolve_source(data: str, home: Path = Path("data")) -> Path:
     """The folder of class folders that `data` names: one of the two names, made under `home` if missing, or a path."""
     if data == HANDWRITTEN_DIGITS:
-        return write_handwritten_digits(home / HANDWRITTEN_DIGITS)
+        return _write_handwritten_digits(home / HANDWRITTEN_DIGITS)
     if data == SIGN_LANGUAGE_DIGITS:
         return download_sign_language_digits(home / SIGN_LANGUAGE_DIGITS)
     return Path(data)
 
 
-def write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
+def _write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
     """Write scikit-learn's 1,797 handwritten digits as PNG files, dark ink on white, into `target`/0 to `target`/9.
 
     They are 8x8 images with 17 levels of ink, from 43 people (UCI ML hand-written digits, test set; E. Alpaydin,
@@ -84,11 +84,11 @@ def download_sign_language_digits(
         found = folder_digest(photographs) if photographs else "no folder Dataset"
         if photographs is None or found != digest:
             raise DownloadError(f"{url}: the archive holds other files than expected (digest {found}, not {digest})")
-        move_up(photographs, folder)
+        _move_up(photographs, folder)
     return target
 
 
-def move_up(inner: Path, folder: Path) -> None:
+def _move_up(inner: Path, folder: Path) -> None:
     """Make what lies in `inner`, deep inside `folder`, the whole content of `folder`."""
     keep = folder.with_name(folder.name + ".keep")
     inner.rename(keep)

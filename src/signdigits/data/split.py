@@ -46,20 +46,20 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
     """The split called `name`. Raises DataError if a class is missing from one of the three parts."""
     labels = dataset.labels
     if name == "grouped":
-        rest, testing, training, validation = split_groups(dataset)
+        rest, testing, training, validation = _split_groups(dataset)
     else:
-        rest, testing = split_as_keras(len(labels))
-        require_each_class(dataset, rest, least=2, part="training and validation")
-        require_each_class(dataset, testing, least=1, part="test")
-        training, validation = split_evenly(dataset, rest)
-    found = split_digest(dataset, training=training, validation=validation, testing=testing)
+        rest, testing = _split_as_keras(len(labels))
+        _require_each_class(dataset, rest, least=2, part="training and validation")
+        _require_each_class(dataset, testing, least=1, part="test")
+        training, validation = _split_evenly(dataset, rest)
+    found = _split_digest(dataset, training=training, validation=validation, testing=testing)
     made = Split(name, training, validation, testing, found, dataset.part_digest(testing))
     for part, indices in made.parts.items():
-        require_each_class(dataset, indices, least=1, part=part.replace("testing", "test"))
+        _require_each_class(dataset, indices, least=1, part=part.replace("testing", "test"))
     return made
 
 
-def split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
+def _split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Two parts of `n` sorted files, as Keras' `image_dataset_from_directory` makes them for seed 1337 and
     validation_split 0.2: the second is the last fifth of a seeded shuffle."""
     order = list(range(n))
@@ -68,7 +68,7 @@ def split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(order[: n - n_test], int), np.array(order[n - n_test :], int)
 
 
-def split_evenly(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _split_evenly(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two parts of `indices`, a fifth of each class in the second."""
     try:
         first, second = train_test_split(
@@ -79,7 +79,7 @@ def split_evenly(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np.
     return first, second
 
 
-def split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Everything but the test images, the test images, and the first in two: no group is in two parts.
 
     Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
@@ -99,7 +99,7 @@ def split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     return rest, testing, *cut(rest)
 
 
-def require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: str) -> None:
+def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: str) -> None:
     found = np.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
     for name, count in zip(dataset.class_names, found.tolist(), strict=True):
         if count < least:
@@ -109,7 +109,7 @@ def require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: 
             )
 
 
-def split_digest(dataset: Dataset, **parts: np.ndarray) -> str:
+def _split_digest(dataset: Dataset, **parts: np.ndarray) -> str:
     """The digest of the photographs and of which part each is in."""
     return signdigits.files.compute_digest(
         (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")

@@ -57,7 +57,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
         network.save(keras_file, include_optimizer=False)
         with startup.filtered_stderr():
             network.export(network_file, format="litert", verbose=False)
-        settings_file.write_text(json.dumps(model_settings(data, temperature)))
+        settings_file.write_text(json.dumps(_model_settings(data, temperature)))
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
@@ -79,7 +79,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
     return info
 
 
-def model_settings(data: Data, temperature: float) -> dict[str, Any]:
+def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
     """What the served model must know of how its network was trained."""
     parameters = data.parameters
     return {

@@ -52,9 +52,9 @@ class SignDigits(PythonModel):
         self.image_size: int = settings["image_size"]
         self.color_mode: str = settings["color_mode"]
         self.temperature: float = settings["temperature"]
-        self.images = load_module(context.artifacts["images"])
+        self.images = _load_module(context.artifacts["images"])
         # Off unless the environment asks for it, which is the only thing that reaches `mlflow models serve`.
-        self.answers = load_module(context.artifacts["answers"]).Answers.of_surroundings(os.environ)
+        self.answers = _load_module(context.artifacts["answers"]).Answers.of_surroundings(os.environ)
         # An interpreter has one set of tensors: it is taken by one thread at a time.
         self.interpreters = queue.SimpleQueue[Any]()
         for _ in range(INTERPRETERS):
@@ -71,10 +71,10 @@ class SignDigits(PythonModel):
         Raises MlflowException (HTTP 400), naming every row at fault, if one holds no usable photograph.
         """
         if not len(model_input):
-            raise bad_request("no rows: send one photograph or more in the column 'image'")
+            raise _bad_request("no rows: send one photograph or more in the column 'image'")
         values = model_input["image"].tolist()
         each = self.threads.map if len(values) > 1 else map  # one row is not worth a thread
-        seen = require_decoded(each(self.infer, values))
+        seen = _require_decoded(each(self.infer, values))
         probabilities = softmax(np.array([one.logits for one in seen], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
         if self.answers is not None:
@@ -97,21 +97,21 @@ class SignDigits(PythonModel):
             return str(error)
         interpreter = self.interpreters.get()
         try:
-            return Decoded(image.size, pixels, infer_logits(interpreter, pixels))
+            return Decoded(image.size, pixels, _infer_logits(interpreter, pixels))
         finally:
             self.interpreters.put(interpreter)
 
 
-def require_decoded(looked_at: Iterable[Decoded | str]) -> list[Decoded]:
+def _require_decoded(looked_at: Iterable[Decoded | str]) -> list[Decoded]:
     """What was seen in every row; the refusal of them all, with the first reasons, if there is a row that cannot be read."""
     rows = list(looked_at)
     faults = [f"row {number}: {row}" for number, row in enumerate(rows) if isinstance(row, str)]
     if faults:
-        raise bad_request("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
+        raise _bad_request("; ".join(faults[:10]) + ("; ..." if len(faults) > 10 else ""))
     return [row for row in rows if isinstance(row, Decoded)]
 
 
-def infer_logits(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
+def _infer_logits(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
     """The network's logits, of shape (classes,), for an image of shape (height, width, channels)."""
     (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.set_tensor(taken["index"], pixels[np.newaxis])
@@ -142,11 +142,11 @@ def to_bytes(value: Any) -> bytes:
     return value
 
 
-def bad_request(message: str) -> MlflowException:
+def _bad_request(message: str) -> MlflowException:
     return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
 
 
-def load_module(path: str) -> ModuleType:
+def _load_module(path: str) -> ModuleType:
     """The Python file at `path` as a module that no other import can meet."""
     spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_{uuid.uuid4().hex}", path)
     assert spec is not None

@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     width = max(len(escape_undecodable(str(file))) for file in parsed.files)
     try:
-        token = read_content(parsed.token_file).decode().strip() if parsed.token_file else os.environ.get(TOKEN, "")
+        token = _read_content(parsed.token_file).decode().strip() if parsed.token_file else os.environ.get(TOKEN, "")
         print(f"{'file':{width}}  label  probability  next")
-        for file, answer in request_predictions(parsed.files, parsed.url, token):
+        for file, answer in _request_predictions(parsed.files, parsed.url, token):
             others = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[1:2]
             then = "".join(f"{label} {probability:.4f}" for label, probability in others)
             name = escape_undecodable(str(file))
@@ -56,23 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def request_predictions(
+def _request_predictions(
     files: Sequence[Path], url: str = URL, token: str = ""
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Each file with the server's answer: `label`, `probability` and `probabilities`.
 
     Raises ClientError for a file that cannot be read, a server that does not answer, and a photograph it refuses.
     """
-    for chunk in split_requests(files):
-        rows = [{"image": base64.b64encode(read_content(file)).decode()} for file in chunk]
+    for chunk in _split_requests(files):
+        rows = [{"image": base64.b64encode(_read_content(file)).decode()} for file in chunk]
         try:
-            answers = post_json(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows}, token)["predictions"]
+            answers = _post_json(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows}, token)["predictions"]
         except ClientError as error:
-            raise ClientError(name_rows(str(error), chunk)) from error
+            raise ClientError(_name_rows(str(error), chunk)) from error
         yield from zip(chunk, answers, strict=True)
 
 
-def split_requests(files: Sequence[Path]) -> Iterator[list[Path]]:
+def _split_requests(files: Sequence[Path]) -> Iterator[list[Path]]:
     """The files of each request: no more of them, and no more bytes, than a server takes."""
     chunk, size = list[Path](), 0
     for file in files:
@@ -93,19 +93,19 @@ def file_size(file: Path) -> int:
         raise ClientError(f"{file}: {error.strerror}") from error
 
 
-def name_rows(message: str, files: Sequence[Path]) -> str:
+def _name_rows(message: str, files: Sequence[Path]) -> str:
     """The message with the file in place of every `row N`."""
     return re.sub(r"row (\d+)", lambda found: str(files[int(found[1])]), message)
 
 
-def read_content(file: Path) -> bytes:
+def _read_content(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise ClientError(f"{file}: {error.strerror}") from error
 
 
-def post_json(url: str, body: Any, token: str = "") -> Any:
+def _post_json(url: str, body: Any, token: str = "") -> Any:
     """Send `body` as JSON and return the reply."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
@@ -113,12 +113,12 @@ def post_json(url: str, body: Any, token: str = "") -> Any:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
-        raise ClientError(f"{url} refused: {error_message(error.read())}") from error
+        raise ClientError(f"{url} refused: {_error_message(error.read())}") from error
     except (urllib.error.URLError, ValueError, OSError) as error:
         raise ClientError(f"{url} does not answer ({error}); start scripts/serve, or give --url") from error
 
 
-def error_message(reply: bytes) -> str:
+def _error_message(reply: bytes) -> str:
     """What MLflow's error reply says, without the repetition of what was sent."""
     try:
         return str(json.loads(reply)["message"]).rpartition("Error: ")[2]

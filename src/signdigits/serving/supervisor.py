@@ -34,8 +34,8 @@ LIVE, RETIRED, REFUSED = "live", "retired", "refused"
 
 
 def server_url(parameters: ServeParameters) -> str:
-    host = f"[{parameters.host}]" if ":" in parameters.host else parameters.host
-    return f"http{'s' if parameters.certificate else ''}://{host}:{parameters.port}"
+    scheme = "https" if parameters.certificate else "http"
+    return f"{scheme}://{nginx.bracket_ipv6(parameters.host)}:{parameters.port}"
 
 
 def is_listening(parameters: ServeParameters) -> bool:
@@ -46,7 +46,7 @@ def is_listening(parameters: ServeParameters) -> bool:
         return False
 
 
-def record_state(version: ModelVersion, state: str, reason: str = "") -> None:
+def _record_state(version: ModelVersion, state: str, reason: str = "") -> None:
     """Write on the version what became of it. A registry that does not answer keeps nobody from serving."""
     facts = {STATE: state, REASON: reason[:5000], TIME: datetime.now(UTC).isoformat(timespec="milliseconds")}
     try:
@@ -62,7 +62,7 @@ def record_state(version: ModelVersion, state: str, reason: str = "") -> None:
         )
 
 
-def served_before(version: ModelVersion) -> list[ModelVersion]:
+def _served_before(version: ModelVersion) -> list[ModelVersion]:
     """The other version that was live last, if one was: it was not retired, only the machine or the command ended."""
     found = mlflow.MlflowClient().search_model_versions(f"name = '{version.name}'")
     live = [other for other in found if other.tags.get(STATE) == LIVE and other.version != version.version]
@@ -96,8 +96,8 @@ class Supervisor:
     def __init__(self, parameters: ServeParameters, nginx: str, home: Path) -> None:
         self.parameters = parameters
         self.home = home
-        self.nginx = [nginx, "-p", str(home), "-c", str(home / "nginx.conf")]
-        self.front: Process | None = None
+        self.nginx_command = [nginx, "-p", str(home), "-c", str(home / "nginx.conf")]
+        self.nginx_process: Process | None = None
         self.live: WorkerPool | None = None
         self.refused = ""  # the version that the alias names, if it was turned away
         self.said = ""  # what was logged last of the registry
@@ -121,33 +121,33 @@ class Supervisor:
 
     def begin(self, version: ModelVersion) -> None:
         """Bring in the version, or the one that was served before if it is refused, and then open the port."""
-        for candidate in [version, *served_before(version)]:
+        for candidate in [version, *_served_before(version)]:
             if self.bring_in(candidate):
                 break
         else:
             raise ServingError(
                 f"{self.parameters.alias}: version {version.version} cannot be served, and none was served before"
             )
-        self.front = self.start_front()
+        self.nginx_process = self.start_nginx()
         deadline = time.monotonic() + self.parameters.start_timeout
         while not is_listening(self.parameters):
-            if not self.front.running or time.monotonic() > deadline:
-                raise ServingError(f"nginx does not start: {self.front.exit_reason()}")
+            if not self.nginx_process.running or time.monotonic() > deadline:
+                raise ServingError(f"nginx does not start: {self.nginx_process.exit_reason()}")
             time.sleep(TICK / 10)
 
-    def start_front(self) -> Process:
-        return Process("nginx", self.nginx)
+    def start_nginx(self) -> Process:
+        return Process("nginx", self.nginx_command)
 
     def tick(self) -> None:
         """Wait a moment, and start again what has ended."""
         time.sleep(TICK)
         if self.live:
             self.live.restart_dead_workers()
-        if self.front and not self.front.running:
-            self.front.signal(signal.SIGKILL)  # its workers, who hold the port
-            if self.front.has_exited():
-                log.warning("nginx ended (%s): started again", self.front.exit_reason())
-                self.front = self.start_front()
+        if self.nginx_process and not self.nginx_process.running:
+            self.nginx_process.signal(signal.SIGKILL)  # its workers, who hold the port
+            if self.nginx_process.has_exited():
+                log.warning("nginx ended (%s): started again", self.nginx_process.exit_reason())
+                self.nginx_process = self.start_nginx()
 
     def look(self) -> None:
         """Ask the registry for the alias, every now and then, and follow it where it moved.
@@ -192,7 +192,7 @@ class Supervisor:
             self.examine(pool)
         except HealthCheckFailed as refusal:
             log.warning("version %s is not served: %s", version.version, refusal)
-            self.registry.submit(record_state, version, REFUSED, str(refusal))
+            self.registry.submit(_record_state, version, REFUSED, str(refusal))
             self.refused = str(version.version)
             self.end(pool, seconds=0)
             return False
@@ -202,9 +202,9 @@ class Supervisor:
         before, self.live = self.live, pool
         nginx.point_live(self.home, pool.name)
         log.info("version %s is live%s", version.version, f"; version {before.version.version} ends" if before else "")
-        self.registry.submit(record_state, version, LIVE)
+        self.registry.submit(_record_state, version, LIVE)
         if before:
-            self.registry.submit(record_state, before.version, RETIRED, f"version {version.version} follows it")
+            self.registry.submit(_record_state, before.version, RETIRED, f"version {version.version} follows it")
             self.end(before, seconds=self.parameters.drain_timeout)
         return True
 
@@ -241,7 +241,7 @@ class Supervisor:
     def stop(self) -> None:
         """End the front, which finishes its requests, and then the processes that answer them."""
         live, self.live = self.live, None
-        last, self.front = self.front, None
+        last, self.nginx_process = self.nginx_process, None
         if last:
             last.signal(signal.SIGQUIT)  # nginx's word for "finish, then end"
             deadline = time.monotonic() + self.parameters.drain_timeout

@@ -125,14 +125,14 @@ class WorkerPool:
 
     def check_health(self) -> None:
         """Ask every process for the model's own input example, which warms it. Raises Refused unless it is answered."""
-        body, rows = read_input_example(self.version)
+        body, rows = _read_input_example(self.version)
         for member in self.workers:
             for _ in range(WARMING):
                 try:
                     reply = send_request(member.path, "POST", "/invocations", body, self.parameters.timeout)
                 except (OSError, http.client.HTTPException) as error:
                     raise HealthCheckFailed(f"it does not answer its own input example ({error})") from error
-                if fault := find_problem(reply, rows):
+                if fault := _find_problem(reply, rows):
                     raise HealthCheckFailed(f"it answers its own input example with {fault}")
 
     def restart_dead_workers(self) -> None:
@@ -147,7 +147,7 @@ class WorkerPool:
         return all(member.process.has_exited() for member in self.workers)
 
 
-def read_input_example(version: ModelVersion) -> tuple[bytes, int]:
+def _read_input_example(version: ModelVersion) -> tuple[bytes, int]:
     """The version's own input example, as a request, and its number of rows. Raises Refused if it has none."""
     uri = f"models:/{version.name}/{version.version}/serving_input_example.json"
     try:
@@ -158,20 +158,20 @@ def read_input_example(version: ModelVersion) -> tuple[bytes, int]:
     return text.encode(), rows
 
 
-def find_problem(reply: Reply, rows: int) -> str:
+def _find_problem(reply: Reply, rows: int) -> str:
     """What is wrong with a reply to so many rows; nothing, if it is right."""
     if reply.status != 200:
-        return f"{reply.status}: {parse_error(reply.content)}"
+        return f"{reply.status}: {_parse_error(reply.content)}"
     try:
         predictions = json.loads(reply.content)["predictions"]
         if len(predictions) != rows:
             return f"{len(predictions)} predictions for {rows} rows"
-        return next(filter(None, map(find_problem_in_row, predictions)), "")
+        return next(filter(None, map(_find_problem_in_row, predictions)), "")
     except (ValueError, KeyError, TypeError) as error:
         return f"another form than label, probability and probabilities ({error!r})"
 
 
-def parse_error(content: bytes) -> str:
+def _parse_error(content: bytes) -> str:
     """What MLflow's error says, and what the model raised, without the way there."""
     try:
         error = json.loads(content)
@@ -181,7 +181,7 @@ def parse_error(content: bytes) -> str:
         return content[:500].decode(errors="replace")
 
 
-def find_problem_in_row(row: Mapping[str, Any]) -> str:
+def _find_problem_in_row(row: Mapping[str, Any]) -> str:
     probabilities = row["probabilities"]
     if row["label"] not in probabilities:
         return f"the label {row['label']!r}, which is none of its classes"

@@ -18,17 +18,17 @@ def find_model(run_id: str, model_uri: str) -> LoggedModel:
         outputs = find_run(run_id).outputs
         if not outputs or not outputs.model_outputs:
             raise ModelError(f"run_id={run_id}: the run has no model; give a run of the role train or refit")
-        return get_model(outputs.model_outputs[-1].model_id, f"run_id={run_id}")
+        return _get_model(outputs.model_outputs[-1].model_id, f"run_id={run_id}")
     try:
         info = mlflow.models.get_model_info(model_uri)
     except (MlflowException, OSError) as error:
         raise ModelError(f"model_uri={model_uri}: no such model ({error})") from error
     if info.model_id is None:
         raise ModelError(f"model_uri={model_uri}: not a model of this tracking store")
-    return get_model(info.model_id, f"model_uri={model_uri}")
+    return _get_model(info.model_id, f"model_uri={model_uri}")
 
 
-def get_model(model_id: str, given: str) -> LoggedModel:
+def _get_model(model_id: str, given: str) -> LoggedModel:
     try:
         return mlflow.get_logged_model(model_id)
     except MlflowException as error:  # deleted, or of another store

@@ -65,8 +65,8 @@ def start_run(
     new one, nested under `parent_run_id`, or under the active run if there is one. `role` becomes a tag: prepare, train,
     study, trial, refit, evaluate or register.
     """
-    described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: this_process()}
-    active = open_run(name, run_id, parent_run_id, described)
+    described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: _this_process()}
+    active = _open_run(name, run_id, parent_run_id, described)
     try:
         yield active
     except KeyboardInterrupt:
@@ -111,7 +111,7 @@ def deleted_error(run_id: str) -> TrackingError:
     )
 
 
-def open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
+def _open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
     """Start or continue the run; raises TrackingError if the store does not hold a run that it should.
 
     The run has its tags from the beginning: whoever finds it, after a kill say, knows whose it was.
@@ -123,7 +123,7 @@ def open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: dic
             return mlflow.start_run(
                 run_name=None if launched else name, nested=nested, parent_run_id=parent_run_id, tags=tags
             )
-        known = find_continued(run_id)
+        known = _find_continued(run_id)
         if is_deleted(run_id):
             raise deleted_error(run_id)
         mark_resumed(known)
@@ -139,7 +139,7 @@ def open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: dic
         ) from error
 
 
-def find_continued(run_id: str) -> Run:
+def _find_continued(run_id: str) -> Run:
     try:
         return mlflow.get_run(run_id)
     except MlflowException as error:
@@ -205,13 +205,13 @@ def open_experiment(role: str) -> None:
     before they could say so are closed.
     """
     store.connect_store()
-    close_stale_runs()
+    _close_stale_runs()
     client = mlflow.MlflowClient()
     try:
         if run_id := os.environ.get("MLFLOW_RUN_ID"):
             experiment_id = client.get_run(run_id).info.experiment_id
             client.set_tag(run_id, "role", role)
-            client.set_tag(run_id, PROCESS, this_process())
+            client.set_tag(run_id, PROCESS, _this_process())
         elif experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             mlflow.set_experiment(experiment_id=experiment_id)
         else:
@@ -225,7 +225,7 @@ def open_experiment(role: str) -> None:
         client.set_experiment_tag(experiment_id, "mlflow.note.content", EXPERIMENT_DESCRIPTION)
 
 
-def this_process() -> str:
+def _this_process() -> str:
     return f"{platform.node()}:{os.getpid()}:{process_start(os.getpid())}"
 
 
@@ -255,7 +255,7 @@ def is_alive(identity: str) -> bool:
     return True
 
 
-def close_stale_runs() -> None:
+def _close_stale_runs() -> None:
     """Mark as KILLED what processes of this machine, killed with no chance to say so, left RUNNING."""
     for left in search_runs(f"tags.{PROCESS} LIKE '{platform.node()}:%' and attributes.status = 'RUNNING'"):
         if not is_alive(left.data.tags[PROCESS]):
@@ -279,11 +279,11 @@ def log_figure(path: str, draw: Callable[[], "Figure"], **options: Any) -> None:
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; the first row is its head."""
-    head, *body = [f"| {' | '.join(map(escape_cell, row))} |" for row in rows]
+    head, *body = [f"| {' | '.join(map(_escape_cell, row))} |" for row in rows]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def escape_cell(value: Any) -> str:
+def _escape_cell(value: Any) -> str:
     """A value as one cell of a Markdown table: a name may hold what Markdown takes for its own."""
     return re.sub(r"([\\`|*_<>])", r"\\\1", " ".join(str(value).split()))
 

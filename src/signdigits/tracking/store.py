@@ -14,10 +14,10 @@ from signdigits.errors import TrackingError
 def connect_store() -> None:
     """Raise TrackingError if the tracking store cannot be used. A SQLite store that is not there is created."""
     try:
-        create_database()
+        _create_database()
         mlflow.search_experiments(max_results=1)
     except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
-        file = database_file()
+        file = _database_file()
         if file and re.search("already exists|no such table|Can't locate revision", str(error)):
             raise TrackingError(
                 f"{file}: its tables are not whole: the start that made them was killed, or it is of another version of "
@@ -28,13 +28,13 @@ def connect_store() -> None:
         ) from error
 
 
-def create_database() -> None:
+def _create_database() -> None:
     """Create a SQLite store beside its place, and move it there when it is whole.
 
     MLflow makes its tables in hundreds of steps; a start that is killed between two of them would leave a file that no
     later start can use.
     """
-    file = database_file()
+    file = _database_file()
     if file is None or file.exists() or not file.parent.is_dir():
         return
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
@@ -44,7 +44,7 @@ def create_database() -> None:
             os.link(whole, file)
 
 
-def database_file() -> Path | None:
+def _database_file() -> Path | None:
     """The file of the tracking store, if that is SQLite."""
     scheme, _, path = mlflow.get_tracking_uri().partition(":///")
     return Path(path) if scheme == "sqlite" and path else None

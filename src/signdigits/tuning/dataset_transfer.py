@@ -42,7 +42,7 @@ def load_study_data(parameters: DataParameters, digest: str, run_id: str) -> Dat
     found = (
         parameters
         if here
-        else replace(parameters, data=str(download_photographs(Path(parameters.data).name, digest, run_id)))
+        else replace(parameters, data=str(_download_photographs(Path(parameters.data).name, digest, run_id)))
     )
     loaded = loading.load_data(found)
     if loaded.split.digest != digest:
@@ -53,7 +53,7 @@ def load_study_data(parameters: DataParameters, digest: str, run_id: str) -> Dat
     return loaded
 
 
-def download_photographs(name: str, digest: str, run_id: str, home: Path = Path("data", "cache")) -> Path:
+def _download_photographs(name: str, digest: str, run_id: str, home: Path = Path("data", "cache")) -> Path:
     """The folder of that name as the study's run keeps it, fetched if this machine has not done so yet."""
     target = home / digest / name
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -39,14 +39,14 @@ def run_trials(study: optuna.Study, context: "TrialContext", parameters: StudyPa
     log.info("study %s: %d of %d trials are finished", study.study_name, count_finished(study), parameters.n_trials)
     if count_finished(study) < parameters.n_trials:
         if is_distributed(parameters):
-            run_on_workers(study, context, parameters, progress)
+            _run_on_workers(study, context, parameters, progress)
         else:
-            run_here(study, context, parameters, progress)
+            _run_here(study, context, parameters, progress)
     if (finished := count_finished(study)) < parameters.n_trials:
         log.info("time is up after %d of %d trials; the same command goes on", finished, parameters.n_trials)
 
 
-def run_here(
+def _run_here(
     study: optuna.Study, context: "TrialContext", parameters: StudyParameters, progress: SearchProgress
 ) -> None:
     """Run one trial after the other in this process."""
@@ -70,18 +70,18 @@ class FailureLimit:
         reason = trial.user_attrs.get(FAILURE_REASON)
         self.failures = self.failures + 1 if reason else 0
         if reason:
-            refuse_deleted(study)
+            _refuse_deleted(study)
         if self.failures >= MAX_FAILURES:
             raise StudyError(f"study {study.study_name}: the last {MAX_FAILURES} trials failed, at last with {reason}")
 
 
-def refuse_deleted(study: optuna.Study) -> None:
+def _refuse_deleted(study: optuna.Study) -> None:
     """Raise TrackingError if the study's run has been deleted: every further trial would fail for its sake."""
     if runs.is_deleted(run_id := study.user_attrs["mlflow_run_id"]):
         raise runs.deleted_error(run_id)
 
 
-def run_on_workers(
+def _run_on_workers(
     study: optuna.Study, context: "TrialContext", parameters: StudyParameters, progress: SearchProgress
 ) -> None:
     """Run `workers` trials at a time. Raises ClusterError if Ray cannot be reached."""
@@ -256,7 +256,7 @@ class RayExecutor:
         reason = self.study.get_trials(deepcopy=False)[number].user_attrs.get(FAILURE_REASON)
         self.failures[member.host] = self.failures[member.host] + 1 if reason else 0
         if reason:
-            refuse_deleted(self.study)
+            _refuse_deleted(self.study)
         if self.failures[member.host] >= MAX_FAILURES:
             self.let_go(member.host, reason)
         return [number]

@@ -29,20 +29,20 @@ class TrialContext:
 def objective(trial: optuna.Trial, context: TrialContext) -> float:
     """Train with the hyperparameters that the trial suggests, and return the metric that the study optimizes."""
     data = context.data
-    with trial_run(trial, context):
+    with _trial_run(trial, context):
         hyperparameters = context.space.suggest(trial)
         mlflow.log_params(asdict(hyperparameters))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         pruning = Pruning(trial, context.metric)
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[pruning])
-        log_result(trial, fitted, data, pruned=pruning.pruned)
+        _log_result(trial, fitted, data, pruned=pruning.pruned)
     if pruning.pruned:
         raise optuna.TrialPruned
     return fitted.last(context.metric)
 
 
 @contextmanager
-def trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
+def _trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
     """Open the nested run of a trial; an exception becomes the trial's failure reason."""
     tags = {"trial": trial.number, "study": context.study_name} | trial.user_attrs
     try:
@@ -55,7 +55,7 @@ def trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
         raise
 
 
-def log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
+def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
     """Record the last epoch and the temperature on the trial and its run, and check that MLflow has recorded the rest."""
     for metric in ("val_accuracy", "val_loss"):
         trial.set_user_attr(metric, fitted.last(metric))

@@ -41,18 +41,18 @@ class SearchProgress:
             best = "no best yet"
         return (
             f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {objective} {value}  {drawn}  "
-            f"{trial_seconds(trial):.0f} s;  {best}, about {format_duration(self.seconds_left(trials))} left"
+            f"{_trial_seconds(trial):.0f} s;  {best}, about {_format_duration(self.seconds_left(trials))} left"
         )
 
     def seconds_left(self, trials: list[FrozenTrial]) -> float:
-        mean = sum(map(trial_seconds, trials)) / max(len(trials), 1)
+        mean = sum(map(_trial_seconds, trials)) / max(len(trials), 1)
         left = mean * (self.parameters.n_trials - len(trials)) / self.parameters.workers
         if self.parameters.timeout:
             left = min(left, max(self.parameters.timeout - (time.monotonic() - self.started), 0))
         return left
 
 
-def trial_seconds(trial: FrozenTrial) -> float:
+def _trial_seconds(trial: FrozenTrial) -> float:
     return trial.duration.total_seconds() if trial.duration else 0.0
 
 
@@ -60,5 +60,5 @@ def format_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def format_duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -85,7 +85,7 @@ class Space:
         """Draw a value from each range; the other hyperparameters are fixed."""
         values: dict[str, Value] = {}
         for name, r in self.ranges.items():
-            if is_integer(name):
+            if _is_integer(name):
                 values[name] = trial.suggest_int(name, int(r.low), int(r.high), log=r.log)
             else:
                 values[name] = trial.suggest_float(name, r.low, r.high, log=r.log)
@@ -122,5 +122,5 @@ def is_logarithmic(name: str) -> bool:
     return any(getattr(space.get(name), "log", False) for space in SPACES.values())
 
 
-def is_integer(name: str) -> bool:
+def _is_integer(name: str) -> bool:
     return {f.name: f.type for f in fields(Hyperparameters)}[name] is int

@@ -24,7 +24,7 @@ HEARTBEAT = 10  # seconds between two signs of life of a trial on another proces
 GRACE = 60  # seconds without one, after which the trial counts as interrupted
 
 
-def parse_url(storage: str) -> URL:
+def _parse_url(storage: str) -> URL:
     """The address, which must hold no password. Raises StudyError, which shows none either, if it is none or holds one."""
     try:
         url = make_url(storage)
@@ -40,7 +40,7 @@ def parse_url(storage: str) -> URL:
 
 def is_shared(storage: str) -> bool:
     """Whether several processes can write to it at a time. SQLite lets one write, and turns the others away."""
-    return parse_url(storage).get_backend_name() != "sqlite"
+    return _parse_url(storage).get_backend_name() != "sqlite"
 
 
 def open_storage(storage: str) -> RDBStorage:
@@ -56,7 +56,7 @@ def open_storage(storage: str) -> RDBStorage:
         with ignore_experimental_warnings():
             opened = RDBStorage(storage, **(options if shared else {}))
     except Exception as error:  # whatever Optuna, SQLAlchemy, a driver or the network have to say
-        raise unusable_storage(storage, error) from error
+        raise _unusable_storage(storage, error) from error
     if shared:
         event.listen(opened.engine, "do_connect", connect_with_retries)
     return opened
@@ -91,22 +91,22 @@ def lock_study(storage: str, name: str) -> Iterator[None]:
 
     Raises StudyError if another process holds it: on any machine where the database is PostgreSQL, else on this one.
     """
-    url = parse_url(storage)
-    with lock_in_database(url, name) if url.get_backend_name() == "postgresql" else lock_file(url, name):
+    url = _parse_url(storage)
+    with _lock_in_database(url, name) if url.get_backend_name() == "postgresql" else _lock_file(url, name):
         yield
 
 
 @contextmanager
-def lock_in_database(url: URL, name: str) -> Iterator[None]:
+def _lock_in_database(url: URL, name: str) -> Iterator[None]:
     """PostgreSQL's advisory lock, which belongs to a connection."""
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
     try:
         connected = create_engine(url, poolclass=NullPool).connect()
     except Exception as error:
-        raise unusable_storage(str(url), error) from error
+        raise _unusable_storage(str(url), error) from error
     with connected as connection:
         if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
-            raise study_in_use(name)
+            raise _study_in_use(name)
         connection.commit()
         try:
             yield
@@ -115,14 +115,14 @@ def lock_in_database(url: URL, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def lock_file(url: URL, name: str) -> Iterator[None]:
+def _lock_file(url: URL, name: str) -> Iterator[None]:
     place = str(Path(url.database or "").resolve()) if url.get_backend_name() == "sqlite" else str(url)
     key = hashlib.sha256(f"{place}\0{name}".encode()).hexdigest()[:16]
     lock = filelock.FileLock(Path(tempfile.gettempdir(), f"signdigits-{key}.lock"))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise study_in_use(name) from error
+        raise _study_in_use(name) from error
     except OSError as error:  # somebody else's lock, or no room for one
         raise StudyError(f"study {name}: cannot lock {lock.lock_file} ({error}); remove it, or set TMPDIR") from error
     try:
@@ -131,7 +131,7 @@ def lock_file(url: URL, name: str) -> Iterator[None]:
         lock.release()
 
 
-def unusable_storage(storage: str, error: Exception) -> StudyError:
+def _unusable_storage(storage: str, error: Exception) -> StudyError:
     return StudyError(f"storage={storage}: {first_line(error)}")
 
 
@@ -140,7 +140,7 @@ def first_line(error: Exception) -> str:
     return str(error.__cause__ or error).splitlines()[0]
 
 
-def study_in_use(name: str) -> StudyError:
+def _study_in_use(name: str) -> StudyError:
     return StudyError(
         f"study {name}: another process is searching it; wait for it, stop it, or give another --study_name"
     )

@@ -68,11 +68,11 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
         changes = ", ".join(f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing)
         raise StudyError(f"study_name={name}: created with other settings ({changes}); give another --study_name")
     if parameters.warm_start:
-        enqueue_best(study, parameters.warm_start, backend, space)
+        _enqueue_best(study, parameters.warm_start, backend, space)
     return study
 
 
-def enqueue_best(study: optuna.Study, source: str, backend: optuna.storages.BaseStorage, space: Space) -> None:
+def _enqueue_best(study: optuna.Study, source: str, backend: optuna.storages.BaseStorage, space: Space) -> None:
     """Enqueue the best trials of the study called `source`, their values moved into the ranges of `space`.
 
     Raises StudyError if the storage has no such study.
@@ -121,7 +121,7 @@ def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def is_interrupted(trial: FrozenTrial) -> bool:
+def _is_interrupted(trial: FrozenTrial) -> bool:
     """Tell a trial whose process ended from one that failed for a reason of its own."""
     return trial.state == TrialState.FAIL and FAILURE_REASON not in trial.user_attrs
 
@@ -145,7 +145,7 @@ def retry_interrupted(study: optuna.Study) -> None:
     A process killed between the two stores leaves a FINISHED run of a trial that Optuna knows as failed.
     """
     trials = study.get_trials(deepcopy=False)
-    interrupted = {trial.number: trial for trial in trials if is_interrupted(trial)}
+    interrupted = {trial.number: trial for trial in trials if _is_interrupted(trial)}
     retried = {trial.user_attrs.get("retry_of") for trial in trials}
     for number, trial in interrupted.items():
         retries = trial.user_attrs.get("retries", 0)
