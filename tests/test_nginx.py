@@ -242,19 +242,26 @@ def test_a_client_may_have_only_so_many_requests_at_once(model: Model) -> None:
             assert b" 200 " in first.recv(100)
 
 
-def test_https_is_spoken_where_there_is_a_certificate(model: Model, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A certificate for localhost, and its key."""
     if not shutil.which("openssl"):
         pytest.skip("needs openssl")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    folder = tmp_path_factory.mktemp("tls")
+    files = {"certificate": str(folder / "certificate.pem"), "key": str(folder / "key.pem")}
     line = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    line += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
+    line += ["-keyout", files["key"], "-out", files["certificate"], "-days", "2", "-subj", "/CN=localhost"]
     subprocess.run([*line, "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)
-    with model.behind(ServeParameters(certificate=str(certificate), key=str(key))) as found:
-        trusted = ssl.create_default_context(cafile=str(certificate))
-        with contextlib.closing(http.client.HTTPSConnection("localhost", found.port, context=trusted)) as connection:
+    return files
+
+
+def test_https_with_certificate(model: Model, certificate: dict[str, str]) -> None:
+    with model.behind(ServeParameters(**certificate)) as proxy:  # type: ignore[arg-type]
+        trusted = ssl.create_default_context(cafile=certificate["certificate"])
+        with contextlib.closing(http.client.HTTPSConnection("localhost", proxy.port, context=trusted)) as connection:
             connection.request("POST", "/invocations", model.request, JSON)
             assert connection.getresponse().status == 200
-        status, _, reply = found.post(model.request)
+        status, _, reply = proxy.post(model.request)
         assert (status, reply["message"]) == (400, "HTTP, where HTTPS is spoken; begin the address with https://")
 
 
@@ -313,15 +320,13 @@ def test_a_certificate_needs_its_key() -> None:
 @pytest.mark.parametrize("others", [{}, {"access_log": "a b.log", "processes": 3, "max_body_mb": 1}, {"host": "::1"}])
 @pytest.mark.parametrize("secret", ["", SECRET])
 def test_nginx_accepts_configuration(
-    certificate: tuple[str, str], tmp_path: Path, tls: bool, limits: dict[str, Any], others: dict[str, Any], secret: str
+    certificate: dict[str, str], tmp_path: Path, tls: bool, limits: Any, others: Any, secret: str
 ) -> None:
-    keys = {"certificate": certificate[0], "key": certificate[1]} if tls else {}
-    nginx.make_home(tmp_path / "home") if (tmp_path / "home").mkdir() is None else None
-    configuration = tmp_path / "home" / "nginx.conf"
-    options = ServeParameters(port=free_port(), **limits, **others, **keys)
-    configuration.write_text(nginx.render_configuration(options, tmp_path / "home", secret))
-    checked = subprocess.run(
-        ["nginx", "-t", "-p", str(tmp_path), "-c", str(configuration)], capture_output=True, text=True
-    )
+    options = ServeParameters(port=free_port(), **limits, **others, **(certificate if tls else {}))
+    nginx.make_home(tmp_path)
+    configuration = tmp_path / "nginx.conf"
+    configuration.write_text(nginx.render_configuration(options, tmp_path, secret))
+    line = ["nginx", "-t", "-p", str(tmp_path), "-c", str(configuration)]
+    checked = subprocess.run(line, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     assert "warn" not in checked.stderr

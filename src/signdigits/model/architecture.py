@@ -61,12 +61,14 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
     """Compile the network with Adam, an exponentially decaying learning rate, cross-entropy from logits, and accuracy."""
     from keras import losses, optimizers
 
+    from signdigits.model.optimizer import SingleReplicaAdam
+
     schedule = optimizers.schedules.ExponentialDecay(
         hyperparameters.initial_learning_rate, hyperparameters.decay_steps, hyperparameters.decay_rate
     )
     averaged = {"use_ema": True, "ema_momentum": hyperparameters.ema_momentum} if hyperparameters.ema_momentum else {}
     network.compile(
-        optimizer=optimizers.Adam(schedule, **averaged),
+        optimizer=SingleReplicaAdam(schedule, **averaged),
         loss=losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
