@@ -7,6 +7,8 @@ from benchmarks import training
 from benchmarks.__main__ import ON_A_CLUSTER, PARTS, markdown
 from benchmarks.measure import Row, in_turns
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_way_has_its_turn_in_every_round_and_one_before() -> None:
     said: list[str] = []

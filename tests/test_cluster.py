@@ -24,12 +24,13 @@ from signdigits.tuning import storage
 from .conftest import free_port, wait_until
 
 ROOT = Path(__file__).parents[1]
-N_TRIALS = 6
+N_TRIALS = 6  # and three more for each further fault of the same search
 LATEST = 4.0  # seconds after the first finished trial: a fault comes at random before
 OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "80:120", "--batch_size", "16", "--pruner", "none"]
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx"),
     pytest.mark.skipif(not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")), reason="needs PostgreSQL"),
 ]
@@ -87,10 +88,10 @@ def settings(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 class Search:
     """A search on the cluster, in a process that can be killed."""
 
-    def __init__(self, name: str, photographs: Path, environment: dict[str, str]) -> None:
-        self.name, self.environment = name, environment
+    def __init__(self, name: str, photographs: Path, environment: dict[str, str], n_trials: int = N_TRIALS) -> None:
+        self.name, self.environment, self.n_trials = name, environment, n_trials
         cluster = ["--storage", environment["STORAGE"], "--ray_address", environment["RAY_ADDRESS"], "--workers", "2"]
-        study = ["--study_name", name, "--n_trials", str(N_TRIALS)]
+        study = ["--study_name", name, "--n_trials", str(n_trials)]
         self.line = [
             sys.executable,
             "-m",
@@ -128,7 +129,7 @@ def check(search: Search, output: str) -> None:
     """Exactly as many trials as asked for, each once, in both stores, and nothing left RUNNING."""
     trials, runs = search.trials(), search.runs("trial")
     complete = {trial.number: trial for trial in trials if trial.state == TrialState.COMPLETE}
-    assert len(complete) == N_TRIALS, output
+    assert len(complete) == search.n_trials, output
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.FAIL}
     finished = [run for run in runs if run.info.status == "FINISHED"]
     assert Counter(int(run.data.tags["trial"]) for run in finished) == dict.fromkeys(complete, 1)
@@ -167,26 +168,35 @@ def restart_database(search: Search, cluster: Cluster, driver: subprocess.Popen[
 
 def stop_tracking(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
     cluster("stop", "mlflow")
-    time.sleep(30)
+    time.sleep(15)
     cluster("start", "mlflow")
     return driver
 
 
-FAULTS = (kill_worker, kill_node, kill_driver, restart_database, stop_tracking)
+def wait_for_work(search: Search, driver: subprocess.Popen[str], seconds: float) -> None:
+    wait_until(lambda: search.at_work() or driver.poll() is not None, seconds=seconds)
+    assert driver.poll() is None, "the search ended before the fault"
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_whatever_dies_no_finished_trial_is_lost(
-    cluster: Cluster, settings: dict[str, str], photographs: Path, fault: Callable[..., Any], repetition: int
+FAULTS = ((kill_worker, stop_tracking, restart_database), (kill_driver, kill_node))
+
+
+@pytest.mark.parametrize("faults", FAULTS, ids=lambda faults: "-".join(fault.__name__ for fault in faults))
+def test_faults_lose_no_finished_trial(
+    cluster: Cluster,
+    settings: dict[str, str],
+    photographs: Path,
+    faults: tuple[Callable[..., Any], ...],
+    repetition: int,
 ) -> None:
     cluster("up")
-    search = Search(f"{fault.__name__}-{repetition}", photographs, settings)
+    search = Search(f"{faults[0].__name__}-{repetition}", photographs, settings, N_TRIALS + 3 * (len(faults) - 1))
     driver = search.start()
-    wait_until(search.at_work, seconds=300)
-    time.sleep(random.uniform(0, LATEST))
-    wait_until(lambda: search.at_work() or driver.poll() is not None, seconds=60)
-    assert driver.poll() is None, "the search was over before the fault"
-    driver = fault(search, cluster, driver)
+    for fault in faults:
+        wait_for_work(search, driver, seconds=300)
+        time.sleep(random.uniform(0, LATEST))
+        wait_for_work(search, driver, seconds=60)
+        driver = fault(search, cluster, driver)
     output, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, output
     check(search, output)

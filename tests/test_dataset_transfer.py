@@ -13,6 +13,8 @@ from signdigits.tuning import dataset_transfer
 
 from .conftest import SIZE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def mine(photographs: Path, tmp_path: Path, store: str) -> loading.Data:

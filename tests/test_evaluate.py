@@ -15,6 +15,8 @@ from signdigits.errors import ModelError
 
 from .conftest import write_photographs
 
+pytestmark = pytest.mark.slow
+
 
 def download(run_id: str, name: str) -> Path:
     return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))

@@ -10,6 +10,8 @@ from signdigits import links
 from signdigits.config import LinkParameters
 from signdigits.tracking import urls
 
+pytestmark = pytest.mark.slow
+
 
 def test_without_a_study_the_next_step_is_told(store: str) -> None:
     assert links.list_links(LinkParameters()) == [

@@ -22,6 +22,8 @@ from signdigits.tuning.space import Range, Space
 
 from .conftest import PROJECT, serving
 
+pytestmark = pytest.mark.slow
+
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
 STUDY = StudyParameters(n_trials=2, pruner="none")
 TWO = RefitParameters(n_seeds=2)

@@ -24,6 +24,8 @@ from signdigits.tracking import runs
 
 from .conftest import command
 
+pytestmark = pytest.mark.slow
+
 ENOUGH = 120
 COLUMNS = ["size", "brightness", "contrast", "sharpness", "probability", "label"]
 

@@ -32,7 +32,7 @@ from signdigits.tracking import registry
 
 from .conftest import free_port, store_like, wait_until
 
-pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
 
 JSON = {"Content-Type": "application/json"}
 SECRET = "Open-Sesame.0123456789"
@@ -322,7 +322,8 @@ def test_a_certificate_needs_its_key() -> None:
 def test_nginx_accepts_configuration(
     certificate: dict[str, str], tmp_path: Path, tls: bool, limits: Any, others: Any, secret: str
 ) -> None:
-    options = ServeParameters(port=free_port(), **limits, **others, **(certificate if tls else {}))
+    tls_options: Any = certificate if tls else {}
+    options = ServeParameters(port=free_port(), **limits, **others, **tls_options)
     nginx.make_home(tmp_path)
     configuration = tmp_path / "nginx.conf"
     configuration.write_text(nginx.render_configuration(options, tmp_path, secret))

@@ -14,6 +14,8 @@ from signdigits.tracking import runs
 
 from .conftest import SIZE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("color_mode", ["rgb", "grayscale"])
 def test_a_logged_model_reads_photographs_as_its_network_was_trained(

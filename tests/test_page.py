@@ -30,6 +30,7 @@ from playwright.sync_api import Browser, FilePayload, Page, expect
 from . import browser
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Chromium"),
     pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx"),
 ]

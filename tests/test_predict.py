@@ -20,6 +20,8 @@ from signdigits.errors import OutputError
 
 from .conftest import PROJECT, command, wait_until
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ["path", "label", "probability", "p(0)", "p(1)", "p(2)", "model_version", "reason"]
 
 

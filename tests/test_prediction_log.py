@@ -22,6 +22,8 @@ from signdigits.packaging.prediction_log import PredictionLog, image_statistics
 from .conftest import serving
 from .test_pyfunc_model import post, records, text
 
+pytestmark = pytest.mark.slow
+
 RANDOM = np.random.default_rng(0)
 PHOTOGRAPH = RANDOM.integers(0, 256, (16, 16, 3)).astype(np.float32)
 SHARES = {"0": 0.25, "1": 0.75}

@@ -25,6 +25,8 @@ from signdigits.tracking import registry
 
 from .conftest import serving, store_like
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Served:

@@ -12,6 +12,8 @@ from signdigits.config import ModelParameters, RegistryParameters, VersionParame
 from signdigits.errors import ModelError, ParameterError
 from signdigits.tracking import registry, runs
 
+pytestmark = pytest.mark.slow
+
 NAME = registry.REGISTERED_MODEL
 Log = Callable[..., LoggedModel]
 

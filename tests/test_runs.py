@@ -11,6 +11,8 @@ from signdigits.tracking import registry, runs
 
 from .conftest import command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("error", "status", "reason"),

@@ -13,6 +13,8 @@ from signdigits.config import PredictParameters
 from signdigits.data import images
 from signdigits.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def scorer(champion: str) -> Scorer:

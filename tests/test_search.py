@@ -28,6 +28,8 @@ from signdigits.tuning.space import Range, Space
 
 from .conftest import wait_until
 
+pytestmark = pytest.mark.slow
+
 SPACE = Space.of("notebook", epochs=Range(1, 3), batch_size=16)
 EXTENDED = Space.of("extended", epochs=Range(1, 3), batch_size=Range(8, 16), conv_blocks=Range(2, 3))
 # The first of these as options of the command line.

@@ -33,7 +33,7 @@ from signdigits.tracking.registry import REGISTERED_MODEL
 
 from .conftest import free_port, store_like, wait_until
 
-pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
 
 # Models that must not be served: one raises, one cannot be loaded by a server.
 RAISES = """

@@ -1,6 +1,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 IMPORT = "from signdigits import startup; startup.import_tensorflow()"
 
 

@@ -20,6 +20,8 @@ from signdigits.model import input_pipeline, training
 
 from .conftest import PROJECT, wait_until
 
+pytestmark = pytest.mark.slow
+
 SHORT = Hyperparameters(epochs=3, batch_size=16, initial_learning_rate=0.003)
 
 

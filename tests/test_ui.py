@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, expect
 
 from . import browser
 
-pytestmark = pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Chromium")]
 
 SEARCHED = {"decay_rate", "initial_learning_rate", "epochs"}
 SPACE = Space.of("notebook", epochs=Range(1, 4), batch_size=16, initial_learning_rate=Range(1e-4, 1e-3, log=True))

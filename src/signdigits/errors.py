@@ -1,16 +1,13 @@
-"""What can go wrong in a way that the user can mend.
-
-The command line prints such an error as one message, without a traceback, and exits with its code.
-"""
+"""Errors that the user can fix. The command line prints the message, without a traceback, and exits with the exit code."""
 
 
 def escape_undecodable(text: str) -> str:
-    """`text` with an escape in place of each byte that is not UTF-8, which a file's name may hold."""
+    """Return `text` with each byte that is not UTF-8 escaped, as in names of files from old archives."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class SignDigitsError(Exception):
-    """An error whose message names the value at fault and the remedy."""
+    """Base of the errors; the message names the value at fault and the remedy."""
 
     exit_code = 1
 
@@ -37,13 +34,13 @@ class StudyError(SignDigitsError):
 
 
 class ClusterError(SignDigitsError):
-    """The processes that should share the work cannot be had."""
+    """The worker processes cannot be started."""
 
     exit_code = 2
 
 
 class StorageError(SignDigitsError):
-    """The study's database went away, and stayed away."""
+    """The study's database is unavailable."""
 
 
 class ModelError(SignDigitsError):
@@ -53,17 +50,17 @@ class ModelError(SignDigitsError):
 
 
 class TrackingError(SignDigitsError):
-    """The tracking store does not hold what it should."""
+    """The tracking store cannot be used, or lacks a run that it should hold."""
 
     exit_code = 2
 
 
 class DownloadError(SignDigitsError):
-    """The photographs could not be fetched; nothing was left behind."""
+    """The photographs could not be downloaded; nothing was left behind."""
 
 
 class TrainingDiverged(SignDigitsError):
-    """The training loss is no longer a number."""
+    """The training loss became NaN or infinite."""
 
 
 class ServingError(SignDigitsError):
@@ -73,18 +70,18 @@ class ServingError(SignDigitsError):
 
 
 class OutputError(SignDigitsError):
-    """A folder cannot take the tables of a prediction: it holds another's, or cannot be written."""
+    """An output folder cannot be used: it belongs to another prediction, or is not writable."""
 
     exit_code = 2
 
 
 class DriftFound(SignDigitsError):
-    """What is sent to the endpoint, or what it answers, is no longer like the test images."""
+    """Recent predictions differ too much from those of the test images."""
 
     exit_code = 3
 
 
 class TooFewPredictions(SignDigitsError):
-    """There are not enough answers in the log to say whether they have drifted."""
+    """The prediction log holds too few predictions to measure drift."""
 
     exit_code = 4

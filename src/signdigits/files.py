@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A file to write, which becomes `target` if the block ends well and is removed if it does not."""
+    """Yield a temporary file name, which becomes `target` if the block succeeds and is removed if it fails."""
     workshop = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         yield workshop
@@ -21,7 +21,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` if the block ends well and is removed if it does not."""
+    """Yield a temporary folder, which becomes `target` if the block succeeds and is removed if it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
         folder = Path(workshop) / target.name
@@ -35,7 +35,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def compute_digest(entries: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 over sorted pairs of relative path and checksum of the bytes, shortened to 32 hexadecimal digits."""
+    """Return SHA-256 over sorted pairs of relative path and checksum, shortened to 32 hexadecimal digits."""
     total = hashlib.sha256()
     for path, checksum in sorted(entries):
         total.update(os.fsencode(f"{path}\0{checksum}\n"))

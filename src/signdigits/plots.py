@@ -1,4 +1,4 @@
-"""The pictures that a run keeps. Every function returns a matplotlib figure, or one with its name."""
+"""Plots, as matplotlib figures."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plot_learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
-    """Accuracy and loss by epoch, for training and, where there is any, validation."""
+    """Plot the learning curves: accuracy and loss by epoch, for training and, if there is any, validation."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         for name, label in ((metric, "training"), (f"val_{metric}", "validation")):
@@ -30,7 +30,7 @@ def plot_learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def plot_photographs(images: Sequence[np.ndarray], titles: Sequence[str], title: str, columns: int = 3) -> Figure:
-    """A grid of decoded photographs, each of shape (height, width, channels), under a title of its own."""
+    """Plot a grid of decoded photographs, each of shape (height, width, channels), with a caption each."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.5 * rows + 0.4), layout="constrained")
     figure.suptitle(title, parse_math=False)
@@ -44,7 +44,7 @@ def plot_photographs(images: Sequence[np.ndarray], titles: Sequence[str], title:
 
 
 def plot_reliability(found: "Reliability") -> Figure:
-    """Accuracy by confidence against the diagonal on which they agree, and how many images there are of each."""
+    """Plot the reliability diagram: accuracy by confidence, and the number of images of each bin."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     width = 1 / len(found.counts)
@@ -60,14 +60,14 @@ def plot_reliability(found: "Reliability") -> Figure:
 
 
 def plot_drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bins: int = 30) -> Figure:
-    """The columns of two tables over each other, numbers but for `label`; a title in bold where they lie too far apart."""
+    """Plot the distributions of each column in both tables; the title of a drifted column is bold."""
     rows = -(-len(found.distances) // 3)
     figure = Figure(figsize=(12, 3 * rows), layout="constrained")
     for axes in figure.subplots(rows, 3, squeeze=False).flat:
         axes.axis("off")
     for axes, (name, distance) in zip(figure.axes, found.distances.items(), strict=False):
         axes.axis("on")
-        both = {"test images": reference[name], "answers": window[name]}
+        both = {"test images": reference[name], "predictions": window[name]}
         if name == "label":
             labels = sorted(set(reference[name]) | set(window[name]))
             for offset, (part, column) in zip((-0.2, 0.2), both.items(), strict=True):
@@ -80,12 +80,12 @@ def plot_drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift"
                 axes.hist(column, ends.tolist(), weights=np.full(len(column), 1 / len(column)), alpha=0.6, label=part)
         axes.set_title(f"{name}: {distance:.3f}", fontweight="bold" if name in found.drifted else "normal")
     figure.axes[0].legend()
-    figure.suptitle("Shares of the test images and of the answers, with their distance; bold where it counts as drift")
+    figure.suptitle("Test images and recent predictions, with their distance; bold: drift")
     return figure
 
 
 def plot_study(study: "optuna.Study", objective: str) -> dict[str, Figure]:
-    """What Optuna can draw of a study so far, by name; some pictures need two complete trials."""
+    """Return Optuna's plots of a study by name; some need two complete trials."""
     import optuna.visualization.matplotlib as draw
     from optuna.exceptions import ExperimentalWarning
     from optuna.trial import TrialState

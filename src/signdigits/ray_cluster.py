@@ -1,4 +1,4 @@
-"""Ray: a cluster that is up, or one of this machine's own. Imported by whoever has work for several processes."""
+"""Ray: an existing cluster, or a temporary one on this machine."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ from signdigits.errors import ClusterError
 
 
 class ClusterParameters(Protocol):
-    """How many processes should work at once, and on which cluster: parameters of a search, or of a prediction."""
+    """The number of worker processes and their cluster: parameters of a search or a batch prediction."""
 
     @property
     def workers(self) -> int: ...
@@ -24,15 +24,15 @@ def is_distributed(parameters: ClusterParameters) -> bool:
 
 
 def describe_cluster(parameters: ClusterParameters) -> str:
-    """What was given, as a message names it."""
+    """Return the given parameter as messages name it."""
     return f"ray_address={parameters.ray_address}" if parameters.ray_address else f"workers={parameters.workers}"
 
 
 @contextlib.contextmanager
 def connect_ray(parameters: ClusterParameters, cpus: int) -> Iterator[None]:
-    """The cluster at `ray_address`, or one of this machine's own, which ends with the block.
+    """Connect to the cluster at `ray_address`, or start one on this machine for the duration of the block.
 
-    Raises ClusterError if it cannot be had.
+    Raises ClusterError if that fails.
     """
     try:
         import ray

@@ -1,8 +1,7 @@
-"""Settings of MLflow, and TensorFlow and LiteRT without their start-up chatter.
+"""Settings of MLflow, and the imports of TensorFlow and LiteRT without their start-up noise.
 
-TensorFlow 2.21 prints a dozen informative lines before it reads TF_CPP_MIN_LOG_LEVEL, and an error line about a
-GPU that nobody asked for. They pass through a filter here; everything else reaches the terminal, even if the
-import itself aborts the process.
+TensorFlow 2.21 prints a dozen informative lines before it reads TF_CPP_MIN_LOG_LEVEL, and an error line if there is no
+GPU. A filter removes them; everything else reaches the terminal, even if the import aborts the process.
 """
 
 import logging
@@ -19,37 +18,37 @@ NOISE = "|".join(
         r"^I[0-9]{4} ",
         r"^To enable the following instructions",
         r"^E[0-9]{4} .*failed call to cuInit",
-        r"^W[0-9]{4} .*Ignored (output_format|drop_control_dependency)",  # what Keras asks the converter for
+        r"^W[0-9]{4} .*Ignored (output_format|drop_control_dependency)",  # from Keras' export
         r"^INFO: Created TensorFlow Lite XNNPACK delegate",
     ]
 )
 
 MLFLOW_SETTINGS = {
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # bars of a millisecond
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # nobody is told what is done here
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a server's store prints two lines a run
-    # Autologging writes metrics from a thread that, without this, sleeps a second at the end of every fit; with it,
-    # the epochs of a second are written at once, and the end wakes it.
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # bars that last a millisecond
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # no usage data leaves the machine
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines per run with a tracking server
+    # Without it, autologging's thread sleeps for a second at the end of every fit; with it, the epochs of a second are
+    # written together, and the end of the fit wakes the thread.
     "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",
 }
 
 
 def configure_mlflow() -> None:
-    """Leave MLflow's warnings, drop its chatter, and let a run end without a second's wait. What is set is kept."""
+    """Configure MLflow: warnings without noise, and no wait at the end of a run. Existing environment variables are kept."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
-    # It loses parameters and epochs of runs that end while it still writes.
+    # Asynchronous logging loses parameters and epochs of runs that end while it is writing.
     os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
     import mlflow  # noqa: F401, it sets its own levels when imported
 
-    for name in ("mlflow", "alembic"):  # alembic tells of making tables
+    for name in ("mlflow", "alembic"):  # alembic logs the creation of tables
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def import_tensorflow(threads: int = 0) -> None:
-    """Import TensorFlow and let it look for devices, its chatter left out. A second call costs nothing.
+    """Import TensorFlow and initialize its devices, without the noise. A second call does nothing.
 
-    With `threads` it shares the machine with others: it computes on so many, and takes of a GPU what it needs.
+    With `threads`, it computes on that many threads, and allocates GPU memory as needed, to share the machine.
     """
     if "tensorflow" in sys.modules:
         return
@@ -67,7 +66,7 @@ def import_tensorflow(threads: int = 0) -> None:
 
 @contextmanager
 def filtered_stderr() -> Iterator[None]:
-    """Pass what this process, native code included, writes to standard error through grep, without the chatter."""
+    """Filter the noise from what this process, including native code, writes to standard error."""
     grep = shutil.which("grep")
     if grep is None:
         yield

@@ -1,7 +1,7 @@
-"""Tables as CSV text: the one place that reads and writes them, so that text stays text.
+"""Read and write CSV so that text stays text.
 
-pandas takes `None`, `NA`, `null` and `nan` for missing values, and `007` for a number, unless told otherwise. All may be
-names of classes, groups or files.
+By default pandas parses `None`, `NA`, `null` and `nan` as missing values, and `007` as a number. All may be names of
+classes, groups or files.
 """
 
 import io

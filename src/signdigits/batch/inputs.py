@@ -1,4 +1,4 @@
-"""Which photographs a prediction is of: those of a folder, or of a table of paths."""
+"""The input of a batch prediction: the photographs of a folder, or of a table of paths."""
 
 import hashlib
 import os
@@ -21,41 +21,41 @@ class BatchInput:
     """Photographs in a fixed order, each once."""
 
     name: str
-    folder: Path  # absolute; what the paths are relative to
+    folder: Path  # absolute; the paths are relative to it
     paths: tuple[str, ...]
-    repeated: int = 0  # paths that a table named again
+    repeated: int = 0  # duplicate paths of a table
 
     @cached_property
     def digest(self) -> str:
-        """Stands for the photographs: their paths in order, and each file's size and time of change."""
-        told = hashlib.sha256(os.fsencode(self.folder))
+        """A digest of the photographs: their paths in order, and the size and modification time of each file."""
+        total = hashlib.sha256(os.fsencode(self.folder))
         for path in self.paths:
             try:
-                found = (self.folder / path).stat()
-                state = f"{found.st_size} {found.st_mtime_ns}"
+                status = (self.folder / path).stat()
+                state = f"{status.st_size} {status.st_mtime_ns}"
             except OSError:
-                state = "cannot be looked at"
-            told.update(os.fsencode(path) + b"\0" + state.encode() + b"\n")
-        return told.hexdigest()[:32]
+                state = "no status"
+            total.update(os.fsencode(path) + b"\0" + state.encode() + b"\n")
+        return total.hexdigest()[:32]
 
 
 def find_inputs(images: str, output: Path) -> BatchInput:
-    """The photographs that `images` names: a folder, but for what lies in `output`, or a table with a column `path`.
+    """Return the photographs of a folder, without those below `output`, or of a table with a column `path`.
 
-    Every file of a folder counts that is not hidden, in the order of folder and file names; the paths of a table are
-    taken as they stand, relative to the table's folder. Raises DataError if there are none.
+    All files of the folder that are not hidden count, sorted by folder and name; the paths of a table keep their order and
+    are relative to the table's folder. Raises DataError if there are none.
     """
     place = Path(images)
     listing = _find_in_folder(place, output.resolve()) if place.is_dir() else read_table(place)
     if not listing.paths:
-        raise DataError(f"{place}: no photograph in it; pass --images a folder that has some, or a table of paths")
+        raise DataError(f"{place}: no photographs; pass --images a folder with photographs, or a table of paths")
     return listing
 
 
 def _find_in_folder(folder: Path, output: Path) -> BatchInput:
     whole = folder.resolve()
     if whole.is_relative_to(output):
-        raise DataError(f"{folder}: lies in the folder for the tables, {output}; pass another --output")
+        raise DataError(f"{folder}: lies inside the output folder {output}; pass another --output")
     try:
         files = [path for path in find_files(whole) if not path.is_relative_to(output)]
     except OSError as error:  # a folder that may not be entered
@@ -67,16 +67,16 @@ def read_table(table: Path) -> BatchInput:
     if not table.is_file():
         raise DataError(f"{table}: no such folder or table; pass --images a folder, or a CSV or Parquet file")
     if table.suffix.lower() not in READERS:
-        raise DataError(f"{table}: not a folder, nor a table whose name ends in {', '.join(READERS)}")
+        raise DataError(f"{table}: neither a folder nor a table; the name of a table ends in {', '.join(READERS)}")
     try:
         found = READERS[table.suffix.lower()](table)
-    except Exception as error:  # whatever pandas and pyarrow have to say of a damaged file
+    except Exception as error:  # pandas and pyarrow raise many types for damaged files
         raise DataError(f"{table}: cannot be read ({str(error).splitlines()[0]})") from error
     if "path" not in found:
-        raise DataError(f"{table}: no column path among {', '.join(map(str, found.columns)) or 'none'}; add one")
+        raise DataError(f"{table}: no column path (columns: {', '.join(map(str, found.columns)) or 'none'}); add one")
     paths = found["path"]
     for row, path in enumerate(paths):
         if not isinstance(path, str) or not path or "\0" in path:
-            raise DataError(f"{table}: row {row} has no path but {path!r}; remove the row, or fill it in")
+            raise DataError(f"{table}: row {row}: path={path!r} is not a path; remove or correct the row")
     unique = tuple(dict.fromkeys(paths))
     return BatchInput(table.stem, table.resolve().parent, unique, len(paths) - len(unique))

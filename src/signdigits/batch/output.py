@@ -1,7 +1,7 @@
-"""The folder that a prediction fills: finished chunks as part files, in the end two tables; each whole or not there.
+"""The output folder of a batch prediction: a part file per finished chunk, and two tables in the end, written atomically.
 
-OUTPUT/job.json              what the tables are of: model, photographs, the MLflow run
-OUTPUT/parts/000000.parquet  the rows of a chunk; gone when all is done
+OUTPUT/job.json              model, photographs and MLflow run of the tables
+OUTPUT/parts/000000.parquet  the rows of a chunk; removed in the end
 OUTPUT/predictions.parquet   all rows, in the order of the photographs
 OUTPUT/predictions.csv       the same
 """
@@ -27,11 +27,11 @@ TABLES = ("predictions.parquet", "predictions.csv")
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What the tables of a folder are made of."""
+    """The model and the photographs of a batch prediction."""
 
     model: str  # the logged model's id
     version: str
-    images: str  # what the photographs were named by
+    images: str  # as given: a folder or a table
     digest: str
     count: int
     run_id: str = ""
@@ -43,7 +43,7 @@ class BatchJob:
 
 @dataclass(frozen=True)
 class Output:
-    """The folder, held by this process alone."""
+    """The output folder, locked by this process."""
 
     folder: Path
     job: BatchJob
@@ -61,7 +61,7 @@ class Output:
         return self.folder / "parts" / f"{number:06d}.parquet"
 
     def note(self, **changes: str | bool) -> "Output":
-        """The same folder, with changes to its job that are on disk."""
+        """Write changes of the job to disk, and return the changed output."""
         job = replace(self.job, **changes)  # type: ignore[arg-type]
         _write_atomically(
             self.folder / "job.json", lambda path: path.write_text(json.dumps(asdict(job), indent=1) + "\n")
@@ -75,19 +75,19 @@ class Output:
         _write_atomically(self.part(number), lambda path: pq.write_table(table, path))
 
     def assemble(self, count: int) -> None:
-        """Write both tables out of `count` parts, one part in memory at a time."""
+        """Write both tables from `count` parts, with one part in memory at a time."""
         parts = [self.part(number) for number in range(count)]
         parquet, csv = self.tables
         _write_atomically(parquet, lambda path: _join_parquet(parts, path))
         _write_atomically(csv, lambda path: _join_csv(parts, path))
 
     def clear(self) -> None:
-        """Remove the parts, once the tables are there."""
+        """Remove the parts."""
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
 
 def _schema_of(columns: Sequence[str]) -> pa.Schema:
-    """Text, but for `probability` and each `p(class)`; a chunk without a readable photograph has no type of its own."""
+    """Return a schema of text, and numbers for the probabilities; a chunk without a readable photograph has no dtype."""
     return pa.schema([(name, pa.float64() if tables.is_probability(name) else pa.string()) for name in columns])
 
 
@@ -104,7 +104,7 @@ def _join_csv(parts: Sequence[Path], target: Path) -> None:
 
 
 def _write_atomically(target: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a file, and give it its name when it is whole on disk. Raises OutputError if it cannot be."""
+    """Let `fill` write a file, and rename it when it is complete on disk. Raises OutputError if that fails."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         fill(unfinished)
@@ -117,9 +117,9 @@ def _write_atomically(target: Path, fill: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def lock_output(folder: Path, job: BatchJob) -> Iterator[Output]:
-    """The folder for `job` alone, new or as an earlier start has left it.
+    """Lock the output folder for `job`, new or left by an interrupted start.
 
-    Raises OutputError if it is another job's, if it holds tables of unknown origin, or if another process holds it.
+    Raises OutputError if it belongs to another job, holds tables of unknown origin, or is locked by another process.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def lock_output(folder: Path, job: BatchJob) -> Iterator[Output]:
         lock.acquire()
     except filelock.Timeout:
         raise OutputError(
-            f"output={folder}: another process is writing there; wait for it, or pass another --output"
+            f"output={folder}: in use by another process; wait for it, or pass another --output"
         ) from None
     except OSError as error:
         raise _not_writable(folder, error) from error
@@ -144,11 +144,11 @@ def find_job(folder: Path) -> BatchJob | None:
     try:
         return BatchJob(**json.loads((folder / "job.json").read_text()))
     except FileNotFoundError:
-        strange = next((name for name in TABLES if (folder / name).exists()), None)
-        if strange is None:
+        table = next((name for name in TABLES if (folder / name).exists()), None)
+        if table is None:
             return None
         raise OutputError(
-            f"output={folder}: {strange} is there, but not what it is of; pass another --output, or remove it"
+            f"output={folder}: {table} exists without job.json; pass another --output, or remove it"
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(
@@ -157,13 +157,13 @@ def find_job(folder: Path) -> BatchJob | None:
 
 
 def _describe_difference(found: BatchJob, job: BatchJob) -> str:
-    """What sets two jobs apart, in words."""
+    """Return the difference of two jobs in words."""
     if found.model != job.model:
         return (
-            f"begun with version {found.version}, not {job.version} (--model_uri models:/{found.model} goes on with it)"
+            f"started with version {found.version}, not {job.version} (--model_uri models:/{found.model} continues it)"
         )
-    return f"begun with the {found.count} images of {found.images} as they were then, which are not these"
+    return f"started with {found.count} other images, from {found.images}"
 
 
 def _not_writable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path}: {error.strerror}; make room, or a place that can be written: the same command goes on")
+    return OutputError(f"{path}: {error.strerror}; free some space or choose a writable --output, then rerun")

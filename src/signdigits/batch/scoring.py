@@ -1,4 +1,4 @@
-"""Paths to answers, in chunks: by this process in threads, or by workers that Ray starts here or on a cluster."""
+"""Score photographs in chunks: in threads of this process, or in worker processes that Ray starts."""
 
 import os
 import queue
@@ -20,57 +20,57 @@ from signdigits.errors import ClusterError, DataError, SignDigitsError, escape_u
 from signdigits.packaging import prediction_log
 from signdigits.ray_cluster import connect_ray, is_distributed
 
-TOGETHER = 32  # photographs that one thread holds in memory
-ATTEMPTS = 3  # that a chunk has if a worker dies over it
+BATCH = 32  # photographs that one thread holds in memory
+MAX_RETRIES = 3  # of a chunk whose worker died
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Photographs that are answered together, and kept together once they are."""
+    """Photographs whose rows form one part file."""
 
     number: int
-    folder: str  # what the paths are relative to
+    folder: str  # the paths are relative to it
     paths: tuple[str, ...]
 
 
 def load_served_model(model_uri: str) -> mlflow.pyfunc.PyFuncModel:
-    """A model as its endpoint would load it, but without the endpoint's log of answers."""
+    """Load a model as its endpoint does, but without the prediction log."""
     with startup.filtered_stderr(), prediction_log.disable_log():
         return mlflow.pyfunc.load_model(model_uri)
 
 
 class Scorer:
-    """A served model, asked about files."""
+    """A served model that scores files."""
 
     def __init__(self, model_uri: str) -> None:
         self.served = load_served_model(model_uri)
         self.class_names: list[str] = self.served.unwrap_python_model().class_names
 
     def score(self, chunk: Chunk) -> pd.DataFrame:
-        """One row a photograph: path, label, probability, `p(class)` of every class, reason (of an unreadable one).
+        """Return a row per photograph: path, label, probability, `p(class)` of each class, and reason if it is unreadable.
 
-        Raises DataError if the folder is not there, which would make all its photographs unreadable.
+        Raises DataError if the folder is missing, which would make all its photographs unreadable.
         """
         folder = Path(chunk.folder)
         if not folder.is_dir():
             raise DataError(
-                f"{folder}: no such folder on {os.uname().nodename}; every worker needs it at the same path"
+                f"{folder}: no such folder on host {os.uname().nodename}; every worker needs it at the same path"
             )
         found: list[dict[str, Any] | str] = []
-        for start in range(0, len(chunk.paths), TOGETHER):
-            found += self.answer([read_photograph(folder / path) for path in chunk.paths[start : start + TOGETHER]])
+        for start in range(0, len(chunk.paths), BATCH):
+            found += self.answer([read_photograph(folder / path) for path in chunk.paths[start : start + BATCH]])
         rows = [_make_row(path, answer) for path, answer in zip(chunk.paths, found, strict=True)]
         columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), "reason"]
         return pd.DataFrame(rows, columns=columns)
 
     def answer(self, contents: Sequence[bytes | str]) -> list[dict[str, Any] | str]:
-        """The model's answer to each photograph, or the reason why there is none."""
+        """Return the prediction of each photograph, or the reason for which it is unreadable."""
         readable = [content for content in contents if isinstance(content, bytes)]
         given = iter(self.ask(readable) if readable else [])
         return [next(given) if isinstance(content, bytes) else content for content in contents]
 
     def ask(self, contents: list[bytes]) -> list[dict[str, Any] | str]:
-        """The model refuses a table for a single bad row: then its halves are asked, down to the row at fault."""
+        """Predict; the model rejects a table for a single bad row, and then its halves are predicted, down to the row at fault."""
         try:
             given: list[dict[str, Any] | str] = self.served.predict(pd.DataFrame({"image": contents})).to_dict(
                 "records"
@@ -84,7 +84,7 @@ class Scorer:
 
 
 def read_photograph(path: Path) -> bytes | str:
-    """What a file holds, or the reason why that cannot be said."""
+    """Return the content of a file, or the reason for which it is unreadable."""
     try:
         if path.exists() and not path.is_file():
             return "cannot be read (not a file)"
@@ -105,7 +105,7 @@ def _make_row(path: str, answer: dict[str, Any] | str) -> dict[str, Any]:
 def score_chunks(
     model_folder: Path, chunks: Sequence[Chunk], parameters: PredictParameters
 ) -> Iterator[tuple[Chunk, pd.DataFrame]]:
-    """Each chunk with its rows, as they come. Raises ClusterError if the workers cannot be had, or keep dying."""
+    """Yield each chunk with its rows, in any order. Raises ClusterError if the workers cannot be started, or keep dying."""
     if not is_distributed(parameters):
         yield from _score_in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
         return
@@ -114,7 +114,7 @@ def score_chunks(
 
 
 def _score_in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
-    """A thread for each scorer: a model answers one at a time, but decoder and network release Python's lock."""
+    """Run a thread per scorer; decoder and network release the GIL."""
     free = queue.SimpleQueue[Scorer]()
     for scorer in scorers:
         free.put(scorer)
@@ -141,7 +141,7 @@ def _score_on_workers(
     from ray.util import ActorPool
 
     files = {path.relative_to(model_folder).as_posix(): path.read_bytes() for path in _files_in(model_folder)}
-    hire = ray.remote(ScoringWorker).options(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS).remote
+    hire = ray.remote(ScoringWorker).options(num_cpus=1, max_restarts=-1, max_task_retries=MAX_RETRIES).remote
     sent = ray.put(files)
     pool = ActorPool([hire(sent) for _ in range(min(workers, len(chunks)))])
     try:
@@ -152,7 +152,7 @@ def _score_on_workers(
         raise
     except RayError as error:
         raise ClusterError(
-            f"the workers keep dying ({str(error).splitlines()[0]}); the same command goes on where it was"
+            f"the workers keep dying ({str(error).splitlines()[0]}); run the same command to continue"
         ) from error
 
 
@@ -161,7 +161,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 class ScoringWorker:
-    """A process that Ray starts, and starts again when it dies. It is sent the model, and needs no tracking store."""
+    """A worker process that Ray restarts when it dies. It receives the model's files, and needs no tracking store."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         startup.configure_mlflow()

@@ -1,8 +1,7 @@
-"""Decoded photographs: in memory while they fit a budget, beyond it in a file on disk that is made once.
+"""A cache of decoded photographs: in memory up to a budget, beyond it in a file on disk.
 
-The file is named after what it holds, so that it is found again by whoever needs the same. It is made beside its place,
-under a lock, and moved there when complete: a process that is killed leaves nothing that another would take for whole,
-and of two processes the second waits and reads what the first has made.
+The file is named by the digest of its content. It is written atomically under a lock: a killed process leaves no partial
+file, and a second process waits for the first and reads its file.
 """
 
 import hashlib
@@ -29,9 +28,9 @@ FOLDER = Path("data", "cache")
 
 @dataclass(frozen=True)
 class DiskArray:
-    """Rows of an .npy file, of `shape` (n, height, width, channels), read when asked for: `stored[5:9]`, `stored[[7, 2]]`.
+    """An array in an .npy file, of `shape` (n, height, width, channels), read by row: `array[5:9]`, `array[[7, 2]]`.
 
-    They are read, not mapped: the pages of a mapped file would count as memory of the process.
+    Rows are read, not memory-mapped: the pages of a mapped file would count as memory of the process.
     """
 
     path: Path
@@ -52,15 +51,15 @@ class DiskArray:
         return found
 
     def part(self, start: int, stop: int) -> "DiskArray":
-        """Rows from `start` up to `stop`, still on disk."""
+        """Return the rows from `start` up to `stop`, still on disk."""
         row = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         return DiskArray(self.path, (stop - start, *self.shape[1:]), self.dtype, self.offset + start * row)
 
 
 def decode_photographs(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> np.ndarray | DiskArray:
-    """The photographs at `indices`, decoded, in that order; on disk if they need more than `memory_budget` megabytes.
+    """Return the photographs at `indices`, decoded; on disk if they need more than `memory_budget` megabytes.
 
-    Raises DataError if the file cannot be made.
+    Raises DataError if the file cannot be written.
     """
     channels, kind = (3, np.uint8) if parameters.color_mode == "rgb" else (1, np.float32)
     shape, dtype = (len(indices), parameters.image_size, parameters.image_size, channels), np.dtype(kind)
@@ -75,11 +74,11 @@ def decode_photographs(dataset: Dataset, indices: np.ndarray, parameters: DataPa
         _write_cache(path, arrays, shape, dtype)
         return _open_cache(path)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; make room for it, or raise --memory_budget") from error
+        raise DataError(f"{path}: {error.strerror}; free some space, or raise --memory_budget") from error
 
 
 def _decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Iterator[np.ndarray]:
-    """Each photograph as the network sees it."""
+    """Yield each photograph, preprocessed for the network."""
 
     def one(index: int) -> np.ndarray:
         return images.decode_image(
@@ -90,7 +89,7 @@ def _decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParamete
 
 
 def _cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:
-    """Stands for all that the decoded bytes depend on: the photographs, their order, what reads them, and how."""
+    """Return a digest of everything that the decoded bytes depend on: photographs, order, decoder and settings."""
     told = hashlib.sha256(f"{parameters.image_size} {parameters.color_mode} {PIL.__version__}\n".encode())
     told.update(Path(images.__file__).read_bytes())
     for index in indices.tolist():
@@ -99,20 +98,20 @@ def _cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters
 
 
 def _write_cache(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Write the file, unless it is there or another process is writing it: then wait for that one."""
+    """Write the file unless it exists; wait if another process is writing it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     with filelock.FileLock(path.with_suffix(".lock")):
         if path.exists():
             return
-        log.info("decoding %d photographs into %s, once", shape[0], path)
+        log.info("decoding %d photographs into the cache %s", shape[0], path)
         with unfinished.open("wb") as file:
             header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for array in arrays:
                 file.write(array.tobytes())
             file.flush()
-            os.fsync(file.fileno())  # whole on disk before it has its name
+            os.fsync(file.fileno())  # complete on disk before it gets its name
         unfinished.replace(path)
 
 

@@ -1,4 +1,4 @@
-"""A folder of class folders, every photograph in it looked at once: what it shows, and what its file holds."""
+"""A data set: a folder of class folders with photographs."""
 
 import hashlib
 from collections import Counter
@@ -22,7 +22,7 @@ SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "tes
 
 @dataclass(frozen=True, slots=True)
 class Photograph:
-    """One readable file: where it lies, what it shows, and what was found in it."""
+    """A readable photograph: its path, its label and the properties of its file."""
 
     path: str  # relative to the data set's folder, with forward slashes
     label: int
@@ -34,7 +34,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The photographs of a folder, in the order of class names and file names."""
+    """The photographs of a folder, sorted by class name and file name."""
 
     name: str
     folder: Path
@@ -44,43 +44,45 @@ class Dataset:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """The class of each photograph, as an index into `class_names`; int64 of shape (n,)."""
+        """The label of each photograph, an index into `class_names`; int64 of shape (n,)."""
         return np.array([photograph.label for photograph in self.photographs])
 
     @cached_property
     def digest(self) -> str:
-        """What the folder holds, as 32 hexadecimal digits: the same paths and bytes give the same digest."""
+        """A digest of paths and contents, as 32 hexadecimal digits."""
         return signdigits.files.compute_digest(
             (photograph.path, photograph.checksum) for photograph in self.photographs
         )
 
     def read(self, photograph: Photograph) -> bytes:
-        """The bytes of a photograph. Raises DataError if it is gone, or was changed since the folder was scanned."""
+        """Return the bytes of a photograph. Raises DataError if it is missing or has changed since the folder was scanned."""
         path = self.folder / photograph.path
         try:
             content = read_file(path)
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; put it back, then the same command continues") from error
+            raise DataError(f"{path}: {error.strerror}; restore it, then run the same command to continue") from error
         if hashlib.sha256(content).hexdigest() != photograph.checksum:
-            raise DataError(f"{path}: changed since the folder was read; start again to use it as it is now")
+            raise DataError(
+                f"{path}: has changed since the folder was scanned; run the command again to use the new content"
+            )
         return content
 
     def part_digest(self, indices: np.ndarray) -> str:
-        """The digest of some of the photographs."""
+        """Return the digest of some of the photographs."""
         return signdigits.files.compute_digest(
             (self.photographs[i].path, self.photographs[i].checksum) for i in indices
         )
 
     def counts(self) -> dict[str, int]:
-        """Photographs in each class."""
-        found = Counter(self.labels.tolist())
-        return {name: found[label] for label, name in enumerate(self.class_names)}
+        """Return the number of photographs of each class."""
+        counts = Counter(self.labels.tolist())
+        return {name: counts[label] for label, name in enumerate(self.class_names)}
 
 
 def scan_dataset(parameters: SourceParameters) -> Dataset:
-    """Open every file of every class folder and note what it holds.
+    """Read every file of every class folder.
 
-    Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are passed over.
+    Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
     Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
     (unless `skip_unreadable`, which lists it in the result instead).
     """
@@ -90,7 +92,7 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
     if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
-        raise DataError(f"{folder}: changed since it was downloaded; remove the folder to download it again")
+        raise DataError(f"{folder}: has changed since the download; remove the folder to download it again")
     return dataset
 
 
@@ -102,22 +104,22 @@ def _read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
     )
     photographs: list[Photograph] = []
     unreadable: dict[str, str] = {}
-    for (path, _), found in zip(files, looked_at, strict=True):
-        if isinstance(found, Photograph):
-            photographs.append(found)
+    for (path, _), result in zip(files, results, strict=True):
+        if isinstance(result, Photograph):
+            photographs.append(result)
         elif skip_unreadable:
-            unreadable[escape_undecodable(path.relative_to(folder).as_posix())] = str(found)
+            unreadable[escape_undecodable(path.relative_to(folder).as_posix())] = str(result)
         else:
-            raise DataError(f"{path}: {found}; remove it, or pass --skip_unreadable true") from found
+            raise DataError(f"{path}: {result}; remove it, or pass --skip_unreadable true") from result
     present = {photograph.label for photograph in photographs}
     for label, name in enumerate(class_names):
         if label not in present:
-            raise DataError(f"{folder / name}: no photograph in this class folder; add some, or remove it")
+            raise DataError(f"{folder / name}: no photographs in this class folder; add some, or remove it")
     return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
 
 
 def _find_classes(folder: Path) -> tuple[str, ...]:
-    """The sorted names of the class folders in `folder`."""
+    """Return the sorted names of the class folders in `folder`."""
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder{_describe_relative(folder)}; pass --data a folder of class folders, or one of the names "
@@ -125,7 +127,9 @@ def _find_classes(folder: Path) -> tuple[str, ...]:
         )
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_junk(entry)))
     if not names:
-        raise DataError(f"{folder}: no class folder in it; put the photographs of each class into a folder of its own")
+        raise DataError(
+            f"{folder}: no class folders; put the photographs of each class into a folder named after the class"
+        )
     if len(names) == 1:
         raise DataError(f"{folder}: only one class folder, {names[0]!r}; a classifier needs two or more")
     for name in names:
@@ -136,14 +140,18 @@ def _find_classes(folder: Path) -> tuple[str, ...]:
 
 
 def _describe_relative(folder: Path) -> str:
-    """From where a relative path was looked for: `mlflow run` works in the project's folder."""
-    return "" if folder.is_absolute() else f" in {Path.cwd()}, where `mlflow run` works too: an absolute path is sure"
+    """Return the working directory that a relative path refers to: with `mlflow run`, the project's folder."""
+    return (
+        ""
+        if folder.is_absolute()
+        else f" in {Path.cwd()}, the working directory of `mlflow run`; an absolute path is safer"
+    )
 
 
 def find_files(folder: Path) -> Iterator[Path]:
-    """The files of a folder and the folders in it, in the order in which Keras lists them; junk is passed over.
+    """Yield the files of a folder and its subfolders, in the order in which Keras lists them, without junk.
 
-    Links are followed once: a link to what lies in the folder anyway adds nothing.
+    A symbolic link to a file inside the folder is skipped: the file is listed anyway.
     """
     whole = folder.resolve()
     for directory in _find_folders(folder):
@@ -154,7 +162,7 @@ def find_files(folder: Path) -> Iterator[Path]:
 
 
 def _find_folders(folder: Path) -> list[Path]:
-    """`folder` and the folders in it, each once, however many links lead to it."""
+    """Return `folder` and its subfolders, each once, however many symbolic links lead to it."""
     found: dict[Path, Path] = {}
     waiting, links = [folder], list[Path]()
     while waiting or links:
@@ -169,22 +177,22 @@ def _find_folders(folder: Path) -> list[Path]:
 
 
 def _is_text(path: Path) -> bool:
-    """Tell names that are UTF-8 from bytes of another encoding, which old archives hold."""
+    """Tell whether a name is UTF-8; old archives hold names in other encodings."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file, or a link that leads nowhere: that one is not to be passed over in silence."""
+    """Tell whether the path is a file, or a broken symbolic link, which is reported as unreadable."""
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _is_junk(path: Path) -> bool:
-    """Hidden files and folders, and what systems and archivers leave beside photographs."""
+    """Tell hidden files and folders, and those that operating systems and archivers leave beside photographs."""
     return path.name.startswith(".") or path.name in JUNK
 
 
 def _check_layout(folder: Path, names: Sequence[str]) -> None:
-    """Raise DataError if the class folders hold nothing but the same folders: train/CLASS and test/CLASS, say."""
+    """Raise DataError if the class folders hold nothing but the same subfolders, as in train/CLASS and test/CLASS."""
     inside = []
     for name in names:
         entries = [entry for entry in (folder / name).iterdir() if not _is_junk(entry)]
@@ -194,7 +202,7 @@ def _check_layout(folder: Path, names: Sequence[str]) -> None:
     shared = set.intersection(*inside)
     if len(shared) > 1 and not all(name.lower() in SPLITS for name in shared):
         raise DataError(
-            f"{folder}: {_join_names(names)} each hold the folders {_join_names(sorted(shared))}, which seem to be the classes; pass "
+            f"{folder}: {_join_names(names)} all contain {_join_names(sorted(shared))}, which look like the classes; pass "
             f"--data {folder / names[0]}, or move the photographs of each class into one folder"
         )
 
@@ -204,13 +212,13 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _examine_file(path: Path, relative: str, label: int) -> Photograph | ImageError:
-    """Read one file to the array that the network would see, and note what it holds, or why that fails."""
+    """Read and preprocess one file, and return its properties, or the error."""
     if not _is_text(path):
-        return ImageError("its name, or its folder's, is not UTF-8; rename it")
+        return ImageError("the name of the file or its folder is not UTF-8; rename it")
     try:
         content = read_file(path)
         image = open_image(content)
-        to_array(image, image_size=8, color_mode="rgb")  # what fails would otherwise fail in the last evaluation
+        to_array(image, image_size=8, color_mode="rgb")  # or the final evaluation would be the first to fail
     except OSError as error:
         return ImageError(f"cannot be read ({error.strerror})")
     except ImageError as error:

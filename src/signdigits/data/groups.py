@@ -1,6 +1,6 @@
-"""Which photographs belong together, such as those of one signer: `groups.csv` beside the class folders.
+"""Groups of photographs that belong together, such as those of one signer: `groups.csv` beside the class folders.
 
-It has the columns `path` (relative to the folder, with forward slashes) and `group` (any text).
+The file has the columns `path` (relative to the folder, with forward slashes) and `group` (any text).
 """
 
 import logging
@@ -21,18 +21,18 @@ FILE = "groups.csv"
 
 
 def read_groups(dataset: Dataset) -> np.ndarray:
-    """The group of each photograph; text, of shape (n,).
+    """Return the group of each photograph; text, of shape (n,).
 
-    Raises DataError if there is no usable groups.csv, or if it leaves a photograph out.
+    Raises DataError if groups.csv is missing or unusable, or lacks a photograph.
     """
     file = dataset.folder / FILE
     if not file.exists() and _is_sign_language_digits(dataset):
-        return _infer_students(dataset)  # where `prepare` may not write
+        return _infer_students(dataset)  # the folder is read-only
     try:
         table = tables.read_csv(file)[["path", "group"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{file}: split=grouped needs it, with the columns path and group ({error}); write it, or pass --split random"
+            f"{file}: needed by split=grouped, with the columns path and group ({error}); create it, or pass --split random"
         ) from error
     known = {path: group for path, group in zip(table["path"], table["group"], strict=True) if group}
     missing = [photograph.path for photograph in dataset.photographs if photograph.path not in known]
@@ -42,16 +42,16 @@ def read_groups(dataset: Dataset) -> np.ndarray:
 
 
 def write_groups(dataset: Dataset) -> None:
-    """Write groups.csv for the sign language digits, whose groups can be told; do nothing for other photographs.
+    """Write groups.csv for the sign language digits, whose groups can be inferred; do nothing for other photographs.
 
-    Nor is it written into a folder that is marked as read-only, even by root, whom the mark would not stop.
+    A read-only folder is respected, also by root.
     """
     file = dataset.folder / FILE
     if file.exists() or not _is_sign_language_digits(dataset):
         return
     if not dataset.folder.stat().st_mode & stat.S_IWUSR:
         log.info(
-            "%s: not written, the folder is read-only; the groups are told from the files' numbers each time", file
+            "%s: not written, the folder is read-only; the groups are inferred from the file names each time", file
         )
         return
     table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": _infer_students(dataset)})
@@ -59,7 +59,7 @@ def write_groups(dataset: Dataset) -> None:
         with files.atomic_file(file) as workshop:
             workshop.write_text(tables.to_csv(table))
     except OSError as error:
-        log.info("%s: not written (%s); the groups are told from the files' numbers each time", file, error.strerror)
+        log.info("%s: not written (%s); the groups are inferred from the file names each time", file, error.strerror)
     else:
         log.info("%s: %d groups, written for --split grouped", file, table["group"].nunique())
 
@@ -69,10 +69,10 @@ def _is_sign_language_digits(dataset: Dataset) -> bool:
 
 
 def _infer_students(dataset: Dataset) -> np.ndarray:
-    """Who signs on each of the sign language digits, as far as the files' numbers tell.
+    """Infer the student on each of the sign language digits from the numbers in the file names.
 
-    Each of the 218 students gave about ten photographs in a row, one a digit: sorted by the number in the file's name,
-    the label climbs, and falls back, or stands, where the next student begins. That makes 220 groups.
+    Each of the 218 students gave about ten photographs in a row, one per digit: sorted by number, the label rises, and
+    does not rise where the next student begins. That makes 220 groups.
     """
     numbers = [int(re.findall(r"\d+", photograph.path)[-1]) for photograph in dataset.photographs]
     order = np.argsort(numbers)

@@ -1,6 +1,6 @@
-"""One photograph, as bytes, becomes one array: the same way for training, evaluation and serving.
+"""Decode and preprocess a photograph, in the same way for training, evaluation and serving.
 
-Imports Pillow and NumPy alone, so that the served model can carry this file along.
+This file is packaged with each model, and therefore imports only Pillow and NumPy.
 """
 
 import io
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Pillow's formats and their media types, for folders, endpoint, batch and page alike. MPO is what some telephones write
-# under the name .jpg: a JPEG with further pictures behind it.
+# Pillow's formats and their media types, for folders, endpoint, batch and page alike. Some phones write MPO files under the
+# name .jpg: a JPEG followed by further pictures.
 FORMATS = {
     "BMP": "image/bmp",
     "GIF": "image/gif",
@@ -30,10 +30,10 @@ WHITE_IS_ZERO = 0  # TIFF 6.0, tag 262, PhotometricInterpretation
 
 
 class ImageError(ValueError):
-    """The bytes are no image that can be used; the message says why."""
+    """The bytes are not a usable image; the message gives the reason."""
 
 
-# What sets an image upright, by its EXIF orientation (Exif 2.3, tag 274).
+# The transposition that turns an image upright, by its EXIF orientation (Exif 2.3, tag 274).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,13 +46,13 @@ TURNS = {
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file, or the first MAX_BYTES + 1 of them, which `open_image` refuses. Raises OSError."""
+    """Return the bytes of a file, at most MAX_BYTES + 1, which `open_image` rejects. Raises OSError."""
     with path.open("rb") as file:
         return file.read(MAX_BYTES + 1)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode the image in `data` to its last byte; its EXIF orientation is not yet applied.
+    """Decode the image in `data` completely; its EXIF orientation is not yet applied.
 
     Raises ImageError if there are more bytes than MAX_BYTES, if they are no image of one of the FORMATS, if it has more
     pixels than MAX_PIXELS (read from the header, before anything is decoded), or if it is truncated.
@@ -79,15 +79,15 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The image's EXIF orientation, 1 (upright) to 8; 1 where it has none, or none that can be read."""
+    """Return the EXIF orientation of an image, 1 (upright) to 8; 1 if it is missing or unreadable."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # the picture itself is whole: it is shown as it was stored
+    except Exception:  # the pixels are fine: use them as stored
         return 1
 
 
 def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray:
-    """`image` upright, converted and resized.
+    """Turn `image` upright, convert it and resize it.
 
     Returns, for color_mode "rgb", uint8 of shape (image_size, image_size, 3), 0 to 255; for "grayscale",
     float32 of shape (image_size, image_size, 1), inverted: 1 - x/255, 0 for white. The notebook's grayscale
@@ -116,12 +116,12 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
 
 
 def _flatten_on_white(image: Image.Image) -> Image.Image:
-    """`image` in 8 bits a channel and opaque: 16-bit gray is scaled, not cut off; transparency turns white.
+    """Convert `image` to 8 bits per channel without transparency: 16-bit gray is scaled, transparent pixels become white.
 
-    Raises ImageError for 32 bits a channel, whole or floating: nothing says which number is white.
+    Raises ImageError for 32 bits per channel, integer or float: the value of white is unknown.
     """
     if image.mode in ("F", "I"):
-        raise ImageError("32 bits a channel, of which nothing says what is white; save it with 8 or 16 bits")
+        raise ImageError("32 bits per channel, with an unknown value of white; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         gray = (np.asarray(image) / 257).astype(np.uint8)
         # Pillow turns white-is-zero TIFFs around with 8 bits a channel, but not with 16.
@@ -134,5 +134,5 @@ def _flatten_on_white(image: Image.Image) -> Image.Image:
 
 
 def decode_image(data: bytes, image_size: int, color_mode: str) -> np.ndarray:
-    """`to_array` of the image in `data`; raises ImageError as they do."""
+    """Return `to_array` of the image in `data`. Raises ImageError."""
     return to_array(open_image(data), image_size, color_mode)

@@ -1,9 +1,4 @@
-"""A folder of class folders becomes labelled arrays for training and validation.
-
-    python -m signdigits prepare --data FOLDER
-
-Nothing here imports TensorFlow.
-"""
+"""Load a folder of class folders as labelled arrays for training and validation, without TensorFlow."""
 
 from dataclasses import dataclass
 
@@ -33,16 +28,16 @@ class Images:
         return height, width, channels
 
     def part(self, start: int, stop: int) -> "Images":
-        """The images from `start` up to `stop`; nothing is copied."""
+        """Return a view of the images from `start` up to `stop`."""
         x = self.x.part(start, stop) if isinstance(self.x, DiskArray) else self.x[start:stop]
         return Images(x, self.y[start:stop])
 
 
 @dataclass(frozen=True)
 class Data:
-    """What training and search work on: `fitting`, the training images followed by the validation images.
+    """The data of a training or a search: `fitting` holds the training images, then the validation images.
 
-    The test images are not decoded here: nothing before the last evaluation may look at them.
+    The test images are not decoded here: only the final evaluation may see them, which rules out data leakage.
     """
 
     dataset: Dataset
@@ -69,9 +64,9 @@ class Data:
 
 
 def load_data(parameters: DataParameters) -> Data:
-    """Find, check and split the photographs, and decode those for training and validation.
+    """Scan and split the photographs, and decode those for training and validation.
 
-    Raises DataError, naming the path, for anything that makes the folder unfit.
+    Raises DataError, naming the path, if the folder cannot be used.
     """
     dataset = scan_dataset(parameters)
     made = split.split_dataset(dataset, parameters.split)

@@ -1,6 +1,6 @@
-"""What in a folder of photographs deserves a look: near-duplicates in two parts, odd sizes and colours, imbalance.
+"""Data quality: near-duplicates across the split (data leakage), odd sizes and colours, class imbalance.
 
-Everything is reported and nothing is removed: whether a finding is a fault is for people to say.
+Findings are reported for people to judge; nothing is removed.
 """
 
 import textwrap
@@ -17,17 +17,17 @@ from signdigits.data import images
 from signdigits.data.dataset import Dataset, Photograph
 from signdigits.data.loading import Data
 
-ALIKE = 4  # bits of 64 in which the hashes of two photographs may differ
-ODD = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)
-OUTSIZED = 2.0  # times the class's median height or width, or less than one such part of it
-UNEVEN = 1.5  # times as many photographs in the largest class as in the smallest
-SHOWN = 12
-COMPARED = 10_000_000  # pairs of hashes at a time: 80 MB
+MAX_HASH_DISTANCE = 4  # differing bits, of 64, of near-duplicates
+MAX_Z_SCORE = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)
+MAX_SIZE_RATIO = 2.0  # to the median height or width of the class, or the reverse
+MAX_IMBALANCE = 1.5  # ratio of the largest class to the smallest
+MAX_PICTURES = 12
+MAX_PAIRS = 10_000_000  # pairs of hashes compared at once: 80 MB
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one photograph (`path`), or about two."""
+    """A finding about one photograph (`path`), or about two."""
 
     finding: str
     path: str
@@ -38,7 +38,7 @@ class Finding:
 
 
 def find_issues(data: Data) -> pd.DataFrame:
-    """One row a finding: its kind, the photograph or photographs, the part of the split each is in, and the detail."""
+    """Return a row per finding: its kind, its one or two photographs with their parts of the split, and the detail."""
     dataset, parts = data.dataset, part_names(data)
     hashes, colours = _hash_photographs(dataset)
     found = [
@@ -51,7 +51,7 @@ def find_issues(data: Data) -> pd.DataFrame:
 
 
 def part_names(data: Data) -> np.ndarray:
-    """The part of the split that each photograph is in; text, of shape (n,)."""
+    """Return the part of the split of each photograph; text, of shape (n,)."""
     names = np.empty(len(data.dataset.photographs), dtype=object)
     for part, indices in data.split.parts.items():
         names[indices] = part
@@ -59,7 +59,7 @@ def part_names(data: Data) -> np.ndarray:
 
 
 def _hash_photographs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """A perceptual hash (uint64, of shape (n,)) and the mean colour (0 to 255, of shape (n, 3)) of each photograph.
+    """Return a perceptual hash (uint64, of shape (n,)) and the mean colour (0 to 255, of shape (n, 3)) of each photograph.
 
     The hash is pHash, from the lowest frequencies of a cosine transform; similar pictures differ in few of its bits.
     """
@@ -76,24 +76,24 @@ def _hash_photographs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 def _find_imbalance(dataset: Dataset) -> Iterator[Finding]:
     counts = dataset.counts()
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-    if counts[most] > UNEVEN * counts[least]:
+    if counts[most] > MAX_IMBALANCE * counts[least]:
         yield Finding("imbalance", least, f"{counts[least]} photographs, but {counts[most]} in class {most}")
 
 
 def _find_odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
-    """Photographs of another size than their class."""
+    """Yield photographs whose size differs from the median of their class."""
     sizes = np.array([photograph.size for photograph in dataset.photographs], float)
     for label in range(len(dataset.class_names)):
         (members,) = np.nonzero(dataset.labels == label)
         usual = np.median(sizes[members], axis=0)
         ratio = np.maximum(sizes[members] / usual, usual / sizes[members]).max(axis=1)
-        for i in members[ratio > OUTSIZED]:
+        for i in members[ratio > MAX_SIZE_RATIO]:
             detail = f"{sizes[i, 0]:.0f}x{sizes[i, 1]:.0f} pixels; its class {usual[0]:.0f}x{usual[1]:.0f}"
             yield Finding("size", dataset.photographs[i].path, detail, parts[i])
 
 
 def _find_odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Iterator[Finding]:
-    """Photographs whose mean colour is far from that of their class, farthest first."""
+    """Yield photographs whose mean colour is far from the median of their class, farthest first."""
     score = np.zeros(len(colours))
     for label in range(len(dataset.class_names)):
         members = dataset.labels == label
@@ -101,7 +101,7 @@ def _find_odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) 
         spread = np.maximum(np.median(distance, axis=0), 1e-9)
         score[members] = (0.6745 * distance / spread).max(axis=1)
     for i in np.argsort(-score):
-        if score[i] <= ODD:
+        if score[i] <= MAX_Z_SCORE:
             return
         red, green, blue = colours[i]
         detail = f"mean colour ({red:.0f}, {green:.0f}, {blue:.0f}); {score[i]:.1f} spreads from its class"
@@ -109,17 +109,17 @@ def _find_odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) 
 
 
 def _find_near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
-    """Photographs that look like one in another part of the split, each with the one most like it, most alike first."""
+    """Yield photographs that look like one in another part of the split, each with its nearest, most similar first."""
     _, part = np.unique(parts.astype(str), return_inverse=True)
     pairs = set()
-    chunk = max(1, COMPARED // len(hashes))
+    chunk = max(1, MAX_PAIRS // len(hashes))
     for start in range(0, len(hashes), chunk):
         rows = slice(start, start + chunk)
         differing = np.bitwise_count(hashes[rows, None] ^ hashes)
         differing[part[rows, None] == part] = 64
         nearest = differing.argmin(axis=1)
         bits = differing[np.arange(len(nearest)), nearest]
-        for row in np.flatnonzero(bits <= ALIKE).tolist():
+        for row in np.flatnonzero(bits <= MAX_HASH_DISTANCE).tolist():
             pairs.add((int(bits[row]), *sorted((start + row, int(nearest[row])))))
     for bits, i, j in sorted(pairs):
         path, other = dataset.photographs[i].path, dataset.photographs[j].path
@@ -127,13 +127,13 @@ def _find_near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarra
 
 
 def plot_findings(data: Data, found: pd.DataFrame) -> plots.Figure:
-    """The first findings of each kind, side by side; imbalance has no picture."""
+    """Plot the first findings of each kind; imbalance has no picture."""
     found = found.assign(caption=[textwrap.fill(detail, 34) for detail in found["detail"]])
     kinds = found[found["finding"] != "imbalance"].groupby("finding", sort=False)
     captions: list[tuple[str, str]] = []
-    for row in kinds.head(SHOWN // max(kinds.ngroups, 1)).to_dict("records"):
+    for row in kinds.head(MAX_PICTURES // max(kinds.ngroups, 1)).to_dict("records"):
         captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['caption']}\n{row['part']}"))
         if row["other"]:
             captions.append((row["other"], f"looks like\n{row['other']}\n{row['other_part']}"))
     shown = [images.decode_image(images.read_file(data.dataset.folder / path), 150, "rgb") for path, _ in captions]
-    return plots.plot_photographs(shown, [caption for _, caption in captions], "Worth a look", columns=4)
+    return plots.plot_photographs(shown, [caption for _, caption in captions], "Findings", columns=4)

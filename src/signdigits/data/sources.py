@@ -1,7 +1,4 @@
-"""The two named data sets: one embedded, one downloaded; each ends as a folder of class folders under `data/`.
-
-Both are all or nothing: they are made in a folder beside their place and moved there when complete.
-"""
+"""The named data sets, one embedded, one downloaded: each becomes a folder of class folders under `data/`, atomically."""
 
 import hashlib
 import logging
@@ -22,13 +19,12 @@ SIGN_LANGUAGE_DIGITS = "sign-language-digits"
 
 # Zeynep Dikle, Arda Mavi and the students of Turkey Ankara Ayrancı Anadolu High School; Apache-2.0; arXiv:2011.08927.
 SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dataset/archive/4b09433.zip"
-# GitHub packs the archive anew at every request, so its own bytes prove nothing: this is `folder_digest` of what
-# it holds, the 2,062 photographs in their class folders.
+# `_folder_digest` of the 2,062 photographs in their class folders: GitHub generates the archive on request, and its bytes vary.
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
 
 def resolve_source(data: str, home: Path = Path("data")) -> Path:
-    """The folder of class folders that `data` names: one of the two names, made under `home` if missing, or a path."""
+    """Return the folder that `data` names: a named data set, created under `home` if it is missing, or a path."""
     if data == HANDWRITTEN_DIGITS:
         return _write_handwritten_digits(home / HANDWRITTEN_DIGITS)
     if data == SIGN_LANGUAGE_DIGITS:
@@ -40,7 +36,7 @@ def _write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
     """Write scikit-learn's 1,797 handwritten digits as PNG files, dark ink on white, into `target`/0 to `target`/9.
 
     They are 8x8 images with 17 levels of ink, from 43 people (UCI ML hand-written digits, test set; E. Alpaydin,
-    C. Kaynak, 1998), resized to `image_size` pixels (Lanczos). Does nothing where `target` exists.
+    C. Kaynak, 1998), resized to `image_size` pixels (Lanczos). Does nothing if `target` exists.
     """
     if target.exists():
         return target
@@ -61,10 +57,10 @@ def _write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
 def download_sign_language_digits(
     target: Path, url: str = SIGN_LANGUAGE_DIGITS_URL, digest: str = SIGN_LANGUAGE_DIGITS_DIGEST
 ) -> Path:
-    """Fetch the photographs from `url`, check them against `digest`, and put their class folders into `target`.
+    """Download the photographs from `url`, verify their `digest`, and move their class folders to `target`.
 
-    Does nothing where `target` exists. Raises DownloadError, leaving nothing behind, if the archive cannot be
-    fetched or unpacked, or does not hold the photographs that it should.
+    Does nothing if `target` exists. Raises DownloadError, leaving nothing behind, if the archive cannot be downloaded or
+    extracted, or holds other files.
     """
     if target.exists():
         return target
@@ -78,7 +74,7 @@ def download_sign_language_digits(
             unpacked = Path(get_file("photographs.zip", url, extract=True, cache_dir=str(folder), cache_subdir=""))
         except Exception as error:  # get_file raises a bare Exception where the server says no
             raise DownloadError(
-                f"{url}: {error}; check the connection and start again, or pass --data a folder of class folders"
+                f"{url}: {error}; check the connection and retry, or pass --data a folder of class folders"
             ) from error
         photographs = next(unpacked.glob("*/Dataset"), None)
         found = folder_digest(photographs) if photographs else "no folder Dataset"
@@ -89,7 +85,7 @@ def download_sign_language_digits(
 
 
 def _move_up(inner: Path, folder: Path) -> None:
-    """Make what lies in `inner`, deep inside `folder`, the whole content of `folder`."""
+    """Replace the content of `folder` with that of `inner`, deep inside it."""
     keep = folder.with_name(folder.name + ".keep")
     inner.rename(keep)
     shutil.rmtree(folder)

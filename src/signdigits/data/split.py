@@ -1,7 +1,6 @@
-"""Which photographs are for training, which for validation, and which for the test.
+"""The split into training, validation and test photographs.
 
-`random` is the notebook's split, `grouped` keeps what belongs together, such as one signer's photographs, in one part.
-Nothing here reads an image.
+`random` is the notebook's split; `grouped` keeps each group, such as one signer's photographs, in one part.
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from signdigits.data import groups
 from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError
 
-# The notebook's seed and fraction: with them the test images are its 412 validation images. They are no
-# parameters: runs can be compared only on the same images.
+# The notebook's seed and fraction: the test images are its 412 validation images. Constants, because runs can be compared
+# only on the same images.
 SPLIT_SEED = 1337
 TEST_FRACTION = 0.2
 VALIDATION_FRACTION = 0.2  # of what is not test
@@ -29,12 +28,12 @@ class Split:
     training: np.ndarray
     validation: np.ndarray
     testing: np.ndarray
-    digest: str  # what the photographs are and which part each is in, as 32 hexadecimal digits
-    test_digest: str  # what the test photographs are
+    digest: str  # of the photographs and their parts, as 32 hexadecimal digits
+    test_digest: str  # of the test photographs
 
     @property
     def fitting(self) -> np.ndarray:
-        """Training and validation together: everything but the test images."""
+        """The training indices, then the validation indices."""
         return np.concatenate([self.training, self.validation])
 
     @property
@@ -43,7 +42,7 @@ class Split:
 
 
 def split_dataset(dataset: Dataset, name: str) -> Split:
-    """The split called `name`. Raises DataError if a class is missing from one of the three parts."""
+    """Return the split called `name`. Raises DataError if a class is missing from one of the three parts."""
     labels = dataset.labels
     if name == "grouped":
         rest, testing, training, validation = _split_groups(dataset)
@@ -60,8 +59,10 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
 
 
 def _split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two parts of `n` sorted files, as Keras' `image_dataset_from_directory` makes them for seed 1337 and
-    validation_split 0.2: the second is the last fifth of a seeded shuffle."""
+    """Split `n` sorted files as Keras' `image_dataset_from_directory` does with seed 1337 and validation_split 0.2.
+
+    The second part is the last fifth of a seeded shuffle.
+    """
     order = list(range(n))
     np.random.RandomState(SPLIT_SEED).shuffle(order)
     n_test = int(TEST_FRACTION * n)
@@ -69,7 +70,7 @@ def _split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split_evenly(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two parts of `indices`, a fifth of each class in the second."""
+    """Split `indices`, a fifth of each class into the second part."""
     try:
         first, second = train_test_split(
             indices, test_size=VALIDATION_FRACTION, stratify=dataset.labels[indices], random_state=SPLIT_SEED
@@ -80,7 +81,7 @@ def _split_evenly(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Everything but the test images, the test images, and the first in two: no group is in two parts.
+    """Return all but the test images, the test images, and the first divided into training and validation, by group.
 
     Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
     groups allow.
@@ -110,7 +111,7 @@ def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part:
 
 
 def _split_digest(dataset: Dataset, **parts: np.ndarray) -> str:
-    """The digest of the photographs and of which part each is in."""
+    """Return the digest of the photographs and their parts."""
     return signdigits.files.compute_digest(
         (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
         for part, indices in parts.items()

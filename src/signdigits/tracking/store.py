@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 import mlflow
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
 
 from signdigits.errors import TrackingError
 
@@ -15,13 +17,14 @@ def connect_store() -> None:
     """Raise TrackingError if the tracking store cannot be used. A SQLite store that is not there is created."""
     try:
         _create_database()
+        _connect_once()
         mlflow.search_experiments(max_results=1)
     except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
         file = _database_file()
         if file and re.search("already exists|no such table|Can't locate revision", str(error)):
             raise TrackingError(
-                f"{file}: its tables are not whole: the start that made them was killed, or it is of another version of "
-                f"MLflow; if no run is in it, remove it, else run `mlflow db upgrade {store_address()}`"
+                f"{file}: incomplete tables, from an interrupted start or another version of MLflow; remove the file if it "
+                f"holds no run, else run `mlflow db upgrade {store_address()}`"
             ) from error
         raise TrackingError(
             f"{store_address()}: {str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a store that can be used"
@@ -29,10 +32,9 @@ def connect_store() -> None:
 
 
 def _create_database() -> None:
-    """Create a SQLite store beside its place, and move it there when it is whole.
+    """Create a SQLite store atomically: in a temporary folder beside its place, then linked into place.
 
-    MLflow makes its tables in hundreds of steps; a start that is killed between two of them would leave a file that no
-    later start can use.
+    MLflow creates its tables in hundreds of steps; a process killed between two of them would leave an unusable file.
     """
     file = _database_file()
     if file is None or file.exists() or not file.parent.is_dir():
@@ -44,12 +46,19 @@ def _create_database() -> None:
             os.link(whole, file)
 
 
+def _connect_once() -> None:
+    """Connect to a database server directly: MLflow would retry a failed connection for two minutes."""
+    uri = mlflow.get_tracking_uri()
+    if re.match(r"(postgresql|mysql|mssql)", uri):
+        create_engine(uri, poolclass=NullPool).connect().close()
+
+
 def _database_file() -> Path | None:
-    """The file of the tracking store, if that is SQLite."""
+    """Return the file of the tracking store if that is SQLite."""
     scheme, _, path = mlflow.get_tracking_uri().partition(":///")
     return Path(path) if scheme == "sqlite" and path else None
 
 
 def store_address() -> str:
-    """The address of the tracking store, without a password that stands in it."""
+    """Return the address of the tracking store, its password masked."""
     return re.sub(r"://([^:/@]*):[^/@]*@", r"://\1:***@", mlflow.get_tracking_uri())
