@@ -256,8 +256,8 @@ def test_class_names_are_text(store: str, tmp_path: Path, classes: tuple[str, st
         scores = evaluate.evaluate(loaded.parameters, ModelParameters(run_id=run_id))
         decision = register.register(ModelParameters(run_id=run_id), VersionParameters(significance_level=0.5))
     assert scores.test_accuracy == 1
-    assert decision.agreement is not None
-    assert decision.agreement.both + decision.agreement.challenger_only == scores.test_images
+    assert decision.contingency_table is not None
+    assert decision.contingency_table.both + decision.contingency_table.challenger_only == scores.test_images
 
 
 def test_every_format_is_read_from_folder_to_endpoint(store: str, tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def test_a_folder_that_cannot_be_written_costs_the_log_and_not_the_answer(tmp_pa
     (tmp_path / "file").write_text("no folder")
     log = PredictionLog(tmp_path / "file", 64_000_000, "1")
     log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
-    assert log.silent_until > time.monotonic(), "it is left alone for a while"
-    log.silent_until = 0.0
+    assert log.paused_until > time.monotonic(), "it is left alone for a while"
+    log.paused_until = 0.0
     log.folder = tmp_path / "folder"
     log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
     assert len(lines(tmp_path / "folder")) == 1
@@ -129,7 +129,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for number in range(20):
     log.add([(number, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-log.silent_until = 0.0
+log.paused_until = 0.0
 log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

@@ -61,11 +61,11 @@ def test_a_model_must_be_better_beyond_chance(
     promote(scored(log_model, 6))
     decision = promote(scored(log_model, right))
     assert decision.alias == alias
-    assert decision.agreement is not None
-    assert decision.agreement.p_value == pytest.approx(p_value)
+    assert decision.contingency_table is not None
+    assert decision.contingency_table.p_value == pytest.approx(p_value)
     assert aliases() == ({"champion": "2"} if alias == "champion" else {"champion": "1", "challenger": "2"})
     assert float(version_tags("2")["p_value"]) == pytest.approx(p_value)
-    counts = json.loads(version_tags("2")["agreement"])
+    counts = json.loads(version_tags("2")["contingency_table"])
     assert counts["challenger_only"] == max(right - 6, 0)
     assert counts["champion_only"] == max(6 - right, 0)
     assert sum(counts.values()) == 12

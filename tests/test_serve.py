@@ -322,15 +322,15 @@ def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
     started_at = time.monotonic()
     for _ in range(3):
         time.sleep(0.02)
-        supervisor.look()
+        supervisor.poll_alias()
     assert time.monotonic() - started_at < 30, "the look is still waiting, and nobody with it"
-    looking = supervisor.looking
+    looking = supervisor.polling
     assert looking is not None
     assert not looking.done()
     back.set()
     wait_until(looking.done, seconds=30)
-    supervisor.look()
-    assert supervisor.looking is None
+    supervisor.poll_alias()
+    assert supervisor.polling is None
 
 
 def test_a_killed_supervisor_leaves_nobody_behind_and_the_next_serves_what_was_served(

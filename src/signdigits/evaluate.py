@@ -1,4 +1,4 @@
-"""Score a model on the test images, through the very artifact that will be served.
+"""Score a model on the test images, with the artifact that is served.
 
 python -m signdigits evaluate --data FOLDER --run_id RUN
 mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champion
@@ -29,20 +29,20 @@ from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
-CHUNK = 256  # photographs that are in memory at once
-WORST = 12  # mistakes that are shown
+CHUNK = 256  # photographs in memory at once
+MAX_MISTAKES = 12  # in the picture
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model made of the test images."""
+    """The scores of a model on the test images."""
 
     test_images: int
     test_accuracy: float
     test_accuracy_low: float  # the ends of the 95 % confidence interval
     test_accuracy_high: float
     test_ece: float  # expected calibration error of the probabilities as served
-    test_ece_uncalibrated: float  # and without the temperature
+    test_ece_uncalibrated: float  # without the temperature
 
     def __str__(self) -> str:
         return (
@@ -72,13 +72,13 @@ def evaluate(parameters: SourceParameters, which: ModelParameters) -> Scores:
 
 
 def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
-    """Score `model` on the test images; metrics, tables and pictures go to the active run and to the model."""
-    made = split.split_dataset(dataset, model.tags.get("split", "random"))
-    tags = runs.data_tags(dataset, made)
+    """Score `model` on the test images; log metrics, tables and pictures to the active run and the model."""
+    parts = split.split_dataset(dataset, model.tags.get("split", "random"))
+    tags = runs.data_tags(dataset, parts)
     mlflow.set_tags(tags)
-    mlflow.log_input(runs.dataset_input(dataset, made.testing), context="testing")
+    mlflow.log_input(runs.dataset_input(dataset, parts.testing), context="testing")
     served = scoring.load_served_model(model.model_uri)
-    table = _predict_photographs(served, dataset, made.testing)
+    table = _predict_photographs(served, dataset, parts.testing)
     mlflow.log_text(tables.to_csv(table), runs.PREDICTIONS)
     mlflow.log_text(tables.to_csv(_make_reference(served, dataset, table)), runs.REFERENCE)
     scores = compute_scores(table, dataset.class_names, float(model.tags.get("temperature", "1")))
@@ -88,20 +88,20 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     _log_mlflow_evaluation(table)
     reliability = calibration.compute_reliability(*_to_arrays(table, dataset.class_names))
     runs.log_figure("test/reliability.png", lambda: plots.plot_reliability(reliability))
-    if not (wrong := table[table["label"] != table["prediction"]].nlargest(WORST, "probability")).empty:
+    if not (wrong := table[table["label"] != table["prediction"]].nlargest(MAX_MISTAKES, "probability")).empty:
         runs.log_figure("test/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset))
     rows = [list(per_class.columns), *per_class.round(4).itertuples(index=False)]
     runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n{runs.markdown_table(rows)}")
     active = mlflow.active_run()
     assert active is not None
-    found = {**asdict(scores), "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
-    mlflow.set_logged_model_tags(model.model_id, {name: str(value) for name, value in found.items()})
+    facts = {**asdict(scores), "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
+    mlflow.set_logged_model_tags(model.model_id, {name: str(value) for name, value in facts.items()})
     log.info("%s", scores)
     return scores
 
 
 def _predict_photographs(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
-    """One row a photograph: path, label, prediction, its probability, and that of each class as `p(class)`."""
+    """Return a row per photograph: path, label, prediction, its probability, and `p(class)` of each class."""
     chunks = []
     for start in range(0, len(indices), CHUNK):
         chosen = [dataset.photographs[i] for i in indices[start : start + CHUNK]]
@@ -119,7 +119,7 @@ def _predict_photographs(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, in
 
 
 def _make_reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
-    """The test images as the endpoint's log of answers would have them: what `monitor` compares later ones with."""
+    """Return the drift reference: the test images in the columns of the prediction log."""
     model = served.unwrap_python_model()
 
     def look(path: str) -> dict[str, float]:
@@ -131,9 +131,9 @@ def _make_reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: 
 
 
 def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:
-    """The scores of a table of predictions.
+    """Return the scores of a table of predictions.
 
-    The confidence interval is Wilson's (1927); it takes the images as independent of each other.
+    The confidence interval is Wilson's (1927), which assumes independent images.
     """
     right = int((table["label"] == table["prediction"]).sum())
     interval = binomtest(right, len(table)).proportion_ci(confidence_level=0.95, method="wilson")
@@ -150,13 +150,13 @@ def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperatur
 
 
 def _to_arrays(table: pd.DataFrame, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The probabilities, of shape (n, classes), and the labels, of shape (n,), of a table of predictions."""
+    """Return probabilities, of shape (n, classes), and labels, of shape (n,), of a table of predictions."""
     probabilities = table[[f"p({name})" for name in class_names]].to_numpy(float)
     return probabilities, np.array([class_names.index(label) for label in table["label"]])
 
 
 def _score_classes(table: pd.DataFrame) -> pd.DataFrame:
-    """Precision, recall, F1 and number of images of every class, and their means."""
+    """Return precision, recall, F1 and number of images of each class, and their averages."""
     names, scores = (
         sorted(set(table["label"]) | set(table["prediction"])),
         ("precision", "recall", "f1-score", "images"),
@@ -172,7 +172,7 @@ def _score_classes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _log_mlflow_evaluation(table: pd.DataFrame) -> None:
-    """MLflow's own evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
+    """Log MLflow's evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
     read = table[["label", "prediction"]]
     with matplotlib.rc_context({"text.parse_math": False}):  # MLflow leaves its style behind; $ may be in a name
         mlflow.models.evaluate(
@@ -184,7 +184,7 @@ def _log_mlflow_evaluation(table: pd.DataFrame) -> None:
 
 
 def _plot_mistakes(wrong: pd.DataFrame, dataset: Dataset) -> plots.Figure:
-    """The photographs that the model was surest about and wrong."""
+    """Plot the mistakes with the highest probabilities."""
     pictures = [images.decode_image(images.read_file(dataset.folder / path), 200, "rgb") for path in wrong["path"]]
     titles = [f"{row.label} read as {row.prediction}\n{row.probability:.0%}, {row.path}" for row in wrong.itertuples()]
     return plots.plot_photographs(pictures, titles, "Worst mistakes", columns=4)

@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 def main(
     data: Data, space: Space, study: StudyParameters, refits: RefitParameters, promotion: RegistryParameters
 ) -> register.Decision:
-    """Do what of the job is not done yet, and return which version became what, and why.
+    """Do the missing steps of the job, and return the decision on the registered version.
 
-    Started again after an interruption it goes on where it was; when all is done it changes nothing.
+    After an interruption the same call continues; when everything is done, it changes nothing.
     """
     with search.open_study(data, space, study) as opened:
         runs.log_params(asdict(refits) | asdict(promotion))
@@ -46,10 +46,10 @@ def main(
 
 
 def _find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
-    """The model of the best trial's refit with `seed`, if that was finished, its evaluation included."""
-    wanted = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
+    """Return the model of the best trial's finished and evaluated refit with `seed`, if there is one."""
+    tags = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
     for run in runs.nested_runs(opened.run_id, "refit"):
-        if wanted.items() <= run.data.tags.items() and run.info.status == "FINISHED":
+        if tags.items() <= run.data.tags.items() and run.info.status == "FINISHED":
             return registry.find_model(run.info.run_id, "")
     return None
 
@@ -57,8 +57,8 @@ def _find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
 def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
     """Fit the best trial's hyperparameters on training and validation images together, and score the test images.
 
-    What chose the hyperparameters, the validation images, cannot report on them; the test images, which nothing has
-    seen, do so once for each seed. The temperature comes from the trial: there are no images left to fit it on.
+    The validation images chose the hyperparameters and cannot report on them; the test images, unseen so far, do so once
+    per seed. The temperature is the trial's, because no images are left to fit it on.
     """
     data, best = opened.data, opened.best
     hyperparameters = replace(opened.best_hyperparameters, seed=seed)
@@ -79,33 +79,33 @@ def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
 
 
 def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
-    """Write mean and spread (standard deviation) of the test accuracy over the seeds on the study and the first model.
+    """Log mean and standard deviation of the test accuracy over the seeds to the study and the first model.
 
-    The first is registered whatever the others reached: to choose among them by the test images would spoil the test.
+    The first is registered whatever the others reached: choosing by test accuracy would overfit the test images.
     """
     accuracies = np.array([float(model.tags["test_accuracy"]) for model in models])
-    found = {
+    metrics = {
         "test_accuracy_mean": float(accuracies.mean()),
-        "test_accuracy_spread": float(accuracies.std(ddof=1)) if len(models) > 1 else 0.0,
+        "test_accuracy_std": float(accuracies.std(ddof=1)) if len(models) > 1 else 0.0,
         "test_ece_mean": float(np.mean([float(model.tags["test_ece"]) for model in models])),
-        "repeats": float(len(models)),
+        "n_seeds": float(len(models)),
     }
-    mlflow.log_metrics(found)
-    mlflow.set_logged_model_tags(models[0].model_id, {name: str(value) for name, value in found.items()})
-    models[0].tags.update({name: str(value) for name, value in found.items()})
+    mlflow.log_metrics(metrics)
+    mlflow.set_logged_model_tags(models[0].model_id, {name: str(value) for name, value in metrics.items()})
+    models[0].tags.update({name: str(value) for name, value in metrics.items()})
 
 
 def _summarize_job(opened: search.Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
-    """What came out, and what to do with it."""
+    """Return the lines of the summary: the results, and the next commands."""
     tags = models[0].tags
-    mean, spread = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_spread"])
+    mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])
     rows = {
         "study": opened.study.study_name,
         "best": f"trial {opened.best.number}",
         **{name: format_value(value) for name, value in opened.best.params.items()},
         "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(opened.data.validation)} images",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
-        f"over {len(models)} seeds": f"{mean:.4f} +/- {spread:.4f}",
+        f"over {len(models)} seeds": f"{mean:.4f} +/- {std:.4f}",
         "calibration error": f"{float(tags['test_ece']):.4f}",
         "registered": f"{registry.REGISTERED_MODEL} version {decision.version}, {register.describe_standing(decision)}",
         "because": decision.reason,
@@ -117,5 +117,5 @@ def _summarize_job(opened: search.Search, models: Sequence[LoggedModel], decisio
         "",
         f"  see it       scripts/ui, then {urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))}",
         f"  serve it     scripts/serve, or: mlflow models serve -m models:/{registry.REGISTERED_MODEL}@champion",
-        "  ask it       scripts/predict PHOTOGRAPH...",
+        "  ask it       scripts/ask PHOTOGRAPH...",
     ]

@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def monitor(parameters: MonitorParameters) -> Drift:
-    """Compare the latest answers of a model with its test images, in a run of its own.
+    """Compare the most recent predictions of a model with those of its test images, in a run of its own.
 
-    Raises DriftFound, once all is written, if so many columns have drifted; TooFewAnswers, before, if there are not
-    enough; DataError if there is no log, and ModelError if the model is none, or was not evaluated.
+    Raises DriftFound, after logging, if the fraction `drift_share` of the columns has drifted; TooFewPredictions; DataError
+    if there is no log; ModelError if there is no such model, or if it was not evaluated.
     """
     folder = Path(parameters.prediction_log)
     if not folder.is_dir():
@@ -47,28 +47,28 @@ def monitor(parameters: MonitorParameters) -> Drift:
     tags = {"model_id": model.model_id, "model_version": version}
     with runs.start_run("monitor", f"monitor version {version}", tags=tags):
         runs.log_params(asdict(parameters))
-        found = _log_drift(reference, _select_columns(_to_table(window)), parameters)
-        share, drifted = found.share, ", ".join(found.drifted) or "none"
+        drift = _log_drift(reference, _select_columns(_to_table(window)), parameters)
+        share, drifted = drift.share, ", ".join(drift.drifted) or "none"
         outcome = (
-            f"{len(found.drifted)} of {len(found.distances)} columns have drifted ({drifted}), from the test images of "
+            f"{len(drift.drifted)} of {len(drift.distances)} columns have drifted ({drifted}), from the test images of "
             f"version {version} to its {len(window)} predictions from {window[0]['time']} to {window[-1]['time']}"
         )
         mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
-        mlflow.log_metrics({"predictions": len(window), "drifted_columns": len(found.drifted), "drifted_share": share})
-        runs.set_description(f"{outcome}.\n\n{_drift_table(reference, _select_columns(_to_table(window)), found)}")
+        mlflow.log_metrics({"predictions": len(window), "drifted_columns": len(drift.drifted), "drifted_share": share})
+        runs.set_description(f"{outcome}.\n\n{_drift_table(reference, _select_columns(_to_table(window)), drift)}")
     if share >= parameters.drift_share:
-        raise DriftFound(f"{outcome}; look at the run, and evaluate the model on photographs such as these")
+        raise DriftFound(f"{outcome}; see the run, and evaluate the model on recent photographs")
     log.info("no drift: %s", outcome)
-    return found
+    return drift
 
 
 def _read_reference(model: LoggedModel) -> pd.DataFrame:
-    """The test images of `model`, as `evaluate` left them. Raises ModelError if it did not."""
+    """Return the drift reference that `evaluate` logged for `model`. Raises ModelError if there is none."""
     again = (
         f"run `python -m signdigits evaluate --model_uri models:/{model.model_id}` with the --data it was trained on"
     )
     if "test_run_id" not in model.tags:
-        raise ModelError(f"model {model.model_id}: not evaluated yet; {again}")
+        raise ModelError(f"model {model.model_id}: not evaluated; {again}")
     try:
         text = mlflow.artifacts.load_text(f"runs:/{model.tags['test_run_id']}/{runs.REFERENCE}")
     except (MlflowException, OSError) as error:
@@ -77,14 +77,14 @@ def _read_reference(model: LoggedModel) -> pd.DataFrame:
 
 
 def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> list[dict[str, Any]]:
-    """The latest answers, in the order of their time. Raises TooFewAnswers.
+    """Return the most recent predictions, oldest first. Raises TooFewPredictions.
 
-    An answer without a version is taken for one of `version`: whoever served it did not say.
+    A prediction without a version counts as one of `version`: its server was not told the version.
     """
     since = ""
     if parameters.window_hours:
-        begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.window_hours)
-        since = begin.isoformat(timespec="milliseconds")
+        start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.window_hours)
+        since = start.isoformat(timespec="milliseconds")
     versions: Counter[str] = Counter()
 
     def wanted() -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -94,23 +94,23 @@ def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> l
                 if record["version"] in ("", version):
                     yield record["time"], number, record
 
-    found = [record for _, _, record in sorted(heapq.nlargest(parameters.max_predictions, wanted()))]
-    if len(found) < parameters.min_predictions:
+    window = [record for _, _, record in sorted(heapq.nlargest(parameters.max_predictions, wanted()))]
+    if len(window) < parameters.min_predictions:
         held = ", ".join(f"{count} of version {name or 'unknown'}" for name, count in versions.items()) or "none"
         recent = f" of the last {parameters.window_hours:g} hours" if parameters.window_hours else ""
         raise TooFewPredictions(
-            f"prediction_log={folder}: {len(found)} predictions{recent} of version {version}, {parameters.min_predictions} needed "
+            f"prediction_log={folder}: {len(window)} predictions{recent} of version {version}, {parameters.min_predictions} needed "
             f"(it holds {held}); wait for more, or lower --min_predictions"
         )
-    return found
+    return window
 
 
 def _read_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line of the log; a process that was killed, or a full disk, may have left half of one."""
+    """Yield the complete entries of the log; a killed process or a full disk may have left a partial line."""
     for file in prediction_log.list_log_files(folder):
         try:
             lines = file.read_text(errors="replace").splitlines()
-        except FileNotFoundError:  # removed meanwhile, to make room
+        except FileNotFoundError:  # removed in the meantime, to limit the size
             continue
         for line in lines:
             try:
@@ -124,7 +124,7 @@ def _read_records(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _to_table(window: list[dict[str, Any]]) -> pd.DataFrame:
-    """The answers in the columns of the reference."""
+    """Return the predictions as a table with the columns of the reference."""
     return pd.DataFrame(
         {name: record[name] for name in prediction_log.STATISTICS}
         | {f"p({name})": probability for name, probability in record["probabilities"].items()}
@@ -132,33 +132,33 @@ def _to_table(window: list[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
-def _select_columns(found: pd.DataFrame) -> pd.DataFrame:
-    """What is compared: the statistics, the label, and how probable the model found it.
+def _select_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Select the compared columns: the statistics, the label and its probability.
 
-    Width and height become one `size`, so that another camera is one column that drifts and not two.
+    Width and height become one `size`, so that a new camera is one drifted column and not two.
     """
-    shares = found.filter(regex=r"^p\(")
-    seen = found[list(prediction_log.STATISTICS)].astype(float)
-    seen.insert(0, "size", (seen.pop("width") * seen.pop("height")) ** 0.5)
-    return seen.assign(probability=shares.max(axis=1), label=shares.idxmax(axis=1).str[2:-1])
+    probabilities = table.filter(regex=r"^p\(")
+    columns = table[list(prediction_log.STATISTICS)].astype(float)
+    columns.insert(0, "size", (columns.pop("width") * columns.pop("height")) ** 0.5)
+    return columns.assign(probability=probabilities.max(axis=1), label=probabilities.idxmax(axis=1).str[2:-1])
 
 
 def _log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
     """Measure the drift, and log its distances and its picture to the active run."""
-    found = measure_drift(reference, window, parameters)
-    mlflow.log_metrics({f"drift_{name}": distance for name, distance in found.distances.items()})
-    runs.log_figure("drift.png", lambda: plots.plot_drift(reference, window, found))
-    return found
+    drift = measure_drift(reference, window, parameters)
+    mlflow.log_metrics({f"drift_{name}": distance for name, distance in drift.distances.items()})
+    runs.log_figure("drift.png", lambda: plots.plot_drift(reference, window, drift))
+    return drift
 
 
-def _drift_table(reference: pd.DataFrame, window: pd.DataFrame, found: Drift) -> str:
-    rows: list[tuple[Any, ...]] = [("column", "distance", "drifted", "test images", "answers")]
-    for name, distance in found.distances.items():
+def _drift_table(reference: pd.DataFrame, window: pd.DataFrame, drift: Drift) -> str:
+    rows: list[tuple[Any, ...]] = [("column", "distance", "drifted", "test images", "predictions")]
+    for name, distance in drift.distances.items():
         ends = [_describe_column(part[name]) for part in (reference, window)]
-        rows.append((name, f"{distance:.3f}", "yes" if name in found.drifted else "no", *ends))
+        rows.append((name, f"{distance:.3f}", "yes" if name in drift.drifted else "no", *ends))
     return runs.markdown_table(rows)
 
 
 def _describe_column(column: pd.Series) -> str:
-    """The middle of a column: its mean, or its most frequent label."""
+    """Return mean and standard deviation of a column, or its most frequent label."""
     return f"mostly {column.mode()[0]}" if column.name == "label" else f"{column.mean():.3f} ± {column.std():.3f}"

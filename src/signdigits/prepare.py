@@ -1,4 +1,4 @@
-"""Report what a folder of photographs holds, before anything is trained on it.
+"""Report on a folder of photographs before training.
 
 python -m signdigits prepare --data FOLDER
 mlflow run . -e prepare -P data=FOLDER
@@ -31,30 +31,30 @@ def prepare(data: Data) -> str:
 
 
 def log_report(data: Data) -> None:
-    """Log the report, the table of files, the table of classes and a sample to the active run, and print the gist."""
+    """Log the report, the table of files, a sample and the findings to the active run, and print a summary."""
     groups.write_groups(data.dataset)
-    found, worth_a_look = _build_report(data), quality.find_issues(data)
+    report, findings = _build_report(data), quality.find_issues(data)
     mlflow.set_tags(runs.data_tags(data.dataset, data.split))
     mlflow.log_metrics(
         {
             "photographs": len(data.dataset.photographs),
             "unreadable": len(data.dataset.unreadable),
             "classes": len(data.dataset.class_names),
-            "findings": len(worth_a_look),
+            "findings": len(findings),
         }
     )
-    mlflow.log_dict(found, "data/report.json")
+    mlflow.log_dict(report, "data/report.json")
     mlflow.log_text(tables.to_csv(_files_table(data)), "data/files.csv")
     runs.log_figure("data/sample.png", lambda: _plot_sample(data))
-    mlflow.log_text(tables.to_csv(worth_a_look), "data/findings.csv")
-    if set(worth_a_look["finding"]) - {"imbalance"}:
-        runs.log_figure("data/findings.png", lambda: quality.plot_findings(data, worth_a_look))
-    for line in _report_lines(data, found, worth_a_look):
+    mlflow.log_text(tables.to_csv(findings), "data/findings.csv")
+    if set(findings["finding"]) - {"imbalance"}:
+        runs.log_figure("data/findings.png", lambda: quality.plot_findings(data, findings))
+    for line in _report_lines(data, report, findings):
         log.info("%s", line)
 
 
 def _build_report(data: Data) -> dict[str, Any]:
-    """Counts, sizes and modes, what was unreadable, and the digests of the whole and of each part of the split."""
+    """Return counts, sizes and modes, the unreadable files, and the digests of the data set and the parts of its split."""
     dataset, split = data.dataset, data.split
     sizes = Counter(f"{width}x{height}" for width, height in (photograph.size for photograph in dataset.photographs))
     turned = [photograph.path for photograph in dataset.photographs if photograph.orientation != 1]
@@ -72,34 +72,34 @@ def _build_report(data: Data) -> dict[str, Any]:
     }
 
 
-def _report_lines(data: Data, found: dict[str, Any], worth_a_look: pd.DataFrame) -> list[str]:
-    """The report in a few lines for the terminal."""
+def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) -> list[str]:
+    """Summarize the report for the terminal."""
     dataset = data.dataset
-    sizes = list(found["sizes"].items())
+    sizes = list(report["sizes"].items())
     shown = ", ".join(f"{count} of {size}" for size, count in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
-    parts = ", ".join(f"{part['images']} {name}" for name, part in found["split"].items())
+    parts = ", ".join(f"{part['images']} {name}" for name, part in report["split"].items())
     lines = [
         f"{dataset.folder}: {len(dataset.photographs)} photographs in {len(dataset.class_names)} classes, {shown}",
-        f"classes: {', '.join(f'{name} {count}' for name, count in found['classes'].items())}",
+        f"classes: {', '.join(f'{name} {count}' for name, count in report['classes'].items())}",
         f"split {data.split.name}: {parts}; digest {dataset.digest}",
     ]
-    if found["turned upright"]:
-        lines.append(f"turned upright by their EXIF orientation: {len(found['turned upright'])}")
-    if counts := worth_a_look["finding"].value_counts().to_dict():
-        told = ", ".join(f"{count} {name}" for name, count in counts.items())
-        lines.append(f"worth a look: {told}; see data/findings.csv and data/findings.png in the run")
-    lines += [f"left out: {path}: {reason}" for path, reason in dataset.unreadable.items()]
+    if report["turned upright"]:
+        lines.append(f"turned upright by their EXIF orientation: {len(report['turned upright'])}")
+    if counts := findings["finding"].value_counts().to_dict():
+        kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
+        lines.append(f"findings: {kinds}; see data/findings.csv and data/findings.png in the run")
+    lines += [f"skipped: {path}: {reason}" for path, reason in dataset.unreadable.items()]
     return lines
 
 
 def _describe_dataset(data: Data) -> str:
-    """The report for the run's page."""
+    """Describe the data set for the run's page."""
     rows = runs.markdown_table([("class", "photographs"), *data.dataset.counts().items()])
-    return f"What `{data.parameters.data}` holds. Digest `{data.dataset.digest}`.\n\n{rows}"
+    return f"The photographs of `{data.parameters.data}`. Digest `{data.dataset.digest}`.\n\n{rows}"
 
 
 def _files_table(data: Data) -> pd.DataFrame:
-    """One row a photograph: path, class, checksum, size, mode, orientation, and the part of the split it is in."""
+    """Return a row per photograph: path, class, part of the split, size, mode, orientation and checksum."""
     parts = quality.part_names(data)
     rows = [
         {
@@ -118,7 +118,7 @@ def _files_table(data: Data) -> pd.DataFrame:
 
 
 def _plot_sample(data: Data) -> plots.Figure:
-    """The first nine training images, as the network sees them, with their classes."""
+    """Plot the first nine training images, preprocessed for the network, with their classes."""
     images, labels = data.training.x[:9], data.training.y[:9]
     titles = [data.dataset.class_names[label] for label in labels]
     return plots.plot_photographs(list(images), titles, f"{data.dataset.name}: training images")

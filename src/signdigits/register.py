@@ -1,7 +1,7 @@
-"""Put a model into the registry, and decide which version is the champion.
+"""Register a model, and decide whether it becomes the champion.
 
 python -m signdigits register --run_id RUN
-python -m signdigits register --version 1                  # move the alias back
+python -m signdigits register --version 1                  # roll back
 mlflow run . -e register -P run_id=RUN
 """
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ContingencyTable:
-    """Two models on the same test images: how many of them both, one, or neither read correctly."""
+    """The test images that both, one or neither of two models classify correctly."""
 
     both: int
     challenger_only: int
@@ -34,16 +34,16 @@ class ContingencyTable:
 
     @property
     def p_value(self) -> float:
-        """How often chance alone would favour the challenger at least this much.
+        """The p-value of McNemar's test (1947), exact and one-sided.
 
-        McNemar's test (1947), exact and one-sided: where only one of the two is right, each is so with probability 1/2.
+        The null hypothesis: where only one of the two is right, each is so with probability 1/2.
         """
-        from scipy.stats import binomtest  # takes a second to import, which rolling back need not wait for
+        from scipy.stats import binomtest  # takes a second to import, which a rollback does not need
 
         differing = self.challenger_only + self.champion_only
         return float(binomtest(self.challenger_only, differing, alternative="greater").pvalue) if differing else 1.0
 
-    def table(self) -> str:
+    def to_markdown(self) -> str:
         return runs.markdown_table(
             [
                 ("", "champion right", "champion wrong"),
@@ -55,17 +55,17 @@ class ContingencyTable:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which alias a version was given, why, and from which version it took it."""
+    """The alias assigned to a version, the reason, and the alias' previous version."""
 
     version: str
     alias: str
     reason: str
-    agreement: ContingencyTable | None = field(default=None)
+    contingency_table: ContingencyTable | None = field(default=None)
     previous: str = ""
 
 
 def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
-    """Register a model, or move an alias to a version that is registered already, in a run of its own.
+    """Register a model, or assign an alias to a registered version, in a run of its own.
 
     Raises ModelError if there is no such model or version, or if the model was not evaluated.
     """
@@ -81,28 +81,28 @@ def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
         else:
             decision = promote_model(registry.find_model(which.run_id, which.model_uri), parameters)
         mlflow.set_tags({"version": decision.version, "alias": decision.alias})
-        agreement = f"\n\n{decision.agreement.table()}" if decision.agreement else ""
+        table = f"\n\n{decision.contingency_table.to_markdown()}" if decision.contingency_table else ""
         runs.set_description(
-            f"`{registry.REGISTERED_MODEL}` version {decision.version} is `{decision.alias}`: {decision.reason}.{agreement}"
+            f"`{registry.REGISTERED_MODEL}` version {decision.version} is `{decision.alias}`: {decision.reason}.{table}"
         )
         return decision
 
 
 def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decision:
-    """Register `model` unless it is, and give it the alias if it deserves it; note the decision on the active run.
+    """Register `model` if it is not, decide on its alias, and record the decision on the active run.
 
-    It becomes the champion if there is none, if it reads the same test images better beyond chance, or if forced; else
-    the challenger. Any other alias is given without a question.
+    It becomes the champion if there is none, if it is significantly better on the same test images, or if forced; else
+    the challenger. Any other alias is assigned without a comparison.
     """
     if "test_accuracy" not in model.tags:
         raise ModelError(
-            f"model {model.model_id}: not evaluated yet; run `python -m signdigits evaluate --run_id "
+            f"model {model.model_id}: not evaluated; run `python -m signdigits evaluate --run_id "
             f"{model.source_run_id}` first"
         )
     version = registry.find_version(model) or registry.create_version(model)
     champion = registry.find_alias(parameters.alias)
     previous = str(champion.version) if champion else ""
-    agreement = None
+    table = None
     if parameters.alias != registry.CHAMPION:
         deserves, reason = True, "as asked"
     elif champion is None:
@@ -110,51 +110,51 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
     elif previous == str(version.version):
         deserves, reason = True, "it is the champion already"
     else:
-        agreement, reason = _compare_versions(version, champion)
-        deserves = agreement is not None and agreement.p_value < parameters.significance_level
+        table, reason = _compare_versions(version, champion)
+        deserves = table is not None and table.p_value < parameters.significance_level
         if parameters.force and not deserves:
             deserves, reason = True, f"forced, although {reason}"
     alias = parameters.alias if deserves else registry.CHALLENGER
-    decision = Decision(str(version.version), alias, reason, agreement, previous)
+    decision = Decision(str(version.version), alias, reason, table, previous)
     _assign_alias(decision)
     return decision
 
 
 def _compare_versions(version: ModelVersion, champion: ModelVersion) -> tuple[ContingencyTable | None, str]:
-    """How the two versions read the same test images, and the outcome in words.
+    """Compare two versions on the same test images, both scored by `evaluate`; return the table and the result in words.
 
-    Both were scored by `evaluate`, with the artifact that is served. No agreement where they cannot be compared.
+    There is no table if the versions cannot be compared.
     """
     mine, theirs = version.tags, champion.tags
     if theirs.get("test_digest") != mine["test_digest"]:
         return None, (
             f"version {champion.version} was tested on other images ({theirs.get('dataset')}, split "
-            f"{theirs.get('split')}; not {mine['dataset']}, split {mine['split']}), so the two cannot be compared; "
-            "--force true gives the place all the same"
+            f"{theirs.get('split')}; not {mine['dataset']}, split {mine['split']}), and cannot be compared; "
+            "--force true assigns the alias anyway"
         )
-    found = _count_agreement(_read_predictions(version), _read_predictions(champion))
-    return found, (
+    table = _count_outcomes(_read_predictions(version), _read_predictions(champion))
+    return table, (
         f"test accuracy {float(mine['test_accuracy']):.4f} against {float(theirs['test_accuracy']):.4f} of version "
-        f"{champion.version} on the same {mine['test_images']} images: {found.challenger_only} read correctly by the "
-        f"challenger only, {found.champion_only} by the champion only, p = {found.p_value:.3g}"
+        f"{champion.version} on the same {mine['test_images']} images: {table.challenger_only} classified correctly by the "
+        f"challenger only, {table.champion_only} by the champion only, p = {table.p_value:.3g} (McNemar's exact test)"
     )
 
 
 def _read_predictions(version: ModelVersion) -> pd.DataFrame:
-    """What `evaluate` recorded of a version: one row a test image."""
+    """Return the predictions that `evaluate` recorded for a version, a row per test image."""
     run_id = version.tags.get("test_run_id", "")
     try:
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/{runs.PREDICTIONS}")
     except (MlflowException, OSError) as error:
         raise ModelError(
-            f"version {version.version}: its predictions are not in run {run_id!r} any more; evaluate it again "
+            f"version {version.version}: its predictions are missing from run {run_id!r}; evaluate it again "
             f"(python -m signdigits evaluate --model_uri {version.source}), or pass --force true"
         ) from error
     return tables.read_csv(text, tables.is_probability)
 
 
-def _count_agreement(challenger: pd.DataFrame, champion: pd.DataFrame) -> ContingencyTable:
-    """Count what two tables of predictions of the same images have right."""
+def _count_outcomes(challenger: pd.DataFrame, champion: pd.DataFrame) -> ContingencyTable:
+    """Count the correct predictions of two tables of the same images."""
     both = challenger.merge(champion, on="path", validate="one_to_one", suffixes=("", "_champion"))
     mine, theirs = both["prediction"] == both["label"], both["prediction_champion"] == both["label_champion"]
     return ContingencyTable(
@@ -166,23 +166,23 @@ def _count_agreement(challenger: pd.DataFrame, champion: pd.DataFrame) -> Contin
 
 
 def _move_alias(version: str, alias: str) -> Decision:
-    """Give `alias` to a registered version, forwards or back, without a question."""
+    """Assign `alias` to a registered version, without a comparison."""
     try:
         mlflow.MlflowClient().get_model_version(registry.REGISTERED_MODEL, version)
     except MlflowException as error:
         raise ModelError(
-            f"version={version}: {registry.REGISTERED_MODEL} has no such version; look in the MLflow UI"
+            f"version={version}: {registry.REGISTERED_MODEL} has no such version; see the registry in the MLflow UI"
         ) from error
     holder = registry.find_alias(alias)
     previous = str(holder.version) if holder else ""
-    reason = f"moved by hand from version {previous}" if previous else "given by hand"
+    reason = f"moved manually from version {previous}" if previous else "assigned manually"
     decision = Decision(version, alias, reason, None, previous)
     _assign_alias(decision)
     return decision
 
 
 def previous_decision(model: LoggedModel) -> Decision | None:
-    """The decision that was made on `model` before, if one was."""
+    """Return the earlier decision on `model`, if there is one."""
     version = registry.find_version(model)
     if version is None or "decision" not in version.tags:
         return None
@@ -191,22 +191,25 @@ def previous_decision(model: LoggedModel) -> Decision | None:
 
 
 def describe_standing(decision: Decision) -> str:
-    """What a version is now: somebody may have moved or deleted its alias since the decision."""
+    """Return the present aliases of a version, and a command if the decided alias was moved or deleted."""
     present = registry.list_aliases(decision.version)
     if decision.alias in present:
         return ", ".join(present)
     was = f"{', '.join(present) or 'no alias'}; it was {decision.alias}"
-    return f"{was}, and `python -m signdigits register --version {decision.version} --alias {decision.alias}` makes it so again"
+    return f"{was}, and `python -m signdigits register --version {decision.version} --alias {decision.alias}` assigns it again"
 
 
 def _assign_alias(decision: Decision) -> None:
-    """Set the alias, and write why on the version and the active run; a champion is no longer a challenger."""
+    """Assign the alias, record the reason on the version and the active run, and let a new champion be no challenger."""
     client = mlflow.MlflowClient()
     facts = {"decision": f"{decision.alias}: {decision.reason}", "previous_version": decision.previous}
-    if decision.agreement is not None:
-        facts |= {"p_value": str(decision.agreement.p_value), "agreement": json.dumps(asdict(decision.agreement))}
-        mlflow.log_metric("p_value", decision.agreement.p_value)
-        mlflow.log_dict(asdict(decision.agreement), "gate/agreement.json")
+    if decision.contingency_table is not None:
+        facts |= {
+            "p_value": str(decision.contingency_table.p_value),
+            "contingency_table": json.dumps(asdict(decision.contingency_table)),
+        }
+        mlflow.log_metric("p_value", decision.contingency_table.p_value)
+        mlflow.log_dict(asdict(decision.contingency_table), "gate/contingency_table.json")
     for name, value in facts.items():
         client.set_model_version_tag(registry.REGISTERED_MODEL, decision.version, name, value)
     mlflow.set_tags(facts)

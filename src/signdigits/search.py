@@ -3,7 +3,7 @@
     python -m signdigits search --data FOLDER --n_trials 12
     mlflow run . -e search -P data=FOLDER -P n_trials=12 -P epochs=5:20
 
-The same command continues the same study, whatever ended it: its name follows from the data and the settings.
+The same command continues the same study after an interruption: the name is derived from the data and the settings.
 """
 
 import logging
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Search:
-    """A study that is being searched, and what its trials share."""
+    """An open study with the context of its trials."""
 
     study: optuna.Study
     context: TrialContext
@@ -61,8 +61,8 @@ class Search:
         trials = rank_trials(self.study)
         if not trials:
             raise StudyError(
-                f"study {self.study.study_name}: no trial is complete (or its run was deleted in the UI); raise --timeout "
-                "or --n_trials"
+                f"study {self.study.study_name}: no complete trial (or its run was deleted in the UI); raise --timeout or "
+                "--n_trials"
             )
         return trials[0]
 
@@ -76,7 +76,7 @@ class Search:
 
 
 def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
-    """Bring the study to `n_trials` finished trials, and return it."""
+    """Run trials until the study has `n_trials` finished ones, and return it."""
     with open_study(data, space, parameters) as opened:
         optimize_study(opened)
     link = urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))
@@ -86,14 +86,14 @@ def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
 
 @contextmanager
 def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterator[Search]:
-    """Open the study of these data and settings, new or continued, inside its MLflow run.
+    """Create or continue the study of these data and settings, inside its MLflow run.
 
     Raises ParameterError if the images are too small for the space, and StudyError if the storage cannot be used, if
     another process is searching the same study, or if a study of that name was created with other data or settings.
     """
     architecture.check_blocks(
         space.ends("conv_blocks")[1], data.parameters.image_size
-    )  # now, not in the middle of the search
+    )  # fail before the search, not in the middle of it
     settings = study_settings(data, space, parameters)
     name = parameters.study_name if parameters.study_name != "auto" else automatic_name(data, settings)
     executors.check_stores(parameters)
@@ -108,7 +108,7 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
 
 @contextmanager
 def _study_run(study: optuna.Study) -> Iterator[str]:
-    """Open the study's run, or continue it; then the run that `mlflow run` launched records how many trials this start added."""
+    """Open or continue the study's run; a run that `mlflow run` created records the number of added trials."""
     run_id = study.user_attrs.get("mlflow_run_id")
     before = count_finished(study)
     launched = runs.launched_run()
@@ -123,49 +123,49 @@ def _study_run(study: optuna.Study) -> Iterator[str]:
 
 
 def optimize_study(opened: Search) -> None:
-    """Bring the study to `n_trials` finished trials, or run until the time is up, and report on it."""
+    """Run trials until the study has `n_trials` finished ones or the timeout, and log the results."""
     run_missing_trials(opened)
     _log_study(opened)
 
 
 def run_missing_trials(opened: Search) -> None:
-    """Run the trials that are missing, and leave none RUNNING in either store, however this ends."""
+    """Run the missing trials, and leave none RUNNING in either store, also after an error."""
     try:
         executors.run_trials(opened.study, opened.context, opened.parameters)
-    except StorageInternalError as error:  # nothing can be recorded now; the next start does
+    except StorageInternalError as error:  # nothing can be recorded; the next start reconciles the stores
         raise StorageError(
-            f"study {opened.study.study_name}: {storage.first_line(error)}; once the database is back, the same command "
-            "continues the study"
+            f"study {opened.study.study_name}: {storage.first_line(error)}; once the database is back, run the same "
+            "command to continue"
         ) from error
     except BaseException:
         reconcile_stores(opened.study)
         raise
-    reconcile_stores(opened.study)  # a worker that was taken for dead may have worked on for a while
+    reconcile_stores(opened.study)  # a worker that lost its heartbeat may have continued for a while
 
 
 def param_importances(study: optuna.Study) -> dict[str, float]:
-    """How much of the objective's variation each searched parameter explains (PED-ANOVA); they sum to 1.
+    """Return the importance of each searched parameter (PED-ANOVA); the sum is 1.
 
-    Watanabe, Bansal and Hutter, 2023, arXiv:2304.10255. Empty while there are too few complete trials to tell.
+    Watanabe, Bansal and Hutter, 2023, arXiv:2304.10255. Empty if there are too few complete trials.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # Optuna warns where all would come out equal
+        warnings.simplefilter("error", UserWarning)  # Optuna warns if all would be equal
         try:
-            found = optuna.importance.get_param_importances(study)
+            importances = optuna.importance.get_param_importances(study)
         except (UserWarning, ValueError):
             return {}
-    return {f"importance_{name}": value for name, value in found.items()}
+    return {f"importance_{name}": value for name, value in importances.items()}
 
 
 def _describe_study(opened: Search) -> None:
-    """Log what the study is made of to its run, with a description that a stranger understands."""
+    """Log the study's parameters, search space and data to its run, with a description."""
     data, space, parameters = opened.data, opened.context.space, opened.parameters
     ranges = {name: str(r) for name, r in space.ranges.items()}
     runs.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
-    mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")  # `mlflow run` has recorded "auto" for these
+    mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")  # `mlflow run` has logged "auto" for these
     runs.log_data(data, parts=("training", "validation"))
     runs.log_versions()
-    # Tags, because a study that is continued may be given more trials or another limit, and parameters cannot change.
+    # Tags, because a continued study may have more trials or another timeout, and MLflow's parameters cannot change.
     mlflow.set_tags({"study": opened.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})
     rows = runs.markdown_table(
         [
@@ -185,7 +185,7 @@ def _describe_study(opened: Search) -> None:
 
 
 def _log_study(opened: Search) -> None:
-    """Log the best trial, the counts, the importances and Optuna's pictures to the study's run."""
+    """Log the best trial, the counts, the importances and Optuna's plots to the study's run."""
     study, objective, best = opened.study, opened.parameters.objective, opened.best
     trials = study.get_trials(deepcopy=False)
     for state in TrialState:

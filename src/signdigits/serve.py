@@ -1,4 +1,4 @@
-"""Serve the champion behind a front, and every version that follows it, without a gap.
+"""Serve the champion behind nginx, and follow its alias without downtime (blue/green).
 
 python -m signdigits serve
 scripts/serve
@@ -29,13 +29,16 @@ log = logging.getLogger(__name__)
 
 
 def serve(parameters: ServeParameters) -> None:
-    """Serve until interrupted. Raises ServingError or ModelError if that cannot begin."""
+    """Serve until interrupted. Raises ServingError or ModelError if the server cannot start."""
     version = registry.find_alias(parameters.alias)
     if version is None:
         raise ModelError(registry.missing_alias(parameters.alias))
     _check_port(parameters)
     if not (parameters.token_file or is_loopback(parameters.host)):
-        log.warning("host=%s, and no token_file: whoever reaches this machine may ask", parameters.host)
+        log.warning(
+            "host=%s: listening without authentication; anyone who can reach this host can send requests",
+            parameters.host,
+        )
     program = shutil.which("nginx")
     if program is None:
         _serve_alone(parameters, version)
@@ -46,7 +49,7 @@ def serve(parameters: ServeParameters) -> None:
 
 
 def _write_configuration(parameters: ServeParameters, home: Path) -> None:
-    """Write what nginx needs, which holds the token, and let it read it. Raises ServingError if it finds fault."""
+    """Write nginx's configuration, which holds the token, and its files. Raises ServingError if a file cannot be read."""
     token = nginx.read_token(parameters.token_file) if parameters.token_file else ""
     for name in ("certificate", "key"):
         file = getattr(parameters, name)
@@ -67,7 +70,7 @@ def _check_port(parameters: ServeParameters) -> None:
             probe.bind(address)
     except OSError as error:
         raise ServingError(
-            f"{parameters.host}:{parameters.port}: {error.strerror}; stop what listens there, or give another --port or --host"
+            f"{parameters.host}:{parameters.port}: {error.strerror}; stop the process that listens there, or pass another --port or --host"
         ) from error
 
 
@@ -77,17 +80,17 @@ def is_loopback(host: str) -> bool:
 
 
 def _serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
-    """Become `mlflow models serve`: without nginx that is all there is."""
-    unmet = [
+    """Replace this process with `mlflow models serve`, which is all there is without nginx."""
+    unsupported = [
         f"{name}={value}"
         for name in ("token_file", "certificate", "requests_per_second", "connections_per_client")
         if (value := getattr(parameters, name))
     ]
-    if unmet:
-        raise ServingError(f"{', '.join(unmet)}: needs nginx; install it (Debian: apt install nginx-light)")
+    if unsupported:
+        raise ServingError(f"{', '.join(unsupported)}: needs nginx; install it (Debian: apt install nginx-light)")
     log.warning(
-        "nginx is not installed, or not in PATH: version %s is served by itself on %s, without the page, limits and "
-        "time-outs, and a promotion needs a restart. Debian: apt install nginx-light",
+        "nginx is not installed, or not in PATH: serving version %s on %s without reverse proxy; no page, limits or timeouts, "
+        "and a promotion needs a restart. Debian: apt install nginx-light",
         version.version,
         supervisor.server_url(parameters),
     )
@@ -101,9 +104,9 @@ def _serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
 
 @contextlib.contextmanager
 def _runtime_folder() -> Iterator[Path]:
-    """A folder for sockets, configuration and what nginx writes, gone afterwards.
+    """Create a temporary folder for sockets, configuration and nginx's files.
 
-    It is locked, which keeps systemd's daily cleaning of /tmp from it.
+    It is locked, so that systemd's daily cleanup of /tmp leaves it alone.
     """
     with tempfile.TemporaryDirectory(prefix="sign-digits-") as name:
         descriptor = os.open(name, os.O_RDONLY)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def train(data: Data, hyperparameters: Hyperparameters) -> str:
     """Fit on the training images in a run of its own, log a model that can be served, and return the run's id.
 
-    Raises TrainingDiverged, leaving the run FAILED with its reason, if the loss is no longer a number.
+    Raises TrainingDiverged if the loss becomes NaN or infinite; the run is then FAILED, with the reason as a tag.
     """
     with runs.start_run("train", "train") as run:
         runs.log_params(asdict(data.parameters) | asdict(hyperparameters))

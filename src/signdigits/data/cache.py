@@ -15,11 +15,11 @@ import filelock
 import numpy as np
 import PIL
 
-import signdigits.threads
 from signdigits.config import DataParameters
 from signdigits.data import images
 from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError
+from signdigits.threads import map_in_threads
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParamete
             dataset.read(dataset.photographs[index]), parameters.image_size, parameters.color_mode
         )
 
-    return signdigits.threads.map_in_threads(one, indices.tolist(), "decoding")
+    return map_in_threads(one, indices.tolist(), "decoding")
 
 
 def _cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 import signdigits.files
-import signdigits.threads
 from signdigits.config import SourceParameters
 from signdigits.data import sources
 from signdigits.data.images import ImageError, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
+from signdigits.threads import map_in_threads
 
 JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
@@ -99,7 +99,7 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
 def _read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
     class_names = _find_classes(folder)
     files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
-    looked_at = signdigits.threads.map_in_threads(
+    results = map_in_threads(
         lambda file: _examine_file(file[0], file[0].relative_to(folder).as_posix(), file[1]), files, "reading"
     )
     photographs: list[Photograph] = []

@@ -21,18 +21,18 @@ def build_network(
     dropout: float = 0.0,
     precision: str = "float32",
 ) -> "keras.Sequential":
-    """The notebook's network: images of shape (n, *image_shape) in, float32 logits of shape (n, n_classes) out.
+    """Build the notebook's network: images of shape (n, *image_shape) in, float32 logits of shape (n, n_classes) out.
 
-    Three channels are RGB from 0 to 255 and are rescaled to 0 to 1; one channel is the grayscale reader's, which
-    lies there already. With 100x100 RGB images and ten classes it has 1,204,650 parameters. `precision` is the Keras
+    Three channels are RGB from 0 to 255 and are rescaled to 0 to 1; one channel is grayscale and
+    rescaled already. With 100x100 RGB images and ten classes it has 1,204,650 parameters. `precision` is the Keras
     dtype policy that the layers compute in. Raises ParameterError if the images are too small for the blocks.
     """
     from keras import Input, Sequential, layers
 
     check_blocks(conv_blocks, image_shape[0])
     network = Sequential([Input(image_shape), layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)])
-    # The largest of what is rectified is what is largest, rectified: both orders are the same function with the same
-    # gradients. The notebook's is the first; in bfloat16 the second takes half the time.
+    # ReLU before or after max pooling is the same function with the same gradients. The notebook has it before; in bfloat16
+    # (mixed precision) it takes half the time after.
     first = "relu" if precision == "float32" else None
     for block in range(conv_blocks):
         filters = FIRST_FILTERS * 2**block
@@ -49,11 +49,11 @@ def build_network(
 
 
 def check_blocks(conv_blocks: int, image_size: int) -> None:
-    """Raise ParameterError if an image of so many pixels cannot be halved by so many blocks."""
+    """Raise ParameterError if `conv_blocks` poolings cannot halve `image_size` pixels."""
     if image_size < 2**conv_blocks:
         raise ParameterError(
-            f"conv_blocks={conv_blocks}: each halves the image, and {image_size} pixels cannot be halved as often; "
-            "take fewer, or a larger image_size"
+            f"conv_blocks={conv_blocks}: each block halves the image, and {image_size} pixels are too few; "
+            "choose fewer blocks, or a larger image_size"
         )
 
 
@@ -75,9 +75,9 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
 
 
 def resolve_precision(precision: str) -> str:
-    """What `auto` stands for on this machine: mixed_bfloat16 where bfloat16 is computed in hardware, else float32.
+    """Return the precision of this machine for `auto`: mixed_bfloat16 if the hardware has bfloat16, else float32.
 
-    Without such instructions bfloat16 is emulated, and slower than float32.
+    Emulated bfloat16 is slower than float32.
     """
     if precision != "auto":
         return precision
@@ -85,7 +85,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether the GPU, or without one the processor, multiplies bfloat16 matrices in hardware."""
+    """Tell whether the GPU, or without one the CPU, multiplies bfloat16 matrices in hardware."""
     import tensorflow as tf
 
     if gpus := tf.config.list_physical_devices("GPU"):

@@ -1,10 +1,10 @@
-"""Photographs that are turned, shifted and zoomed at random.
+"""Augmentation: random rotation, shift and zoom of training images.
 
-No mirror images: a mirrored photograph shows the other hand. It would sign the same digit, but these students all show
-the same hand (its palm to the camera, its thumb to the right), so that there is no photograph to test the other one on.
+No mirror images: a mirrored photograph shows the other hand, and all students show the same one, palm to the camera and
+thumb to the right.
 
-This is part of how images are fed, not of the network: what is saved and served does not contain it. The network keeps
-both processors busy meanwhile, so that it must cost little: OpenCV's warp takes a sixth of TensorFlow's time.
+Augmentation is part of the input pipeline and not of the saved network. It competes with the network for the CPU, and uses
+OpenCV, whose warp takes a sixth of TensorFlow's time.
 """
 
 import math
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-# At strength 1; each is drawn evenly from -limit to +limit for every photograph.
+# Limits at strength 1; each value is uniform from -limit to +limit.
 ROTATION = math.radians(20)
 SHIFT = 0.12  # of the image's height and width
 ZOOM = 0.2  # of the logarithm of the scale
 
 
 def augment_batch(x: np.ndarray, strength: float, seed: Sequence[int]) -> np.ndarray:
-    """Each square image of the batch `x`, of shape (n, size, size, channels), warped in its own way; of the same type.
+    """Warp each square image of the batch `x`, of shape (n, size, size, channels), at random; keep the dtype.
 
-    `seed` are integers of 0 or more: the same give the same.
+    `seed` is a sequence of non-negative integers; the same seed gives the same result.
     """
     warped = np.empty_like(x)
     for image, to, matrix in zip(x, warped, random_transforms(len(x), x.shape[1], strength, seed), strict=True):
@@ -31,7 +31,7 @@ def augment_batch(x: np.ndarray, strength: float, seed: Sequence[int]) -> np.nda
 
 
 def random_transforms(n: int, size: int, strength: float, seed: Sequence[int]) -> np.ndarray:
-    """`n` random affine maps about the centre of a square image, from where a pixel is to where it was; (n, 2, 3)."""
+    """Return `n` random affine maps about the centre, from output to input coordinates; of shape (n, 2, 3)."""
     turn, zoom, right, down = np.random.default_rng(seed).uniform(-strength, strength, (4, n))
     scale = np.exp(zoom * ZOOM)
     across, along = scale * np.cos(turn * ROTATION), scale * np.sin(turn * ROTATION)
@@ -42,7 +42,7 @@ def random_transforms(n: int, size: int, strength: float, seed: Sequence[int]) -
 
 
 def warp_image(image: np.ndarray, to: np.ndarray, matrix: np.ndarray) -> None:
-    """Write `image` into `to`, warped (bilinear); what comes in from outside repeats the border."""
+    """Warp `image` into `to` (bilinear); pixels from outside repeat the border."""
     height, width, _ = image.shape
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     cv2.warpAffine(image, matrix, (width, height), dst=to, flags=flags, borderMode=cv2.BORDER_REPLICATE)

@@ -1,4 +1,4 @@
-"""Whether a model's probabilities can be believed, and one number that makes them so."""
+"""Calibration: temperature scaling, and the expected calibration error."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ BINS = 15  # as in Guo et al.
 
 @dataclass(frozen=True)
 class Reliability:
-    """How sure and how right a model was, bin by bin of its confidence; arrays of shape (bins,), NaN in empty bins."""
+    """A reliability diagram: count, mean confidence and accuracy per bin; arrays of shape (bins,), NaN in empty bins."""
 
     counts: np.ndarray
     confidence: np.ndarray
@@ -25,31 +25,31 @@ class Reliability:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """What to divide logits of shape (n, classes) by, so that the labels become as likely as they can be.
+    """Return the temperature that maximizes the likelihood of the labels for logits of shape (n, classes).
 
-    Above 1 the model was too sure. 1 if it reads all of them correctly: then any smaller number makes the labels likelier
-    still, and nothing says how sure it may be. The images must not be those that it was trained on. Temperature scaling:
-    Guo, Pleiss, Sun and Weinberger, 2017, arXiv:1706.04599.
+    Above 1 the model is overconfident. If all predictions are correct it is 1: the likelihood would grow without limit as
+    the temperature falls. The images must not be training images. Temperature scaling: Guo, Pleiss, Sun and Weinberger,
+    2017, arXiv:1706.04599.
     """
     if (logits.argmax(axis=1) == labels).all():
         return 1.0
 
-    def mean_surprise(log_temperature: float) -> float:
+    def negative_log_likelihood(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
         return float(np.mean(logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels]))
 
-    return float(np.exp(minimize_scalar(mean_surprise, bounds=(-2.0, 2.0), method="bounded").x))
+    return float(np.exp(minimize_scalar(negative_log_likelihood, bounds=(-2.0, 2.0), method="bounded").x))
 
 
 def at_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """The probabilities, of shape (n, classes), that logits divided by a further `temperature` would have given."""
+    """Return the probabilities, of shape (n, classes), after dividing the logits by a further `temperature`."""
     with np.errstate(divide="ignore"):
         scaled = np.log(probabilities) / temperature
     return np.exp(scaled - logsumexp(scaled, axis=1, keepdims=True))
 
 
 def compute_reliability(probabilities: np.ndarray, labels: np.ndarray) -> Reliability:
-    """Of probabilities of shape (n, classes) for labels of shape (n,), in `BINS` bins of equal width."""
+    """Compute the reliability of probabilities of shape (n, classes) for labels of shape (n,), in `BINS` equal bins."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     counts = np.bincount(bins, minlength=BINS)

@@ -1,4 +1,4 @@
-"""The input pipeline of a training: shuffled, augmented batches that are ready before a step asks for them."""
+"""The input pipeline (tf.data): shuffled, augmented and prefetched batches."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,9 @@ PREFETCH = 2  # batches
 
 
 def training_batches(images: Images, batch_size: int, augmentation: float, seed: int) -> tf.data.Dataset:
-    """Endless shuffled batches of (x, y): x of the shape of `images.x`, augmented if `augmentation` is not 0.
+    """Return endless shuffled batches of (x, y), x augmented unless `augmentation` is 0.
 
-    An epoch has `steps_per_epoch` of them, the last one smaller if that does not come out even. The same seed gives the
-    same batches, epoch by epoch.
+    An epoch has `steps_per_epoch` batches; the last one may be smaller. The same seed gives the same batches.
     """
     read = _make_reader(images)
 
@@ -30,12 +29,12 @@ def training_batches(images: Images, batch_size: int, augmentation: float, seed:
         return tf.ensure_shape(tf.numpy_function(augmented, [x, step], x.dtype, stateful=False), x.shape), y
 
     order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
-    # Steps are numbered through all epochs, so that each augmentation has a seed of its own.
+    # Steps are counted over all epochs, so that each batch has its own augmentation seed.
     return _prefetch_batches(order.repeat().enumerate().map(batch))
 
 
 def validation_batches(images: Images, batch_size: int) -> tf.data.Dataset:
-    """All images once, in their order, never augmented."""
+    """Return all images once, in order, not augmented."""
     return _prefetch_batches(tf.data.Dataset.range(len(images)).batch(batch_size).map(_make_reader(images)))
 
 
@@ -44,9 +43,9 @@ def steps_per_epoch(images: Images, batch_size: int) -> int:
 
 
 def _prefetch_batches(batches: tf.data.Dataset) -> tf.data.Dataset:
-    """Read the next batches during a step.
+    """Prefetch batches during a step.
 
-    Without autotuning: on two cores tf.data left every other training with one of them, at half the speed.
+    Without autotuning, with which tf.data on two cores left every other training one core, at half the speed.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -54,7 +53,7 @@ def _prefetch_batches(batches: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _make_reader(images: Images) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Return a function from image numbers to their (x, y). It copies no more than it is asked for."""
+    """Return a function from image numbers to (x, y), which copies only these images."""
 
     def read(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x = tf.numpy_function(images.x.__getitem__, [chosen], tf.as_dtype(images.x.dtype), stateful=False)

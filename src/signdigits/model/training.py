@@ -1,4 +1,4 @@
-"""Build and fit the network: what a training, a trial and a refit have in common. None of it opens an MLflow run."""
+"""Build and fit the network in a training, a trial or a refit."""
 
 import logging
 import sys
@@ -20,14 +20,14 @@ from signdigits.model import architecture, calibration, input_pipeline
 
 log = logging.getLogger(__name__)
 
-CHUNK = 128  # images in one forward pass outside of `fit`: bounds the memory that it takes
+CHUNK = 128  # images in a forward pass outside of `fit`: bounds the memory
 
 
 @dataclass(frozen=True)
 class Fit:
     """A fitted network and its history: accuracy, loss and, with validation images, val_* of each epoch."""
 
-    network: keras.Sequential  # in the precision that it was trained in
+    network: keras.Sequential  # in its training precision
     history: dict[str, list[float]]
     hyperparameters: Hyperparameters
 
@@ -35,12 +35,12 @@ class Fit:
         return self.history[metric][-1]
 
     def in_float32(self) -> keras.Sequential:
-        """The network computing in float32 whatever it was trained in; its weights always were float32."""
+        """Return the network with float32 computation; its weights are float32 in any precision."""
         shape, n_classes = self.network.input_shape[1:], self.network.output_shape[-1]
         blocks, dropout = self.hyperparameters.conv_blocks, self.hyperparameters.dropout
         network = architecture.build_network(shape, n_classes, conv_blocks=blocks, dropout=dropout)
-        for mine, theirs in zip(network.trainable_variables, self.network.trainable_variables, strict=True):
-            mine.assign(theirs)
+        for copy, trained in zip(network.trainable_variables, self.network.trainable_variables, strict=True):
+            copy.assign(trained)
         return network
 
 
@@ -90,7 +90,9 @@ def fit_network(
         callbacks=[keras.callbacks.TerminateOnNaN(), *averaging, *validating, *callbacks, ProgressBar(title)],
         verbose=0,
     ).history
-    for name in sorted(history.keys() & {"loss", "val_loss"}):  # the last step of an epoch may spoil val_loss alone
+    for name in sorted(
+        history.keys() & {"loss", "val_loss"}
+    ):  # after the last step of an epoch only val_loss may be affected
         if not np.isfinite(history[name]).all():
             raise TrainingDiverged(
                 f"{name} became {history[name][-1]} in epoch {len(history[name])} with initial_learning_rate="
@@ -100,7 +102,7 @@ def fit_network(
 
 
 def calibrate_network(fitted: Fit, validation: Images) -> float:
-    """Return the temperature that calibrates the network's probabilities on images that it was not trained on."""
+    """Return the temperature that calibrates the network on validation images."""
     starts = range(0, len(validation), CHUNK)
     logits = [np.asarray(fitted.network(validation.x[start : start + CHUNK], training=False)) for start in starts]
     return calibration.fit_temperature(np.concatenate(logits), validation.y)

@@ -1,4 +1,4 @@
-"""A trained network becomes a model that `mlflow models serve` can answer with."""
+"""Package a trained network as an MLflow model that `mlflow models serve` can serve."""
 
 import base64
 import importlib.metadata
@@ -26,7 +26,7 @@ from signdigits.tracking import runs
 if TYPE_CHECKING:
     import keras
 
-# What the served model imports; the installed versions are pinned in the model.
+# The imports of the served model; the model pins the installed versions.
 REQUIREMENTS = ("mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "uvloop", "httptools")
 
 SIGNATURE = ModelSignature(
@@ -42,12 +42,11 @@ SIGNATURE = ModelSignature(
 
 
 def log_model(network: "keras.Sequential", temperature: float, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
-    """Log the network with the active run as a model that takes photographs as they are.
+    """Log the network to the active run as a model that takes encoded photographs.
 
-    The model is code (served_model.py) with the network, the decoder that training used (images.py), the log of
-    answers (answers.py) and the settings as its files: nothing is pickled. What answers is the network as LiteRT runs
-    it; the same as Keras saves it lies beside it, for whoever wants to train on. Its logits are divided by
-    `temperature`. `facts` become tags that follow the model into the registry.
+    The model is code (pyfunc_model.py) with the network, the decoder (images.py), the prediction log (prediction_log.py)
+    and the settings as artifacts: nothing is pickled. It predicts with the network in LiteRT's format; the Keras file beside
+    it is for further training. The logits are divided by `temperature`. `facts` become tags of the model and its version.
     """
     active = mlflow.active_run()
     assert active is not None
@@ -66,7 +65,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
                 "keras": str(keras_file),
                 "settings": str(settings_file),
                 "images": images.__file__,
-                "answers": prediction_log.__file__,
+                "prediction_log": prediction_log.__file__,
             },
             signature=SIGNATURE,
             make_input_example=make_input_example(data),
@@ -80,7 +79,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
 
 
 def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
-    """What the served model must know of how its network was trained."""
+    """Return the settings that the served model shares with the training."""
     parameters = data.parameters
     return {
         "class_names": data.dataset.class_names,
@@ -91,7 +90,7 @@ def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
 
 
 def make_input_example(data: Data) -> pd.DataFrame:
-    """One training photograph as the endpoint takes it: a column `image` of base64 text."""
+    """Return a training photograph as a request of the endpoint: a column `image` of base64 text."""
     first = data.dataset.photographs[data.split.training[0]]
     photograph = images.open_image(data.dataset.read(first))
     array = images.to_array(photograph, data.parameters.image_size, "rgb")

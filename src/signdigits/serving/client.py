@@ -1,9 +1,9 @@
-"""Ask a served model about photographs and print a table.
+"""Send photographs to a served model, and print a table of its predictions.
 
 python -m signdigits.serving.client photograph.jpg another.png
-scripts/predict photograph.jpg another.png
+scripts/ask photograph.jpg another.png
 
-A server that asks for a token is given the one in the environment variable SIGN_DIGITS_TOKEN, or in --token_file.
+The bearer token, if the server needs one, is read from the environment variable SIGN_DIGITS_TOKEN or from --token_file.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from signdigits.errors import SignDigitsError, escape_undecodable
 URL = "http://127.0.0.1:5001"  # where scripts/serve listens
 TOKEN = "SIGN_DIGITS_TOKEN"
 ROWS = 32  # photographs in one request, at most
-BYTES = 40_000_000  # of photographs in one request, at most, unless a single one has more: 53 megabytes as base64 text
+BYTES = 40_000_000  # of photographs in one request, at most, unless one is larger: 53 megabytes as base64 text
 
 
 class ClientError(SignDigitsError):
-    """The photographs cannot be read, or the server does not answer them."""
+    """A photograph cannot be read, or the server rejects it or does not reply."""
 
     exit_code = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="predict", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ask", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a photograph")
     parser.add_argument("--url", default=URL, help="where the model is served (default: %(default)s)")
-    parser.add_argument("--token_file", type=Path, help="file with the token, where the server asks for one")
+    parser.add_argument("--token_file", type=Path, help="file with the bearer token")
     parsed = parser.parse_args(arguments)
     width = max(len(escape_undecodable(str(file))) for file in parsed.files)
     try:
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             then = "".join(f"{label} {probability:.4f}" for label, probability in others)
             name = escape_undecodable(str(file))
             print(f"{name:{width}}  {answer['label']:5}  {answer['probability']:11.4f}  {then}", flush=True)
-    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+    except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except SignDigitsError as error:
-        print(f"predict: {error}", file=sys.stderr)
+        print(f"ask: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _request_predictions(
     files: Sequence[Path], url: str = URL, token: str = ""
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each file with the server's answer: `label`, `probability` and `probabilities`.
+    """Yield each file with its prediction: `label`, `probability` and `probabilities`.
 
-    Raises ClientError for a file that cannot be read, a server that does not answer, and a photograph it refuses.
+    Raises ClientError if a file cannot be read, or if the server does not reply or rejects a photograph.
     """
     for chunk in _split_requests(files):
         rows = [{"image": base64.b64encode(_read_content(file)).decode()} for file in chunk]
@@ -73,7 +73,7 @@ def _request_predictions(
 
 
 def _split_requests(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """The files of each request: no more of them, and no more bytes, than a server takes."""
+    """Yield the files of each request, within ROWS and BYTES."""
     chunk, size = list[Path](), 0
     for file in files:
         bytes_of_file = file_size(file)
@@ -94,7 +94,7 @@ def file_size(file: Path) -> int:
 
 
 def _name_rows(message: str, files: Sequence[Path]) -> str:
-    """The message with the file in place of every `row N`."""
+    """Replace each `row N` of a message with the file."""
     return re.sub(r"row (\d+)", lambda found: str(files[int(found[1])]), message)
 
 
@@ -106,20 +106,20 @@ def _read_content(file: Path) -> bytes:
 
 
 def _post_json(url: str, body: Any, token: str = "") -> Any:
-    """Send `body` as JSON and return the reply."""
+    """Post `body` as JSON and return the reply."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
-        raise ClientError(f"{url} refused: {_error_message(error.read())}") from error
+        raise ClientError(f"{url} rejected the request: {_error_message(error.read())}") from error
     except (urllib.error.URLError, ValueError, OSError) as error:
-        raise ClientError(f"{url} does not answer ({error}); start scripts/serve, or give --url") from error
+        raise ClientError(f"{url} does not reply ({error}); start scripts/serve, or pass --url") from error
 
 
 def _error_message(reply: bytes) -> str:
-    """What MLflow's error reply says, without the repetition of what was sent."""
+    """Return the message of MLflow's error reply, without the repeated request."""
     try:
         return str(json.loads(reply)["message"]).rpartition("Error: ")[2]
     except (ValueError, KeyError):

@@ -1,6 +1,6 @@
-"""Run a command that ends when the process that started it ends, whatever ended that one, `kill -9` included.
+"""Run a command that dies with its parent process, also if that is killed with SIGKILL.
 
-python -m signdigits.serving.die_with_parent PARENT COMMAND...
+python -m signdigits.serving.die_with_parent PARENT_PID COMMAND...
 """
 
 import ctypes
@@ -13,12 +13,12 @@ PR_SET_PDEATHSIG = 1  # from Linux' prctl.h
 
 def main() -> None:
     parent, *command = sys.argv[1:]
-    if sys.platform == "linux":  # elsewhere a killed parent leaves its children behind
+    if sys.platform == "linux":  # elsewhere the children of a killed parent survive
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(parent):  # it was gone before it could be watched
-            sys.exit(f"{command[0]}: process {parent} is gone")
+        if os.getppid() != int(parent):  # the parent died before the call
+            sys.exit(f"{command[0]}: parent process {parent} is gone")
     try:
-        os.execvp(command[0], command)  # the same process, which keeps what was set
+        os.execvp(command[0], command)  # keeps the process, and with it the setting
     except OSError as error:
         sys.exit(f"{command[0]}: {error.strerror}")
 

@@ -24,11 +24,11 @@ NO_POOL = "none"
 
 PAGE = Path(__file__).parent / "page"
 TEMPLATE = Path(__file__).with_name("nginx.conf.template")
-KEEP_ALIVE = 60  # seconds that nginx keeps an idle connection to a process; the process must keep it for longer
+KEEP_ALIVE = 60  # seconds that nginx keeps an idle connection to a worker; the worker must keep it longer
 
 TOKEN = r"[A-Za-z0-9._~+/=-]{16,512}"
 
-# What a browser may do with the page: nothing with other hosts, and only this page may use the camera.
+# The browser connects the page to no other host, and lets only this page use the camera.
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob: mediastream:; object-src 'none'; "
@@ -39,7 +39,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # asked for again, and answered with 304 while it is the same
+    "Cache-Control": "no-cache",  # revalidated: 304 if it has not changed
 }
 
 
@@ -61,57 +61,55 @@ def _list_errors(parameters: ServeParameters) -> dict[int, ErrorReply]:
     """Return the error replies by nginx's number of the error; 494 is its own, for headers that are too large."""
     retry = 'Retry-After "1"'
     return {
-        400: ErrorReply(400, "BAD_REQUEST", "not HTTP that can be read here; send photographs to /invocations"),
+        400: ErrorReply(400, "BAD_REQUEST", "malformed HTTP; send photographs to /invocations"),
         401: ErrorReply(
-            401, "UNAUTHENTICATED", "no token, or a wrong one; send the header Authorization: Bearer TOKEN",
+            401, "UNAUTHENTICATED", "missing or wrong token; send the header Authorization: Bearer TOKEN",
             'WWW-Authenticate "Bearer"',
         ),
-        403: ErrorReply(403, "ENDPOINT_NOT_FOUND", "nothing is here that may be read; send photographs to /invocations"),
-        404: ErrorReply(404, "ENDPOINT_NOT_FOUND", "nothing is here; send photographs to /invocations"),
-        405: ErrorReply(405, "BAD_REQUEST", "not with this method; send photographs to /invocations, with POST"),
-        411: ErrorReply(411, "BAD_REQUEST", "the length of the request is missing; send the header Content-Length"),
+        403: ErrorReply(403, "ENDPOINT_NOT_FOUND", "forbidden; send photographs to /invocations"),
+        404: ErrorReply(404, "ENDPOINT_NOT_FOUND", "not found; send photographs to /invocations"),
+        405: ErrorReply(405, "BAD_REQUEST", "method not allowed; send photographs to /invocations with POST"),
+        411: ErrorReply(411, "BAD_REQUEST", "length required; send the header Content-Length"),
         413: ErrorReply(
             413, "BAD_REQUEST",
-            f"the request has more than the {parameters.max_body_mb} megabytes allowed; send fewer or smaller photographs",
+            f"the request is larger than {parameters.max_body_mb} MB; send fewer or smaller photographs",
         ),
-        414: ErrorReply(414, "BAD_REQUEST", "the address is too long; send photographs to /invocations, in the body"),
+        414: ErrorReply(414, "BAD_REQUEST", "the URL is too long; send photographs to /invocations, in the body"),
         415: ErrorReply(
             415, "BAD_REQUEST",
             "not JSON; send dataframe_records or dataframe_split, with the header Content-Type: application/json",
         ),
-        416: ErrorReply(416, "BAD_REQUEST", "no such part of the file; send no header Range"),
+        416: ErrorReply(416, "BAD_REQUEST", "range not satisfiable; send no header Range"),
         429: ErrorReply(
             429, "REQUEST_LIMIT_EXCEEDED",
-            "more requests than one client may send; wait, or send many photographs in one request", retry,
+            "rate limit exceeded; wait, or send many photographs in one request", retry,
         ),
         494: ErrorReply(431, "BAD_REQUEST", "the headers are too large; send fewer and shorter ones"),
-        497: ErrorReply(400, "BAD_REQUEST", "HTTP, where HTTPS is spoken; begin the address with https://"),
+        497: ErrorReply(400, "BAD_REQUEST", "plain HTTP sent to an HTTPS port; use https://"),
         500: ErrorReply(500, "INTERNAL_ERROR", "the reverse proxy failed; see its log"),
-        # What nginx takes for its own lack is the client's fault here.
-        501: ErrorReply(400, "BAD_REQUEST", "an unknown Transfer-Encoding; send the length of the request, or in chunks"),
-        502: ErrorReply(503, "TEMPORARILY_UNAVAILABLE", "no process answers yet; try again in a few seconds", retry),
-        505: ErrorReply(400, "BAD_REQUEST", "an unknown version of HTTP; speak HTTP/1.1"),
+        # For nginx 501 and 505 are the server's fault; here they are the client's.
+        501: ErrorReply(400, "BAD_REQUEST", "unknown Transfer-Encoding; send a Content-Length, or chunked"),
+        502: ErrorReply(503, "TEMPORARILY_UNAVAILABLE", "no worker is available; try again in a few seconds", retry),
+        505: ErrorReply(400, "BAD_REQUEST", "unknown version of HTTP; use HTTP/1.1"),
         504: ErrorReply(
             504, "DEADLINE_EXCEEDED",
-            f"no answer within {parameters.timeout} seconds; send fewer photographs in one request, or try again later",
+            f"no reply within {parameters.timeout} seconds; send fewer photographs in one request, or try again later",
         ),
     }  # fmt: skip
 
 
-UNPARSABLE = ErrorReply(
-    400, "BAD_REQUEST", "the JSON is nested too deeply, or a number has too many digits; send one table"
-)
+UNPARSABLE = ErrorReply(400, "BAD_REQUEST", "JSON nested too deeply, or a number with too many digits; send one table")
 
 
 def socket_path(home: Path, pool: str, number: int) -> Path:
-    """Where a process of a pool listens; `number` from 1."""
+    """Return the Unix socket of a worker; `number` starts at 1."""
     return home / f"{pool}-{number}.sock"
 
 
 def make_home(home: Path) -> None:
-    """Lay out `home`: the pools' folders and a copy of the page, its reader being nginx's workers and nobody else.
+    """Create the pools' folders in `home`, and a copy of the page that only nginx's worker processes can read.
 
-    A copy, since the workers are not root even if root starts nginx, and may not be let into where the project lies.
+    A copy, because these do not run as root, and may have no access to the project's folder.
     """
     for pool in (*POOLS, NO_POOL):
         (home / pool).mkdir()
@@ -125,11 +123,11 @@ def make_home(home: Path) -> None:
 
 
 def point_live(home: Path, pool: str) -> None:
-    """Send every request from now on to `pool`."""
+    """Send all further requests to `pool`."""
     part = home / "live.part"
     part.unlink(missing_ok=True)
     part.symlink_to(pool)
-    part.replace(home / "live")  # at once: there is no moment without a link
+    part.replace(home / "live")  # atomic: there is always a link
 
 
 def live_pool(home: Path) -> str:
@@ -137,23 +135,25 @@ def live_pool(home: Path) -> str:
 
 
 def _worker_account() -> pwd.struct_passwd:
-    """Who nginx's workers are when root starts it: Debian's account for web servers, or the one for nothing."""
+    """Return the account of nginx's worker processes when root starts it: Debian's for web servers, or nobody."""
     known = {account.pw_name: account for account in pwd.getpwall()}
     for name in ("www-data", "nginx", "nobody"):
         if name in known:
             return known[name]
-    raise ServingError("no account for nginx's workers (www-data, nginx or nobody); start it as another user than root")
+    raise ServingError(
+        "no account for nginx's workers (www-data, nginx or nobody); start the server as another user than root"
+    )
 
 
 def read_token(path: str) -> str:
-    """The token in the file at `path`. Raises ServingError if there is none that will do."""
+    """Return the bearer token in the file at `path`. Raises ServingError if it is not usable."""
     try:
         token = Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ServingError(f"token_file={path}: cannot be read ({error}); write a token into it") from error
     if not re.fullmatch(TOKEN, token):
         raise ServingError(
-            f"token_file={path}: the token must be 16 letters, digits or ._~+/=- or more; one can be made with "
+            f"token_file={path}: the token must have 16 or more letters, digits or ._~+/=-; generate one with "
             "python -c 'import secrets; print(secrets.token_hex(24))'"
         )
     return token

@@ -1,4 +1,4 @@
-"""Processes that a supervisor starts, listens to, asks over a Unix socket, and stops."""
+"""Child processes of the supervisor, and HTTP over their Unix sockets."""
 
 import collections
 import contextlib
@@ -20,20 +20,20 @@ from typing import IO, Any
 from signdigits.startup import NOISE
 
 PR_SET_CHILD_SUBREAPER = 36  # from Linux' prctl.h
-TAIL = 200  # lines of output that are kept, for the reason of a failure
+TAIL = 200  # last lines of output kept, for the reason of a failure
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of what its children leave behind, so that it can tell when that has ended."""
+    """Make this process the subreaper of its descendants, so that it sees their end."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 class Process:
-    """A command in a session of its own, so that Ctrl-C reaches only who started it; it does not outlive that one.
+    """A command in its own session, which Ctrl-C does not reach, and which dies with this process.
 
-    What it writes goes to this process's standard error, without start-up chatter. Start it in the main thread: Linux
-    takes the end of the thread that started it for the end of the parent.
+    Its output is forwarded to standard error, without start-up noise. Start it in the main thread: for Linux, the end of
+    the starting thread is the end of the parent.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
@@ -56,7 +56,7 @@ class Process:
         for line in output:
             if not re.search(NOISE, line):
                 self.tail.append(line.rstrip())
-                with contextlib.suppress(OSError):  # nobody reads any more
+                with contextlib.suppress(OSError):  # standard error is closed
                     print(f"{self.name}: {line.rstrip()}", file=sys.stderr, flush=True)
 
     @property
@@ -64,29 +64,29 @@ class Process:
         return self.popen.poll() is None
 
     def exit_reason(self) -> str:
-        """Why it ended, as far as can be told: the last that it wrote before it ended."""
-        last = self.tail[-1] if self.tail else f"exit code {self.popen.returncode}, without a word"
-        if killed := re.search(r"Return code = -(\d+)", last):  # MLflow's word for what befell its child
+        """Return the reason for the exit: the signal, the last error, or the last line of output."""
+        last = self.tail[-1] if self.tail else f"exit code {self.popen.returncode} without output"
+        if killed := re.search(r"Return code = -(\d+)", last):  # MLflow's message about its child
             return f"killed by signal {killed[1]}"
         if self.popen.returncode and self.popen.returncode < 0:
             return f"killed by signal {-self.popen.returncode}"
         errors = [line for line in self.tail if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        own = [line for line in errors if "returned non zero return code" not in line]  # MLflow's, of its child
+        own = [line for line in errors if "returned non zero return code" not in line]  # MLflow's, about its child
         return (own or [last])[-1].strip()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and to all that it started."""
+        """Send a signal to the process and its descendants."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, number)
 
     def has_exited(self) -> bool:
-        """Whether neither the process nor any that it started is left."""
+        """Tell whether the process and all its descendants have exited."""
         if self.running:
             return False
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(-self.popen.pid, os.WNOHANG)  # those that it left to this process
+            os.waitpid(-self.popen.pid, os.WNOHANG)  # adopted descendants
         try:
-            os.killpg(self.popen.pid, 0)  # signal 0 only asks
+            os.killpg(self.popen.pid, 0)  # signal 0 only checks
         except ProcessLookupError:
             return True
         return False
@@ -113,7 +113,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def send_request(path: Path, method: str, target: str, body: bytes | None = None, timeout: float = 60) -> Reply:
-    """What the server at the Unix socket replies. Raises OSError or HTTPException if it does not."""
+    """Send a request to the server at a Unix socket. Raises OSError or HTTPException if it does not reply."""
     with contextlib.closing(UnixConnection(path, timeout)) as connection:
         headers: dict[str, Any] = {"Content-Type": "application/json"} if body is not None else {}
         connection.request(method, target, body, headers)

@@ -30,7 +30,9 @@ TICK = 0.2  # seconds between two checks of the processes
 
 # Tags of a version: its serving state, the reason and the time.
 STATE, REASON, TIME = "serving_state", "serving_reason", "serving_time"
-LIVE, RETIRED, REFUSED = "live", "retired", "refused"
+LIVE, RETIRED, REFUSED, WAITING = "live", "retired", "refused", "waiting"
+
+MAX_FAILED_STARTS = 2  # of a version: the first may be due to artifacts or a registry that cannot be reached
 
 
 def server_url(parameters: ServeParameters) -> str:
@@ -47,14 +49,14 @@ def is_listening(parameters: ServeParameters) -> bool:
 
 
 def _record_state(version: ModelVersion, state: str, reason: str = "") -> None:
-    """Write on the version what became of it. A registry that does not answer keeps nobody from serving."""
+    """Record the serving state on the version; only warn if the registry does not reply."""
     facts = {STATE: state, REASON: reason[:5000], TIME: datetime.now(UTC).isoformat(timespec="milliseconds")}
     try:
         for name, value in facts.items():
             mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
     except Exception as error:
         log.warning(
-            "version %s is %s, which could not be written to %s (%s)",
+            "version %s is %s, which could not be recorded in %s (%s)",
             version.version,
             state,
             store.store_address(),
@@ -63,25 +65,25 @@ def _record_state(version: ModelVersion, state: str, reason: str = "") -> None:
 
 
 def _served_before(version: ModelVersion) -> list[ModelVersion]:
-    """The other version that was live last, if one was: it was not retired, only the machine or the command ended."""
-    found = mlflow.MlflowClient().search_model_versions(f"name = '{version.name}'")
-    live = [other for other in found if other.tags.get(STATE) == LIVE and other.version != version.version]
+    """Return the other version that was live last, if any: it was not retired, only the server stopped."""
+    versions = mlflow.MlflowClient().search_model_versions(f"name = '{version.name}'")
+    live = [other for other in versions if other.tags.get(STATE) == LIVE and other.version != version.version]
     return sorted(live, key=lambda other: other.tags.get(TIME, ""))[-1:]
 
 
-class Background:
-    """A thread for calls that may wait for the registry; they are made in order, and nobody waits for its end."""
+class BackgroundThread:
+    """A thread for calls that may block on the registry, made in order."""
 
     def __init__(self) -> None:
         self.calls = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]()
-        threading.Thread(target=self.work, daemon=True).start()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
         future = Future[Result]()
         self.calls.put((future, function, arguments))
         return future
 
-    def work(self) -> None:
+    def _run(self) -> None:
         while True:
             future, function, arguments = self.calls.get()
             try:
@@ -91,7 +93,7 @@ class Background:
 
 
 class Supervisor:
-    """Keeps a front and a pool of processes alive, and brings in another pool when the alias moves."""
+    """Keeps nginx and a pool of workers alive, and switches to another pool when the alias moves (blue/green)."""
 
     def __init__(self, parameters: ServeParameters, nginx: str, home: Path) -> None:
         self.parameters = parameters
@@ -99,30 +101,32 @@ class Supervisor:
         self.nginx_command = [nginx, "-p", str(home), "-c", str(home / "nginx.conf")]
         self.nginx_process: Process | None = None
         self.live: WorkerPool | None = None
-        self.refused = ""  # the version that the alias names, if it was turned away
-        self.said = ""  # what was logged last of the registry
-        self.looked = 0.0
-        self.registry = Background()
-        self.looking: Future[ModelVersion | None] | None = None
+        self.rejected = ""  # the version of the alias, if it was refused
+        self.n_failed_starts = 0  # of the version of the alias
+        self.next_start = 0.0  # earliest time of its next start
+        self.last_warning = ""
+        self.last_poll = 0.0
+        self.registry = BackgroundThread()
+        self.polling: Future[ModelVersion | None] | None = None
 
     def run(self, version: ModelVersion) -> None:
         adopt_orphans()
         started = time.monotonic()
         try:
-            self.begin(version)
+            self.start(version)
             log.info("ready after %.1f s: %s", time.monotonic() - started, server_url(self.parameters))
             while True:
-                self.tick()
-                self.look()
+                self.supervise()
+                self.poll_alias()
         except KeyboardInterrupt:
             log.info("stopping")
         finally:
             self.stop()
 
-    def begin(self, version: ModelVersion) -> None:
-        """Bring in the version, or the one that was served before if it is refused, and then open the port."""
+    def start(self, version: ModelVersion) -> None:
+        """Start the version, or the previously served one if that fails, and then nginx."""
         for candidate in [version, *_served_before(version)]:
-            if self.bring_in(candidate):
+            if self.switch_to(candidate):
                 break
         else:
             raise ServingError(
@@ -138,115 +142,126 @@ class Supervisor:
     def start_nginx(self) -> Process:
         return Process("nginx", self.nginx_command)
 
-    def tick(self) -> None:
-        """Wait a moment, and start again what has ended."""
+    def supervise(self) -> None:
+        """Wait for a moment, and restart what has exited."""
         time.sleep(TICK)
         if self.live:
             self.live.restart_dead_workers()
         if self.nginx_process and not self.nginx_process.running:
-            self.nginx_process.signal(signal.SIGKILL)  # its workers, who hold the port
+            self.nginx_process.signal(signal.SIGKILL)  # its worker processes, which hold the port
             if self.nginx_process.has_exited():
-                log.warning("nginx ended (%s): started again", self.nginx_process.exit_reason())
+                log.warning("nginx exited (%s): restarted", self.nginx_process.exit_reason())
                 self.nginx_process = self.start_nginx()
 
-    def look(self) -> None:
-        """Ask the registry for the alias, every now and then, and follow it where it moved.
+    def poll_alias(self) -> None:
+        """Look up the alias every `poll_interval` seconds, and switch to its version.
 
-        The registry may be away, and MLflow asks it for minutes then: the processes are looked after meanwhile.
+        In a thread, because MLflow retries for minutes if the registry is down, and supervision must go on.
         """
-        if self.looking is None:
-            if time.monotonic() - self.looked >= self.parameters.poll_interval:
-                self.looking = self.registry.submit(self.find_alias)
+        if self.polling is None:
+            if time.monotonic() - self.last_poll >= self.parameters.poll_interval:
+                self.polling = self.registry.submit(self.find_version)
             return
-        if not self.looking.done():
+        if not self.polling.done():
             return
-        version, self.looking, self.looked = self.looking.result(), None, time.monotonic()
+        version, self.polling, self.last_poll = self.polling.result(), None, time.monotonic()
         assert self.live is not None
-        if version is None or str(version.version) == self.refused:
+        if version is None or str(version.version) == self.rejected or time.monotonic() < self.next_start:
             return
-        self.refused = ""
+        self.rejected = ""
         if version.version != self.live.version.version:
-            self.bring_in(version)
+            self.switch_to(version)
 
-    def find_alias(self) -> ModelVersion | None:
-        """The version to serve; None, and a word about it, if the registry cannot say."""
+    def find_version(self) -> ModelVersion | None:
+        """Return the version of the alias; None, with a warning, if the registry does not reply or the alias is gone."""
         try:
             version = registry.find_alias(self.parameters.alias)
-            said = "" if version else f"{self.parameters.alias} is no version's alias any more: left as it is"
-        except Exception as error:  # whatever MLflow, a driver or the network have to say; the next look may succeed
-            version, said = (
-                None,
-                f"{store.store_address()} does not answer ({str(error).splitlines()[0]}): left as it is",
-            )
-        if said and said != self.said:
-            log.warning("%s", said)
-        self.said = said
+            warning = "" if version else f"alias {self.parameters.alias} is gone"
+        except Exception as error:  # of MLflow, a driver or the network; the next poll may succeed
+            version, warning = None, f"{store.store_address()} does not reply ({str(error).splitlines()[0]})"
+        if warning and warning != self.last_warning:
+            log.warning("%s; still serving version %s", warning, self.live.version.version if self.live else "none")
+        self.last_warning = warning
         return version
 
-    def bring_in(self, version: ModelVersion) -> bool:
-        """Start the version beside the one that is live, check it, and only then send the requests to it."""
+    def switch_to(self, version: ModelVersion) -> bool:
+        """Start the version in the idle pool, check its health, and then send the requests to it."""
         log.info("starting version %s", version.version)
         idle = "green" if self.live and self.live.name == "blue" else "blue"
         pool = WorkerPool(idle, version, self.parameters, self.home)
         try:
-            self.examine(pool)
-        except HealthCheckFailed as refusal:
-            log.warning("version %s is not served: %s", version.version, refusal)
-            self.registry.submit(_record_state, version, REFUSED, str(refusal))
-            self.refused = str(version.version)
-            self.end(pool, seconds=0)
+            self.check_health(pool)
+        except HealthCheckFailed as failure:
+            self.drain(pool, seconds=0)
+            self.reject(version, failure)
             return False
         except BaseException:
-            self.end(pool, seconds=0)
+            self.drain(pool, seconds=0)
             raise
-        before, self.live = self.live, pool
+        self.n_failed_starts = 0
+        previous, self.live = self.live, pool
         nginx.point_live(self.home, pool.name)
-        log.info("version %s is live%s", version.version, f"; version {before.version.version} ends" if before else "")
+        stops = f"; version {previous.version.version} stops" if previous else ""
+        log.info("version %s is live%s", version.version, stops)
         self.registry.submit(_record_state, version, LIVE)
-        if before:
-            self.registry.submit(_record_state, before.version, RETIRED, f"version {version.version} follows it")
-            self.end(before, seconds=self.parameters.drain_timeout)
+        if previous:
+            self.registry.submit(_record_state, previous.version, RETIRED, f"replaced by version {version.version}")
+            self.drain(previous, seconds=self.parameters.drain_timeout)
         return True
 
-    def examine(self, pool: WorkerPool) -> None:
-        """Raise Refused unless the pool starts in time and answers its model's input example."""
+    def reject(self, version: ModelVersion, failure: HealthCheckFailed) -> None:
+        """Refuse a version for a wrong reply or a second failed start; else retry it, with exponential backoff."""
+        self.n_failed_starts += 1
+        if failure.may_pass and self.n_failed_starts < MAX_FAILED_STARTS:
+            delay = self.parameters.poll_interval * 2**self.n_failed_starts
+            self.next_start = time.monotonic() + delay
+            log.warning("version %s does not start yet: %s; retry in %.0f s", version.version, failure, delay)
+            self.registry.submit(_record_state, version, WAITING, str(failure))
+            return
+        log.warning("version %s is refused: %s", version.version, failure)
+        self.registry.submit(_record_state, version, REFUSED, str(failure))
+        self.rejected, self.n_failed_starts = str(version.version), 0
+
+    def check_health(self, pool: WorkerPool) -> None:
+        """Raise HealthCheckFailed unless the pool starts in time and replies correctly to its input example."""
         deadline = time.monotonic() + self.parameters.start_timeout
         while not pool.is_ready():
             if time.monotonic() > deadline:
-                raise HealthCheckFailed(f"it does not start within {self.parameters.start_timeout:g} seconds")
-            self.tick()
-        with ThreadPoolExecutor(1) as thread:  # it may take its time, while others need to be looked after
-            checking = thread.submit(pool.check_health)
+                seconds = self.parameters.start_timeout
+                raise HealthCheckFailed(f"it does not start within {seconds:g} seconds", may_pass=True)
+            self.supervise()
+        with ThreadPoolExecutor(1) as thread:  # supervision goes on during a slow reply
+            check = thread.submit(pool.check_health)
             try:
-                while not checking.done():
-                    self.tick()
+                while not check.done():
+                    self.supervise()
             except BaseException:
-                pool.signal(signal.SIGKILL)  # or the thread would wait for its reply
+                pool.signal(signal.SIGKILL)  # or the thread would wait for the reply
                 raise
-            checking.result()
+            check.result()
 
-    def end(self, pool: WorkerPool, seconds: float) -> None:
-        """Let the pool finish what it has begun, for so long at most, and end it.
+    def drain(self, pool: WorkerPool, seconds: float) -> None:
+        """Shut down a pool gracefully, and kill it after `seconds`.
 
-        What nginx has begun to read for it, a slow upload say, nginx will bring to the pool that is live then.
+        nginx sends a request that it is still reading, such as a slow upload, to the live pool.
         """
-        pool.signal(signal.SIGTERM)  # uvicorn's word for "finish, then end"
+        pool.signal(signal.SIGTERM)  # uvicorn's signal for a graceful shutdown
         deadline = time.monotonic() + max(seconds, 2 * TICK)
         while not pool.have_exited() and time.monotonic() < deadline:
-            self.tick()
+            self.supervise()
         pool.signal(signal.SIGKILL)
         while not pool.have_exited():
-            self.tick()
+            self.supervise()
 
     def stop(self) -> None:
-        """End the front, which finishes its requests, and then the processes that answer them."""
-        live, self.live = self.live, None
-        last, self.nginx_process = self.nginx_process, None
-        if last:
-            last.signal(signal.SIGQUIT)  # nginx's word for "finish, then end"
+        """Shut down nginx gracefully, and then the workers."""
+        pool, self.live = self.live, None
+        proxy, self.nginx_process = self.nginx_process, None
+        if proxy:
+            proxy.signal(signal.SIGQUIT)  # nginx's signal for a graceful shutdown
             deadline = time.monotonic() + self.parameters.drain_timeout
-            while not last.has_exited() and time.monotonic() < deadline:
+            while not proxy.has_exited() and time.monotonic() < deadline:
                 time.sleep(TICK / 4)
-            last.signal(signal.SIGKILL)
-        if live:
-            self.end(live, seconds=self.parameters.drain_timeout)
+            proxy.signal(signal.SIGKILL)
+        if pool:
+            self.drain(pool, seconds=self.parameters.drain_timeout)

@@ -1,4 +1,4 @@
-"""The processes that answer for one version: `mlflow models serve`, as often as asked for."""
+"""The worker processes of one version, each `mlflow models serve` at a Unix socket."""
 
 import http.client
 import json
@@ -23,13 +23,17 @@ from signdigits.serving.processes import Process, Reply, send_request
 log = logging.getLogger(__name__)
 
 VERSION_HEADER = "Model-Version"
-WARMING = 3  # times that every process is asked before it counts
-PING_EVERY = 2.0  # seconds
-LONGEST_PAUSE = 30.0  # seconds between two starts of a process that keeps ending
+WARMUP_REQUESTS = 3  # per worker, before it goes live
+PING_INTERVAL = 2.0  # seconds
+MAX_BACKOFF = 30.0  # seconds between two starts of a worker that keeps exiting
 
 
 class HealthCheckFailed(Exception):
-    """A version that must not be served; the message says why."""
+    """A version cannot be served; the message gives the reason. `may_pass`: a retry may succeed."""
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 def server_command(version: ModelVersion, parameters: ServeParameters) -> list[str]:
@@ -39,12 +43,12 @@ def server_command(version: ModelVersion, parameters: ServeParameters) -> list[s
 
 
 def server_environment(version: ModelVersion) -> dict[str, str]:
-    """What MLflow passes on to uvicorn, which reads its options from the environment too.
+    """Return the environment of a worker; uvicorn, which MLflow starts, reads its options from it.
 
-    The process itself says which version it is: whoever passes its replies on cannot say anything else.
+    The worker itself adds the header with its version to its replies.
     """
     return {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where MLflow looks for uvicorn
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # MLflow looks for uvicorn in it
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -58,108 +62,108 @@ def server_environment(version: ModelVersion) -> dict[str, str]:
 
 
 class Worker:
-    """One place in a pool: a socket, and the process that listens there, started again when it ends."""
+    """A worker process at a Unix socket, restarted when it exits."""
 
-    def __init__(self, path: Path, line: list[str], settings: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, command: list[str], environment: Mapping[str, str]) -> None:
         self.path = path
-        self.line = line
-        self.settings = {**settings, "UVICORN_UDS": str(path)}
+        self.command = command
+        self.environment = {**environment, "UVICORN_UDS": str(path)}
         self.starts = 0
         self.start()
 
     def start(self) -> None:
         self.path.unlink(missing_ok=True)
-        self.process = Process(self.path.stem, self.line, self.settings)
+        self.process = Process(self.path.stem, self.command, self.environment)
         self.starts += 1
-        self.answered = self.asked = time.monotonic()
+        self.last_reply = self.last_ping = time.monotonic()
 
     def is_healthy(self) -> bool:
-        self.asked = time.monotonic()
+        self.last_ping = time.monotonic()
         try:
-            found = send_request(self.path, "GET", "/ping", timeout=1).status == 200
+            healthy = send_request(self.path, "GET", "/ping", timeout=1).status == 200
         except (OSError, http.client.HTTPException):
             return False
-        if found:
-            self.answered = time.monotonic()
-        return found
+        if healthy:
+            self.last_reply = time.monotonic()
+        return healthy
 
-    def restart_if_dead(self, silence: float) -> None:
-        """Start the process again if it ended, or if it did not answer for `silence` seconds."""
+    def restart_if_dead(self, timeout: float) -> None:
+        """Restart the process if it has exited, or kill it if it failed its health check for `timeout` seconds."""
         now = time.monotonic()
         if self.process.running:
-            silent = now - self.asked > PING_EVERY and not self.is_healthy()
-            if silent and now - self.answered > silence:
-                log.warning("%s does not answer for %.0f seconds: ended", self.path.stem, silence)
+            silent = now - self.last_ping > PING_INTERVAL and not self.is_healthy()
+            if silent and now - self.last_reply > timeout:
+                log.warning("%s has not replied for %.0f seconds: killed", self.path.stem, timeout)
                 self.process.signal(signal.SIGKILL)
             return
-        # What is left of it would take the new one's socket along when it ends.
+        # Remaining descendants would remove the new process's socket when they exit.
         self.process.signal(signal.SIGKILL)
-        if self.process.has_exited() and now - self.process.started >= self.pause():
-            log.warning("%s ended (%s): started again", self.path.stem, self.process.exit_reason())
+        if self.process.has_exited() and now - self.process.started >= self.backoff():
+            log.warning("%s exited (%s): restarted", self.path.stem, self.process.exit_reason())
             self.start()
 
-    def pause(self) -> float:
-        """Seconds from one start to the next: none at first, more if it keeps ending soon after it answers."""
-        if self.answered - self.process.started > LONGEST_PAUSE:
+    def backoff(self) -> float:
+        """Return the seconds between two starts: exponential backoff if the worker keeps exiting early."""
+        if self.last_reply - self.process.started > MAX_BACKOFF:
             self.starts = 1
-        return min(LONGEST_PAUSE, 2.0**self.starts) if self.starts > 1 else 0
+        return min(MAX_BACKOFF, 2.0**self.starts) if self.starts > 1 else 0
 
 
 class WorkerPool:
-    """The processes of one version."""
+    """The worker processes of one version."""
 
     def __init__(self, name: str, version: ModelVersion, parameters: ServeParameters, home: Path) -> None:
         self.name = name
         self.version = version
         self.parameters = parameters
-        line, settings = server_command(version, parameters), server_environment(version)
+        command, environment = server_command(version, parameters), server_environment(version)
         paths = [nginx.socket_path(home, name, number) for number in range(1, parameters.processes + 1)]
-        self.workers = [Worker(path, line, settings) for path in paths]
+        self.workers = [Worker(path, command, environment) for path in paths]
 
     def is_ready(self) -> bool:
-        """Whether every process answers. Raises Refused if one has ended instead."""
-        for member in self.workers:
-            if not member.process.running:
-                raise HealthCheckFailed(f"it does not start: {member.process.exit_reason()}")
-        return all(member.is_healthy() for member in self.workers)
+        """Tell whether all workers are healthy. Raises HealthCheckFailed if one has exited."""
+        for worker in self.workers:
+            if not worker.process.running:
+                raise HealthCheckFailed(f"it does not start: {worker.process.exit_reason()}", may_pass=True)
+        return all(worker.is_healthy() for worker in self.workers)
 
     def check_health(self) -> None:
-        """Ask every process for the model's own input example, which warms it. Raises Refused unless it is answered."""
+        """Send the model's input example to each worker, which warms it up. Raises HealthCheckFailed for a wrong reply."""
         body, rows = _read_input_example(self.version)
-        for member in self.workers:
-            for _ in range(WARMING):
+        for worker in self.workers:
+            for _ in range(WARMUP_REQUESTS):
                 try:
-                    reply = send_request(member.path, "POST", "/invocations", body, self.parameters.timeout)
+                    reply = send_request(worker.path, "POST", "/invocations", body, self.parameters.timeout)
                 except (OSError, http.client.HTTPException) as error:
-                    raise HealthCheckFailed(f"it does not answer its own input example ({error})") from error
-                if fault := _find_problem(reply, rows):
-                    raise HealthCheckFailed(f"it answers its own input example with {fault}")
+                    raise HealthCheckFailed(f"it does not reply to its own input example ({error})") from error
+                if problem := _find_problem(reply, rows):
+                    raise HealthCheckFailed(f"it replies to its own input example with {problem}")
 
     def restart_dead_workers(self) -> None:
-        for member in self.workers:
-            member.restart_if_dead(self.parameters.timeout)
+        for worker in self.workers:
+            worker.restart_if_dead(self.parameters.timeout)
 
     def signal(self, number: signal.Signals) -> None:
-        for member in self.workers:
-            member.process.signal(number)
+        for worker in self.workers:
+            worker.process.signal(number)
 
     def have_exited(self) -> bool:
-        return all(member.process.has_exited() for member in self.workers)
+        return all(worker.process.has_exited() for worker in self.workers)
 
 
 def _read_input_example(version: ModelVersion) -> tuple[bytes, int]:
-    """The version's own input example, as a request, and its number of rows. Raises Refused if it has none."""
+    """Return the version's input example as a request, and its number of rows. Raises HealthCheckFailed if it has none."""
     uri = f"models:/{version.name}/{version.version}/serving_input_example.json"
     try:
         text = mlflow.artifacts.load_text(uri)
         rows = len(json.loads(text)["dataframe_split"]["data"])
-    except Exception as error:  # whatever the store, the network or the file have to say
-        raise HealthCheckFailed(f"it has no input example that it could be checked with ({error})") from error
+    except Exception as error:  # of the store, the network or the file
+        raise HealthCheckFailed(f"it has no usable input example ({error})", may_pass=True) from error
     return text.encode(), rows
 
 
 def _find_problem(reply: Reply, rows: int) -> str:
-    """What is wrong with a reply to so many rows; nothing, if it is right."""
+    """Return the problem of a reply to a request of `rows` rows; empty if there is none."""
     if reply.status != 200:
         return f"{reply.status}: {_parse_error(reply.content)}"
     try:
@@ -168,11 +172,11 @@ def _find_problem(reply: Reply, rows: int) -> str:
             return f"{len(predictions)} predictions for {rows} rows"
         return next(filter(None, map(_find_problem_in_row, predictions)), "")
     except (ValueError, KeyError, TypeError) as error:
-        return f"another form than label, probability and probabilities ({error!r})"
+        return f"a reply without label, probability and probabilities ({error!r})"
 
 
 def _parse_error(content: bytes) -> str:
-    """What MLflow's error says, and what the model raised, without the way there."""
+    """Return the message of MLflow's error, and the last line of its stack trace."""
     try:
         error = json.loads(content)
         raised = error.get("stack_trace", "").strip().splitlines()[-1:]
@@ -184,7 +188,7 @@ def _parse_error(content: bytes) -> str:
 def _find_problem_in_row(row: Mapping[str, Any]) -> str:
     probabilities = row["probabilities"]
     if row["label"] not in probabilities:
-        return f"the label {row['label']!r}, which is none of its classes"
+        return f"the label {row['label']!r}, which is not one of its classes"
     if not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3):
         return f"probabilities that add up to {sum(probabilities.values()):.3f}"
     return ""

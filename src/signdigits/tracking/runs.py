@@ -1,4 +1,4 @@
-"""What every command does with an MLflow run: open it, name it, describe it, and leave it with a true status."""
+"""MLflow runs: open, describe and end them with their true status."""
 
 import importlib.metadata
 import logging
@@ -37,16 +37,16 @@ The best is fitted again (*refit*), scored once on test images that nothing befo
 `sign-digits`. Select a study's trials and press **Compare** to plot these against `val_accuracy`.
 """
 
-# What the result of a run depends on; their versions are recorded with it.
+# The packages that the result of a run depends on; the run records their versions.
 PACKAGES = ("mlflow", "tensorflow", "keras", "optuna", "numpy", "pillow", "pandas", "scikit-learn")
 
-# The tag that says which process works on a run, as host:number:start.
+# The tag with the process that works on a run, as host:pid:start.
 PROCESS = "process"
 
-# Where a run keeps what a model made of the test images; the gate between champion and challenger reads it.
+# The artifact with the predictions of the test images, which the champion/challenger comparison reads.
 PREDICTIONS = "test/predictions.csv"
 
-# Where it keeps the same images as the endpoint's log of answers would have them; `monitor` reads it.
+# The artifact with the same images in the columns of the prediction log, which `monitor` reads.
 REFERENCE = "test/reference.csv"
 
 
@@ -59,18 +59,18 @@ def start_run(
     parent_run_id: str | None = None,
     tags: Mapping[str, Any] | None = None,
 ) -> Iterator[mlflow.ActiveRun]:
-    """A run that says truly how it ended: FINISHED, FAILED with its reason, or KILLED when interrupted.
+    """Open a run and end it with its true status: FINISHED, FAILED with the reason, or KILLED when interrupted.
 
-    Continues `run_id` if given; otherwise the run that `mlflow run` made for this process, if it did; otherwise a
-    new one, nested under `parent_run_id`, or under the active run if there is one. `role` becomes a tag: prepare, train,
-    study, trial, refit, evaluate or register.
+    Continues `run_id` if given; otherwise the run that `mlflow run` created for this process, if any; otherwise starts a new
+    one, nested under `parent_run_id` or the active run, if any. `role` becomes a tag: prepare, train, study, trial, refit,
+    evaluate, register, predict or monitor.
     """
     described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: _this_process()}
     active = _open_run(name, run_id, parent_run_id, described)
     try:
         yield active
     except KeyboardInterrupt:
-        end_run(active, "KILLED", "interrupted")  # `mlflow run`, which launched it perhaps, makes it FAILED
+        end_run(active, "KILLED", "interrupted")  # if `mlflow run` launched it, MLflow makes it FAILED
         raise
     except BaseException as error:
         end_run(active, "FAILED", f"{type(error).__name__}: {error}")
@@ -81,7 +81,7 @@ def start_run(
 
 
 def end_run(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
-    """End the active run. One that somebody has deleted meanwhile stays as it is, and cannot be FINISHED."""
+    """End the active run. Raises TrackingError for a run that should be FINISHED and was deleted in the meantime."""
     try:
         if reason:
             mlflow.set_tag("failure_reason", reason[:5000])
@@ -98,7 +98,7 @@ def end_run(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
 
 
 def is_deleted(run_id: str) -> bool:
-    """Whether a run, or its experiment, was deleted, in the UI say."""
+    """Tell whether a run or its experiment was deleted, for example in the UI."""
     run = mlflow.get_run(run_id)
     stages = (run.info.lifecycle_stage, mlflow.get_experiment(run.info.experiment_id).lifecycle_stage)
     return "deleted" in stages
@@ -106,19 +106,19 @@ def is_deleted(run_id: str) -> bool:
 
 def deleted_error(run_id: str) -> TrackingError:
     return TrackingError(
-        f"run {run_id} was deleted, or its experiment was; bring it back with `mlflow runs restore --run-id {run_id}` "
-        "(or `mlflow experiments restore`), then the same command continues"
+        f"run {run_id} or its experiment was deleted; restore it with `mlflow runs restore --run-id {run_id}` "
+        "(or `mlflow experiments restore`), then run the same command to continue"
     )
 
 
 def _open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
     """Start or continue the run; raises TrackingError if the store does not hold a run that it should.
 
-    The run has its tags from the beginning: whoever finds it, after a kill say, knows whose it was.
+    The run has its tags from the beginning, so that a run that is left by a killed process can be attributed.
     """
     try:
         if run_id is None:
-            launched = "MLFLOW_RUN_ID" in os.environ  # its name may be somebody's choice: see `run`
+            launched = "MLFLOW_RUN_ID" in os.environ  # `mlflow run --run-name` may have named it
             nested = mlflow.active_run() is not None
             return mlflow.start_run(
                 run_name=None if launched else name, nested=nested, parent_run_id=parent_run_id, tags=tags
@@ -155,9 +155,9 @@ def launched_run() -> str | None:
 
 
 def mark_resumed(continued: Run) -> None:
-    """Make the launched run a record of this start, whose work goes into the run `continued`.
+    """Mark the run that `mlflow run` created as one that resumes the run `continued`, and use it no further.
 
-    MLflow would open it as the next run otherwise.
+    Otherwise MLflow would open it as the next run.
     """
     launched = os.environ.pop("MLFLOW_RUN_ID", None)
     if launched is None or launched == continued.info.run_id:
@@ -171,9 +171,9 @@ def mark_resumed(continued: Run) -> None:
 
 
 def nested_runs(run_id: str, role: str = "") -> list[Run]:
-    """The runs nested under a run, oldest first, deleted ones left out; only those of a `role` if it is given."""
-    wanted = f"tags.`mlflow.parentRunId` = '{run_id}'" + (f" and tags.role = '{role}'" if role else "")
-    return search_runs(wanted)
+    """Return the nested runs of a run, oldest first, without deleted ones, optionally of one `role`."""
+    matching = f"tags.`mlflow.parentRunId` = '{run_id}'" + (f" and tags.role = '{role}'" if role else "")
+    return search_runs(matching)
 
 
 def search_runs(filter_string: str, **options: Any) -> list[Run]:
@@ -186,23 +186,22 @@ def search_runs(filter_string: str, **options: Any) -> list[Run]:
 
 
 def deleted_runs(run_id: str) -> set[str]:
-    """The runs nested under a run that were deleted, in the UI say."""
+    """Return the deleted nested runs of a run."""
     deleted = search_runs(f"tags.`mlflow.parentRunId` = '{run_id}'", run_view_type=ViewType.DELETED_ONLY)
     return {start_run.info.run_id for start_run in deleted}
 
 
 def close_interrupted(run: Run) -> None:
-    """Close the run of a process that could not do so itself."""
+    """End the run of a killed process."""
     client = mlflow.MlflowClient()
     client.set_tag(run.info.run_id, "failure_reason", "interrupted")
     client.set_terminated(run.info.run_id, "KILLED")
 
 
 def open_experiment(role: str) -> None:
-    """Make the experiment of the surroundings, or the project's own, the active one, and describe it if nobody has.
+    """Activate the experiment of the environment, or the project's, and describe it unless it has a description.
 
-    A run that `mlflow run` made for this process gets its `role` at once, and those of processes that were killed
-    before they could say so are closed.
+    A run that `mlflow run` created for this process gets its `role` at once; the runs of killed processes are ended.
     """
     store.connect_store()
     _close_stale_runs()
@@ -218,8 +217,8 @@ def open_experiment(role: str) -> None:
             experiment_id = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT).experiment_id
     except MlflowException as error:
         raise TrackingError(
-            f"{store.store_address()}: {error.message}; start in the project's folder, set MLFLOW_TRACKING_URI to the address of "
-            "the store that holds the run, or MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"
+            f"{store.store_address()}: {error.message}; run the command in the project's folder, set MLFLOW_TRACKING_URI to the "
+            "store that holds the run, or MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"
         ) from error
     if "mlflow.note.content" not in client.get_experiment(experiment_id).tags:
         client.set_experiment_tag(experiment_id, "mlflow.note.content", EXPERIMENT_DESCRIPTION)
@@ -230,9 +229,9 @@ def _this_process() -> str:
 
 
 def process_start(process: int) -> str:
-    """When a process was started: the machine's boot and the clock ticks since; empty if there is no such process.
+    """Return the start of a process, as boot id and clock ticks since boot; empty if there is no such process.
 
-    The number alone is no identity: in a container every command is process 1. Without /proc it has to do.
+    The pid is not unique: in a container every command is process 1. Without /proc it has to suffice.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
@@ -242,12 +241,12 @@ def process_start(process: int) -> str:
 
 
 def is_alive(identity: str) -> bool:
-    """Whether the process of this machine that `this_process` described is still at work."""
+    """Tell whether a process of this machine, as `this_process` identifies it, is still running."""
     _, number, start = [*identity.split(":"), ""][:3]
     if start:
         return process_start(int(number)) == start
     try:
-        os.kill(int(number), 0)  # signal 0 only asks
+        os.kill(int(number), 0)  # signal 0 only checks
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -256,77 +255,77 @@ def is_alive(identity: str) -> bool:
 
 
 def _close_stale_runs() -> None:
-    """Mark as KILLED what processes of this machine, killed with no chance to say so, left RUNNING."""
+    """End the runs that killed processes of this machine left RUNNING, as KILLED."""
     for left in search_runs(f"tags.{PROCESS} LIKE '{platform.node()}:%' and attributes.status = 'RUNNING'"):
         if not is_alive(left.data.tags[PROCESS]):
             close_interrupted(left)
 
 
 def note_failure(error: Exception) -> None:
-    """Write the reason on the run that `mlflow run` made for this process, unless one stands there."""
+    """Record the reason on the run that `mlflow run` created for this process, unless it has one."""
     client, run_id = mlflow.MlflowClient(), os.environ["MLFLOW_RUN_ID"]
     if "failure_reason" not in client.get_run(run_id).data.tags:
         client.set_tag(run_id, "failure_reason", f"{type(error).__name__}: {error}"[:5000])
 
 
 def log_figure(path: str, draw: Callable[[], "Figure"], **options: Any) -> None:
-    """Log a figure to the active run. One that cannot be drawn costs a warning, and nothing else."""
+    """Log a figure to the active run; only warn if it cannot be drawn."""
     try:
         mlflow.log_figure(draw(), path, **options)
-    except Exception as error:  # a name, or a picture, that matplotlib cannot draw
+    except Exception as error:  # a name or a picture that matplotlib cannot draw
         log.warning("%s: not drawn (%s)", path, error)
 
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """Return a Markdown table; the first row is its header."""
     head, *body = [f"| {' | '.join(map(_escape_cell, row))} |" for row in rows]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
 def _escape_cell(value: Any) -> str:
-    """A value as one cell of a Markdown table: a name may hold what Markdown takes for its own."""
+    """Return a value as a cell of a Markdown table, with Markdown's special characters escaped."""
     return re.sub(r"([\\`|*_<>])", r"\\\1", " ".join(str(value).split()))
 
 
 def set_description(text: str) -> None:
-    """Set the description that the UI shows on top of the active run (Markdown)."""
+    """Set the description of the active run (Markdown)."""
     mlflow.set_tag("mlflow.note.content", text)
 
 
 def log_params(params: Mapping[str, Any]) -> None:
-    """Record `params` on the active run, leaving alone what `mlflow run` has recorded, as text, already."""
+    """Log `params` to the active run, without those that `mlflow run` has logged."""
     active = mlflow.active_run()
     assert active is not None
-    present = mlflow.get_run(active.info.run_id).data.params
-    mlflow.log_params({name: value for name, value in params.items() if name not in present})
+    logged = mlflow.get_run(active.info.run_id).data.params
+    mlflow.log_params({name: value for name, value in params.items() if name not in logged})
 
 
 def check_recorded(params: Mapping[str, Any], metric: str, steps: int) -> None:
     """Raise TrackingError unless the active run holds all `params` and `steps` values of `metric`.
 
-    Settings of MLflow's own, such as asynchronous logging, can lose them without a word.
+    Some of MLflow's settings, such as asynchronous logging, can lose them silently.
     """
     active = mlflow.active_run()
     assert active is not None
     run_id = active.info.run_id
     missing = sorted(params.keys() - mlflow.get_run(run_id).data.params.keys())
-    found = len(mlflow.MlflowClient().get_metric_history(run_id, metric))
-    if missing or found < steps:
+    recorded = len(mlflow.MlflowClient().get_metric_history(run_id, metric))
+    if missing or recorded < steps:
         raise TrackingError(
-            f"run {run_id}: MLflow recorded {found} of {steps} values of {metric}, and not the parameters "
-            f"{', '.join(missing) or '(all are there)'}; look for MLFLOW_ variables in the environment that change its logging"
+            f"run {run_id}: MLflow recorded {recorded} of {steps} values of {metric}, missing parameters: "
+            f"{', '.join(missing) or 'none'}; check the MLFLOW_ variables of the environment"
         )
 
 
 def log_data(data: "Data", *, parts: tuple[str, ...]) -> None:
-    """Record which images the active run works on: digests as tags, and `parts` as MLflow dataset inputs."""
+    """Log the data of the active run: digests as tags, and `parts` of the split as dataset inputs."""
     mlflow.set_tags(data_tags(data.dataset, data.split))
     for part in parts:
         mlflow.log_input(dataset_input(data.dataset, getattr(data.split, part)), context=part)
 
 
 def data_tags(dataset: "Dataset", split: "Split") -> dict[str, str]:
-    """What identifies the images and their split."""
+    """Return the tags that identify the photographs and their split."""
     return {
         "dataset": dataset.name,
         "dataset_digest": split.digest,
@@ -337,14 +336,14 @@ def data_tags(dataset: "Dataset", split: "Split") -> dict[str, str]:
 
 
 def dataset_input(dataset: "Dataset", indices: Any = None) -> MetaDataset:
-    """The data set, or some of its photographs, as an MLflow input."""
+    """Return the data set, or some of its photographs, as an MLflow dataset."""
     source = LocalArtifactDatasetSource(str(dataset.folder.resolve()))
-    found = dataset.digest if indices is None else dataset.part_digest(indices)
-    return MetaDataset(source, name=dataset.name, digest=found)
+    digest = dataset.digest if indices is None else dataset.part_digest(indices)
+    return MetaDataset(source, name=dataset.name, digest=digest)
 
 
 def log_versions() -> None:
-    """Record Python's version and those of the packages that decide the result."""
+    """Log the versions of Python and the packages that the result depends on."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     mlflow.log_dict({"python": platform.python_version(), **versions}, "versions.json")
 

@@ -1,4 +1,4 @@
-"""The study's photographs on another machine: from the same path, or once from the artifacts of the study's run."""
+"""Photographs for workers on other machines: from the same path, or from the artifacts of the study's run."""
 
 import platform
 import tempfile
@@ -19,13 +19,13 @@ FOLDER = "photographs"  # among the artifacts
 
 
 def upload_photographs(loaded: Data, run_id: str) -> None:
-    """Put the photographs among the artifacts of the study's run, unless they are there or every machine has them."""
+    """Upload the photographs as an artifact of the study's run, unless they are uploaded or embedded."""
     client, dataset = mlflow.MlflowClient(), loaded.dataset
     if loaded.parameters.data == sources.HANDWRITTEN_DIGITS or client.list_artifacts(run_id, FOLDER):
         return
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder, f"{dataset.name}.zip")
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # they are compressed already
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # photographs are compressed
             for photograph in dataset.photographs:
                 archive.write(dataset.folder / photograph.path, photograph.path)
             if (dataset.folder / groups.FILE).is_file():
@@ -34,27 +34,27 @@ def upload_photographs(loaded: Data, run_id: str) -> None:
 
 
 def load_study_data(parameters: DataParameters, digest: str, run_id: str) -> Data:
-    """The photographs of the study `run_id`, ready for training on this machine.
+    """Load the photographs of the study `run_id` on this machine.
 
-    Raises DataError if what this machine has, or was sent, is not what the study's `digest` says.
+    Raises DataError if their digest differs from the study's.
     """
     here = parameters.data == sources.HANDWRITTEN_DIGITS or Path(parameters.data).is_dir()
-    found = (
+    source = (
         parameters
         if here
         else replace(parameters, data=str(_download_photographs(Path(parameters.data).name, digest, run_id)))
     )
-    loaded = loading.load_data(found)
+    loaded = loading.load_data(source)
     if loaded.split.digest != digest:
         raise DataError(
-            f"{platform.node()}: {found.data} holds other photographs than the study's (digest {loaded.split.digest}, "
-            f"not {digest}); give every machine the same, or remove that folder to have them sent"
+            f"{platform.node()}: {source.data} differs from the study's photographs (digest {loaded.split.digest}, "
+            f"not {digest}); copy the same photographs to every machine, or remove that folder to download them"
         )
     return loaded
 
 
 def _download_photographs(name: str, digest: str, run_id: str, home: Path = Path("data", "cache")) -> Path:
-    """The folder of that name as the study's run keeps it, fetched if this machine has not done so yet."""
+    """Return the folder of photographs of the study's run, downloaded on first use."""
     target = home / digest / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f"{name}.lock")):

@@ -30,23 +30,23 @@ if TYPE_CHECKING:  # a worker imports TensorFlow when it knows on how many threa
 
 log = logging.getLogger(__name__)
 
-MAX_FAILURES = 3  # in a row: then the fault lies with the data, the settings or, of several, the host
+MAX_FAILURES = 3  # consecutive: the cause is then the data, the settings or the host
 
 
 def run_trials(study: optuna.Study, context: "TrialContext", parameters: StudyParameters) -> None:
-    """Bring the study to `n_trials` finished trials, or run until its time is up."""
+    """Run trials until the study has `n_trials` finished ones, or until the timeout."""
     progress = SearchProgress(parameters)
     log.info("study %s: %d of %d trials are finished", study.study_name, count_finished(study), parameters.n_trials)
     if count_finished(study) < parameters.n_trials:
         if is_distributed(parameters):
             _run_on_workers(study, context, parameters, progress)
         else:
-            _run_here(study, context, parameters, progress)
+            _run_locally(study, context, parameters, progress)
     if (finished := count_finished(study)) < parameters.n_trials:
-        log.info("time is up after %d of %d trials; the same command goes on", finished, parameters.n_trials)
+        log.info("timeout after %d of %d trials; run the same command to continue", finished, parameters.n_trials)
 
 
-def _run_here(
+def _run_locally(
     study: optuna.Study, context: "TrialContext", parameters: StudyParameters, progress: SearchProgress
 ) -> None:
     """Run one trial after the other in this process."""
@@ -61,7 +61,7 @@ def _run_here(
 
 
 class FailureLimit:
-    """An Optuna callback. Raises StudyError after MAX_FAILURES failed trials in a row."""
+    """An Optuna callback that raises StudyError after MAX_FAILURES consecutive failed trials."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -70,13 +70,15 @@ class FailureLimit:
         reason = trial.user_attrs.get(FAILURE_REASON)
         self.failures = self.failures + 1 if reason else 0
         if reason:
-            _refuse_deleted(study)
+            _check_not_deleted(study)
         if self.failures >= MAX_FAILURES:
-            raise StudyError(f"study {study.study_name}: the last {MAX_FAILURES} trials failed, at last with {reason}")
+            raise StudyError(
+                f"study {study.study_name}: the last {MAX_FAILURES} trials failed; the last error: {reason}"
+            )
 
 
-def _refuse_deleted(study: optuna.Study) -> None:
-    """Raise TrackingError if the study's run has been deleted: every further trial would fail for its sake."""
+def _check_not_deleted(study: optuna.Study) -> None:
+    """Raise TrackingError if the study's run was deleted: every further trial would fail."""
     if runs.is_deleted(run_id := study.user_attrs["mlflow_run_id"]):
         raise runs.deleted_error(run_id)
 
@@ -93,24 +95,24 @@ def _run_on_workers(
 
 
 def check_stores(parameters: StudyParameters) -> None:
-    """Raise StudyError, before anything is done, if workers could not use the stores together."""
+    """Raise StudyError unless several workers can share the stores."""
     if not is_distributed(parameters):
         return
     if not storage.is_shared(parameters.storage):
         raise StudyError(
-            f"storage={parameters.storage}, {describe_cluster(parameters)}: SQLite lets one process write at a time; give a PostgreSQL address "
-            "(scripts/cluster up makes one), or workers=1"
+            f"storage={parameters.storage}, {describe_cluster(parameters)}: SQLite supports one writing process; pass a PostgreSQL URL "
+            "(scripts/cluster up starts a server), or workers=1"
         )
     if not mlflow.get_tracking_uri().startswith("http"):
         raise StudyError(
             f"{mlflow.get_tracking_uri()}, {describe_cluster(parameters)}: workers log to a tracking server; set MLFLOW_TRACKING_URI to its "
-            "address (scripts/cluster up starts one), or give workers=1"
+            "URL (scripts/cluster up starts one), or pass workers=1"
         )
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker on another machine needs to know. No password is in it: each machine has its own means."""
+    """The configuration of a worker on another machine. It holds no password; each machine has its own credentials."""
 
     study_name: str
     run_id: str
@@ -138,7 +140,7 @@ def worker_config(study: optuna.Study, context: "TrialContext", parameters: Stud
 
 @dataclass
 class WorkerHandle:
-    """A worker as the executor sees it: its name, its Ray actor, its host once it is ready, and its present trial's start."""
+    """A worker: its name, its Ray actor, its host once it is ready, and the start of its present trial."""
 
     name: str
     actor: Any
@@ -147,10 +149,10 @@ class WorkerHandle:
 
 
 class RayExecutor:
-    """Workers that Ray starts, each with its processors and its share of a GPU, and replaces when they die.
+    """Runs trials on Ray workers, each with its CPUs and its fraction of a GPU, and replaces workers that die.
 
-    A worker runs one trial at a time, as `study.optimize(objective, n_trials=1)`; the executor hands out as many as are
-    missing, so that there are never more than asked for. A host whose trials fail three times in a row is let go.
+    A worker runs one trial at a time, as `study.optimize(objective, n_trials=1)`, and never more than are missing. A host
+    with MAX_FAILURES consecutive failed trials is excluded.
     """
 
     def __init__(
@@ -163,30 +165,28 @@ class RayExecutor:
         import ray
 
         self.config, self.study, self.parameters = config, study, parameters
-        self.needs = {"num_cpus": config.cpus, "num_gpus": parameters.gpus_per_trial}
-        self.make = ray.remote(kind or TrialWorker)
-        self.coming: dict[Any, WorkerHandle] = {}  # by the promise to be ready
+        self.resources = {"num_cpus": config.cpus, "num_gpus": parameters.gpus_per_trial}
+        self.actor_class = ray.remote(kind or TrialWorker)
+        self.starting: dict[Any, WorkerHandle] = {}  # by Ray reference to the start
         self.free: list[WorkerHandle] = []
-        self.busy: dict[Any, WorkerHandle] = {}  # by the promise of a trial's number
-        self.failures = Counter[str]()  # in a row, by host
-        self.reason = ""  # of the last failure
-        self.hired = 0
-        self.handed_out = len(study.get_trials(deepcopy=False))
-        self.looked = time.monotonic()
+        self.busy: dict[Any, WorkerHandle] = {}  # by Ray reference to the trial
+        self.failures = Counter[str]()  # consecutive, by host
+        self.reason = ""  # the last failure's
+        self.n_started = 0
+        self.n_dispatched = len(study.get_trials(deepcopy=False))
+        self.checked = time.monotonic()
         for _ in range(parameters.workers):
             self.start_worker()
 
     def run(self, progress: SearchProgress) -> None:
-        """Keep the workers busy until nothing is missing. Raises StudyError if every host has been let go."""
+        """Keep the workers busy until no trial is missing. Raises StudyError if every host is excluded."""
         while True:
             while self.free and self.missing(progress) > 0:
                 self.start_trial(self.free.pop())
             if not self.busy and self.missing(progress) <= 0:
                 return
-            if not (self.coming or self.busy or self.free):
-                raise StudyError(
-                    f"study {self.study.study_name}: no worker is left; the last failed with {self.reason}"
-                )
+            if not (self.starting or self.busy or self.free):
+                raise StudyError(f"study {self.study.study_name}: no worker is left; the last error: {self.reason}")
             for number in self.wait():
                 progress(self.study, self.study.get_trials(deepcopy=False)[number])
 
@@ -197,56 +197,56 @@ class RayExecutor:
         return self.parameters.n_trials - finished - len(self.busy)
 
     def start_worker(self) -> None:
-        """Ask for a worker, on any host that has not been let go."""
-        gone = ",".join(host for host, failures in self.failures.items() if failures >= MAX_FAILURES)
-        options = self.needs | ({"label_selector": {"ray.io/node-id": f"!in({gone})"}} if gone else {})
-        self.hired += 1
-        member = WorkerHandle(f"worker-{self.hired}", self.make.options(**options).remote(self.config))
-        self.coming[member.actor.get_ready.remote()] = member
+        """Start a worker on a host that is not excluded."""
+        excluded = ",".join(host for host, failures in self.failures.items() if failures >= MAX_FAILURES)
+        options = self.resources | ({"label_selector": {"ray.io/node-id": f"!in({excluded})"}} if excluded else {})
+        self.n_started += 1
+        member = WorkerHandle(f"worker-{self.n_started}", self.actor_class.options(**options).remote(self.config))
+        self.starting[member.actor.get_ready.remote()] = member
 
     def start_trial(self, member: WorkerHandle) -> None:
         member.started = time.monotonic()
-        self.busy[member.actor.run.remote(self.handed_out, member.name)] = member
-        self.handed_out += 1
+        self.busy[member.actor.run.remote(self.n_dispatched, member.name)] = member
+        self.n_dispatched += 1
 
     def wait(self) -> list[int]:
-        """Wait until something changes, and return the number of the trial that has ended, if one has."""
+        """Wait for a worker or a trial, and return the number of the ended trial, if any."""
         import ray
 
-        if time.monotonic() - self.looked > storage.GRACE / 2:
-            self.stop_silent()
-            self.looked = time.monotonic()
-        ended, _ = ray.wait([*self.coming, *self.busy], timeout=storage.GRACE / 2)
+        if time.monotonic() - self.checked > storage.GRACE_PERIOD / 2:
+            self.kill_silent_workers()
+            self.checked = time.monotonic()
+        ended, _ = ray.wait([*self.starting, *self.busy], timeout=storage.GRACE_PERIOD / 2)
         if not ended:
             if not self.busy:
-                log.info("waiting for workers: the cluster has no room yet for one that needs %s", self.needs)
+                log.info("waiting for workers: the cluster has no free resources for %s", self.resources)
             return []
-        promise = ended[0]
-        return self.welcome(promise) if promise in self.coming else self.collect(promise)
+        reference = ended[0]
+        return self.add_worker(reference) if reference in self.starting else self.collect_trial(reference)
 
-    def welcome(self, promise: Any) -> list[int]:
+    def add_worker(self, reference: Any) -> list[int]:
         import ray
         from ray.exceptions import RayActorError
 
-        member = self.coming.pop(promise)
+        member = self.starting.pop(reference)
         try:
-            member.host, error = ray.get(promise)
+            member.host, error = ray.get(reference)
         except RayActorError:
             self.start_worker()
         else:
             if error:
-                self.let_go(member.host, error)
+                self.exclude_host(member.host, error)
             else:
                 self.free.append(member)
         return []
 
-    def collect(self, promise: Any) -> list[int]:
+    def collect_trial(self, reference: Any) -> list[int]:
         import ray
         from ray.exceptions import RayActorError
 
-        member = self.busy.pop(promise)
+        member = self.busy.pop(reference)
         try:
-            number = ray.get(promise)
+            number = ray.get(reference)
         except RayActorError:
             log.warning("%s died", member.name)
             self.fail_trials(member)
@@ -256,32 +256,32 @@ class RayExecutor:
         reason = self.study.get_trials(deepcopy=False)[number].user_attrs.get(FAILURE_REASON)
         self.failures[member.host] = self.failures[member.host] + 1 if reason else 0
         if reason:
-            _refuse_deleted(self.study)
+            _check_not_deleted(self.study)
         if self.failures[member.host] >= MAX_FAILURES:
-            self.let_go(member.host, reason)
+            self.exclude_host(member.host, reason)
         return [number]
 
-    def let_go(self, host: str, reason: str) -> None:
-        """End the workers of a host for good; what they are at goes back to the queue."""
+    def exclude_host(self, host: str, reason: str) -> None:
+        """Exclude a host: kill its workers and enqueue their trials again."""
         import ray
 
-        log.warning("host %s is let go: %s", host, reason)
+        log.warning("host %s is excluded: %s", host, reason)
         self.failures[host], self.reason = MAX_FAILURES, reason
         for member in [member for member in [*self.free, *self.busy.values()] if member.host == host]:
             ray.kill(member.actor)
         self.free = [member for member in self.free if member.host != host]
-        for promise in [promise for promise, member in self.busy.items() if member.host == host]:
-            self.fail_trials(self.busy.pop(promise))
+        for reference in [reference for reference, member in self.busy.items() if member.host == host]:
+            self.fail_trials(self.busy.pop(reference))
 
     def fail_trials(self, member: WorkerHandle) -> None:
-        """Fail what a dead worker was at, so that it is tried again."""
+        """Mark the trial of a dead worker as failed, so that it is retried."""
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if trial.user_attrs.get("worker") == member.name:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         retry_interrupted(self.study)
 
-    def stop_silent(self) -> None:
-        """End the workers whose trials have lost their heartbeat, so that `wait` finds them dead."""
+    def kill_silent_workers(self) -> None:
+        """Kill the workers whose trials lost their heartbeat."""
         import ray
 
         with storage.ignore_experimental_warnings():
@@ -289,24 +289,24 @@ class RayExecutor:
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         alive = {trial.user_attrs.get("worker") for trial in running}
         for member in self.busy.values():
-            if member.name not in alive and time.monotonic() - member.started > storage.GRACE:
+            if member.name not in alive and time.monotonic() - member.started > storage.GRACE_PERIOD:
                 ray.kill(member.actor)
 
 
 class TrialWorker:
-    """A process that Ray starts."""
+    """A worker process that Ray starts."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
 
     def get_ready(self) -> tuple[str, str]:
-        """Read the photographs and import TensorFlow; return this host, and what is wrong with it, if anything is."""
+        """Load the photographs and TensorFlow; return the host's id, and the error, if any."""
         import ray
 
         host = ray.get_runtime_context().get_node_id()
         try:
             self.prepare()
-        except Exception as error:  # photographs that are not the study's, a store that cannot be reached, no room
+        except Exception as error:  # other photographs, an unreachable store, a full disk
             return host, f"{type(error).__name__}: {error}"
         return host, ""
 
@@ -314,7 +314,7 @@ class TrialWorker:
         assert self.context is not None
 
     def run(self, number: int, name: str) -> int:
-        """Run one trial, drawn from a random stream of its own, and return its number."""
+        """Run one trial, sampled with its own seed, and return its number."""
         study, numbers = self.study, list[int]()
         study.sampler = make_sampler(int(self.config.space.fixed.get("seed", 0)) + number)
         study.optimize(

@@ -17,7 +17,7 @@ from signdigits.tuning.study import FAILURE_REASON
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What the trials of a study share."""
+    """The context that the trials of a study share."""
 
     study_name: str
     run_id: str  # of the study, under which the runs of the trials are nested
@@ -56,7 +56,7 @@ def _trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
 
 
 def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
-    """Record the last epoch and the temperature on the trial and its run, and check that MLflow has recorded the rest."""
+    """Log the last epoch and the temperature to the trial and its run, and check that MLflow logged the rest."""
     for metric in ("val_accuracy", "val_loss"):
         trial.set_user_attr(metric, fitted.last(metric))
     temperature = training.calibrate_network(fitted, data.validation)
@@ -68,7 +68,7 @@ def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned
 
 
 class Pruning(keras.callbacks.Callback):
-    """Report each epoch to the trial, and stop the training if the pruner says so.
+    """Reports each epoch to the trial, and stops the training (early stopping) if the pruner prunes it.
 
     It does not raise TrialPruned, as optuna-integration's callback does: autologging writes its last metrics after `fit`.
     """

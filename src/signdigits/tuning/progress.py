@@ -30,17 +30,17 @@ class SearchProgress:
         return bool(self.parameters.timeout) and time.monotonic() - self.started >= self.parameters.timeout
 
     def line(self, study: optuna.Study, trial: FrozenTrial) -> str:
-        """What a trial tried and reached, the best so far, and the time left."""
+        """Return a line with the trial's parameters and value, the best value and the time left."""
         objective, n_trials = self.parameters.objective, self.parameters.n_trials
         trials = study.get_trials(deepcopy=False, states=FINISHED)
-        drawn = "  ".join(f"{name} {format_value(value)}" for name, value in trial.params.items())
+        params = "  ".join(f"{name} {format_value(value)}" for name, value in trial.params.items())
         value = f"{trial.value:.4f}" if trial.value is not None else "-"
         try:
             best = f"best {study.best_value:.4f} (trial {study.best_trial.number})"
         except ValueError:
             best = "no best yet"
         return (
-            f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {objective} {value}  {drawn}  "
+            f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {objective} {value}  {params}  "
             f"{_trial_seconds(trial):.0f} s;  {best}, about {_format_duration(self.seconds_left(trials))} left"
         )
 

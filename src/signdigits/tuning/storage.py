@@ -1,4 +1,4 @@
-"""Where a study is kept: the database of Optuna's tables, which one search at a time uses and which may be restarted."""
+"""Optuna's storage: a database that one search locks for its study, and that may be restarted."""
 
 import hashlib
 import tempfile
@@ -19,43 +19,43 @@ from sqlalchemy.pool import NullPool
 
 from signdigits.errors import StorageError, StudyError
 
-MAX_DOWNTIME = 120.0  # seconds that a database may be away
-HEARTBEAT = 10  # seconds between two signs of life of a trial on another process
-GRACE = 60  # seconds without one, after which the trial counts as interrupted
+MAX_DOWNTIME = 120.0  # seconds of retries while the database is down
+HEARTBEAT_INTERVAL = 10  # seconds
+GRACE_PERIOD = 60  # seconds without a heartbeat after which a trial counts as interrupted
 
 
 def _parse_url(storage: str) -> URL:
-    """The address, which must hold no password. Raises StudyError, which shows none either, if it is none or holds one."""
+    """Return the parsed URL. Raises StudyError, without the password, if it is malformed or holds a password."""
     try:
         url = make_url(storage)
     except ArgumentError as error:
         raise StudyError("storage: not an SQLAlchemy URL, such as sqlite:///optuna.db") from error
     if url.password is not None:
         raise StudyError(
-            f"storage={url.render_as_string(hide_password=True)}: a password in an address ends up in logs and runs; "
-            "leave it out, and put it into ~/.pgpass or PGPASSWORD"
+            f"storage={url.render_as_string(hide_password=True)}: passwords in URLs end up in logs and runs; "
+            "put it into ~/.pgpass or PGPASSWORD"
         )
     return url
 
 
 def is_shared(storage: str) -> bool:
-    """Whether several processes can write to it at a time. SQLite lets one write, and turns the others away."""
+    """Tell whether several processes can write to the storage at a time; SQLite supports one."""
     return _parse_url(storage).get_backend_name() != "sqlite"
 
 
 def open_storage(storage: str) -> RDBStorage:
-    """Open the database, with Optuna's tables. Raises StudyError if it cannot be used.
+    """Open the storage, and create its tables if needed. Raises StudyError if it cannot be used.
 
-    In a shared database, trials have a heartbeat, and every connection waits while the database is away.
+    In a shared storage, trials have a heartbeat, and connections are retried while the database is down.
     """
     shared = is_shared(storage)
     options: dict[str, Any] = {
-        "engine_kwargs": {"pool_pre_ping": True}, "heartbeat_interval": HEARTBEAT, "grace_period": GRACE,
+        "engine_kwargs": {"pool_pre_ping": True}, "heartbeat_interval": HEARTBEAT_INTERVAL, "grace_period": GRACE_PERIOD,
     }  # fmt: skip
     try:
         with ignore_experimental_warnings():
             opened = RDBStorage(storage, **(options if shared else {}))
-    except Exception as error:  # whatever Optuna, SQLAlchemy, a driver or the network have to say
+    except Exception as error:  # of Optuna, SQLAlchemy, the driver or the network
         raise _unusable_storage(storage, error) from error
     if shared:
         event.listen(opened.engine, "do_connect", connect_with_retries)
@@ -63,7 +63,7 @@ def open_storage(storage: str) -> RDBStorage:
 
 
 def connect_with_retries(dialect: Any, record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
-    """Connect, retrying every second while the database is away: SQLAlchemy's event `do_connect`."""
+    """Connect, with a retry every second while the database is down: SQLAlchemy's event `do_connect`."""
     deadline = time.monotonic() + MAX_DOWNTIME
     while True:
         try:
@@ -71,15 +71,15 @@ def connect_with_retries(dialect: Any, record: object, arguments: list[Any], opt
         except dialect.loaded_dbapi.OperationalError as error:
             if time.monotonic() > deadline:
                 raise StorageError(
-                    f"the study's database has been away for {MAX_DOWNTIME:.0f} s ({first_line(error)}); once it is back, "
-                    "the same command continues the study"
+                    f"the study's database has been down for {MAX_DOWNTIME:.0f} s ({first_line(error)}); once it is back, "
+                    "run the same command to continue"
                 ) from error
         time.sleep(1)
 
 
 @contextmanager
 def ignore_experimental_warnings() -> Iterator[None]:
-    """Without the warnings that what has been in Optuna for years is still an experiment."""
+    """Silence the warnings that long-standing features of Optuna are experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
@@ -87,7 +87,7 @@ def ignore_experimental_warnings() -> Iterator[None]:
 
 @contextmanager
 def lock_study(storage: str, name: str) -> Iterator[None]:
-    """Hold the study called `name` alone. The lock goes with the process, also when it is killed.
+    """Lock the study called `name`. The lock ends with the process, also when it is killed.
 
     Raises StudyError if another process holds it: on any machine where the database is PostgreSQL, else on this one.
     """
@@ -111,7 +111,7 @@ def _lock_in_database(url: URL, name: str) -> Iterator[None]:
         try:
             yield
         finally:
-            connection.invalidate()  # nothing is left to be said over it; the database may have been restarted
+            connection.invalidate()  # the database may have been restarted
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _lock_file(url: URL, name: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise _study_in_use(name) from error
-    except OSError as error:  # somebody else's lock, or no room for one
+    except OSError as error:  # another user's lock, or a full disk
         raise StudyError(f"study {name}: cannot lock {lock.lock_file} ({error}); remove it, or set TMPDIR") from error
     try:
         yield
@@ -136,7 +136,7 @@ def _unusable_storage(storage: str, error: Exception) -> StudyError:
 
 
 def first_line(error: Exception) -> str:
-    """What the driver had to say, without the address and the links that SQLAlchemy and Optuna add."""
+    """Return the first line of the driver's message, without what SQLAlchemy and Optuna add."""
     return str(error.__cause__ or error).splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""The Optuna study: its name, sampler and pruner, its first trials, and what interrupted trials leave behind."""
+"""The Optuna study: its name, sampler, pruner and first trials, and the recovery of interrupted trials."""
 
 import hashlib
 import json
@@ -19,16 +19,16 @@ from signdigits.tuning.space import Space
 log = logging.getLogger(__name__)
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-FAILURE_REASON = "failure_reason"  # the user attribute of a trial that failed; an interrupted one has none
-STARTUP_TRIALS = 5  # drawn at random before TPE has something to go by
+FAILURE_REASON = "failure_reason"  # user attribute of a failed trial; an interrupted one has none
+STARTUP_TRIALS = 5  # random, before TPE
 WARM_START_TRIALS = 5
-FULL_TRIALS = 3  # complete before the pruner may end one
-MAX_RETRIES = 3  # of an interrupted trial's parameters: perhaps they are what kills the process
-KEPT = 75.0  # percentile of the complete trials: early accuracies say little of late ones
+MIN_COMPLETE_TRIALS = 3  # before the pruner may prune
+MAX_RETRIES = 3  # of an interrupted trial: its parameters may be what kills the process
+PERCENTILE = 75.0  # lenient, because early accuracies predict late ones poorly
 
 
 def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
-    """What must be equal for two searches to be one study: data, split, space, objective and pruner."""
+    """Return the settings that identify a study: data, split, search space, objective and pruner."""
     return {
         **runs.data_tags(data.dataset, data.split),
         "image_size": data.parameters.image_size,
@@ -41,7 +41,7 @@ def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dic
 
 
 def automatic_name(data: Data, settings: dict[str, Any]) -> str:
-    """The data set's name with eight hexadecimal digits that stand for everything in `settings`."""
+    """Return the data set's name with eight hexadecimal digits of the digest of `settings`."""
     return f"{data.dataset.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
 
@@ -56,8 +56,8 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
         pruner=make_pruner(parameters.pruner, space),
         load_if_exists=True,
     )
-    # The sampler's state is not in the storage: a seed that grows with the study keeps a second start from drawing the
-    # same trials again.
+    # The storage does not hold the sampler's state: the seed grows with the study, or a second start would sample the same
+    # trials again.
     study.sampler = make_sampler(int(space.fixed.get("seed", 0)) + len(study.get_trials(deepcopy=False)))
     known = study.user_attrs.get("settings")
     if known is None:
@@ -88,9 +88,9 @@ def _enqueue_best(study: optuna.Study, source: str, backend: optuna.storages.Bas
 
 
 def rank_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The complete trials whose MLflow runs have not been deleted, best first.
+    """Return the complete trials whose MLflow runs are not deleted, best first.
 
-    Of equal values, which a few hundred validation images make likely, the one with the lower validation loss leads.
+    Ties, which are likely with a few hundred validation images, are broken by the validation loss.
     """
     deleted = runs.deleted_runs(study.user_attrs.get("mlflow_run_id", ""))
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
@@ -110,26 +110,26 @@ def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
 def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
     """Create the pruner called `name`; its steps are epochs."""
     longest = space.ends("epochs")[1]
-    # Strong augmentation learns slowly at first: nothing is judged before a fifth of the longest trial.
+    # Training with strong augmentation is slow at first: no pruning before a fifth of the longest trial.
     warmup = max(4, longest // 5)
     if name == "percentile":
-        return optuna.pruners.PercentilePruner(KEPT, n_startup_trials=FULL_TRIALS, n_warmup_steps=warmup)
+        return optuna.pruners.PercentilePruner(PERCENTILE, n_startup_trials=MIN_COMPLETE_TRIALS, n_warmup_steps=warmup)
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=FULL_TRIALS, n_warmup_steps=warmup)
+        return optuna.pruners.MedianPruner(n_startup_trials=MIN_COMPLETE_TRIALS, n_warmup_steps=warmup)
     if name == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, longest))
     return optuna.pruners.NopPruner()
 
 
 def _is_interrupted(trial: FrozenTrial) -> bool:
-    """Tell a trial whose process ended from one that failed for a reason of its own."""
+    """Tell a trial whose process was killed from one that failed with an error."""
     return trial.state == TrialState.FAIL and FAILURE_REASON not in trial.user_attrs
 
 
 def reconcile_stores(study: optuna.Study) -> None:
-    """Fail the trials that a killed process left RUNNING, close their MLflow runs, and queue their parameters again.
+    """Fail the trials that a killed process left RUNNING, end their MLflow runs, and enqueue their parameters again.
 
-    The caller holds the study alone: nothing in it can be at work.
+    The caller holds the study's lock: no trial is really running.
     """
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
@@ -140,9 +140,9 @@ def reconcile_stores(study: optuna.Study) -> None:
 
 
 def retry_interrupted(study: optuna.Study) -> None:
-    """Queue the parameters of each interrupted trial once more, MAX_RETRIES times at most, and close its MLflow run.
+    """Enqueue the parameters of each interrupted trial again, at most MAX_RETRIES times, and end its MLflow run.
 
-    A process killed between the two stores leaves a FINISHED run of a trial that Optuna knows as failed.
+    A process that is killed between its writes to the two stores leaves a FINISHED run of a failed trial.
     """
     trials = study.get_trials(deepcopy=False)
     interrupted = {trial.number: trial for trial in trials if _is_interrupted(trial)}
@@ -150,8 +150,8 @@ def retry_interrupted(study: optuna.Study) -> None:
     for number, trial in interrupted.items():
         retries = trial.user_attrs.get("retries", 0)
         if number not in retried and retries < MAX_RETRIES:
-            log.info("trial %d was interrupted: its parameters are queued again", number)
-            params = trial.system_attrs.get("fixed_params", {}) | trial.params  # those it was queued with, and drew
+            log.info("trial %d was interrupted; its parameters are enqueued again", number)
+            params = trial.system_attrs.get("fixed_params", {}) | trial.params  # enqueued and sampled
             study.enqueue_trial(params, user_attrs={"retry_of": number, "retries": retries + 1})
     for run in runs.nested_runs(study.user_attrs["mlflow_run_id"], "trial") if interrupted else []:
         if int(run.data.tags["trial"]) in interrupted and run.info.status != "KILLED":
