@@ -7,7 +7,7 @@ from signdigits.errors import ParameterError
 from signdigits.model import architecture
 
 
-def test_the_network_is_the_notebooks_with_1204650_parameters() -> None:
+def test_notebook_network_has_1204650_parameters() -> None:
     network = architecture.build_network((100, 100, 3), 10)
     assert network.count_params() == 1_204_650
     assert [type(layer).__name__ for layer in network.layers] == [
@@ -20,7 +20,7 @@ def test_the_network_is_the_notebooks_with_1204650_parameters() -> None:
     assert network.layers[-1].activation is keras.activations.linear, "logits"
 
 
-def test_pixels_are_rescaled_once_whatever_the_reader() -> None:
+def test_pixels_are_rescaled_once() -> None:
     rgb, grayscale = architecture.build_network((8, 8, 3), 2), architecture.build_network((8, 8, 1), 2)
     assert np.allclose(rgb.layers[0](np.full((1, 8, 8, 3), 255.0)), 1)
     assert np.allclose(grayscale.layers[0](np.full((1, 8, 8, 1), 1.0)), 1)
@@ -35,19 +35,19 @@ def rates(network: keras.Sequential, *steps: int) -> list[float]:
     return found
 
 
-def test_the_rate_falls_by_decay_rate_every_decay_steps() -> None:
+def test_learning_rate_decays_exponentially() -> None:
     network = architecture.build_network((8, 8, 3), 2)
     architecture.compile_network(network, Hyperparameters(initial_learning_rate=0.01, decay_rate=0.5, decay_steps=10))
     assert np.allclose(rates(network, 0, 10, 20), [0.01, 0.005, 0.0025])
 
 
-def test_a_decay_rate_of_one_keeps_the_rate() -> None:
+def test_decay_rate_one_is_constant() -> None:
     network = architecture.build_network((8, 8, 3), 2)
     architecture.compile_network(network, Hyperparameters(initial_learning_rate=0.001, decay_rate=1.0))
     assert np.allclose(rates(network, 10_000), 0.001)
 
 
-def test_blocks_and_dropout_are_added_where_they_are_asked_for() -> None:
+def test_blocks_and_dropout_are_configurable() -> None:
     network = architecture.build_network((100, 100, 3), 10, conv_blocks=5, dropout=0.4)
     convolutions = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]
     assert [layer.filters for layer in convolutions] == [16, 32, 64, 128, 256]
@@ -55,12 +55,12 @@ def test_blocks_and_dropout_are_added_where_they_are_asked_for() -> None:
     assert network.layers[-3].rate == 0.4
 
 
-def test_more_blocks_than_the_image_can_be_halved_are_refused() -> None:
-    with pytest.raises(ParameterError, match="conv_blocks=5: each halves the image, and 16 pixels cannot"):
+def test_too_many_blocks_are_refused() -> None:
+    with pytest.raises(ParameterError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
         architecture.build_network((16, 16, 3), 3, conv_blocks=5)
 
 
-def test_the_bfloat16_network_is_the_float32_network_with_the_same_weights() -> None:
+def test_bfloat16_network_matches_float32() -> None:
     """The layers stand in another order, which changes neither the function nor its gradients."""
     fast = architecture.build_network((16, 16, 3), 3, dropout=0.5, precision="mixed_bfloat16")
     plain = architecture.build_network((16, 16, 3), 3, dropout=0.5)
@@ -71,7 +71,7 @@ def test_the_bfloat16_network_is_the_float32_network_with_the_same_weights() -> 
     assert {weights.dtype for weights in fast.get_weights()} == {np.dtype("float32")}
 
 
-def test_auto_is_bfloat16_where_the_machine_has_it() -> None:
+def test_auto_precision_follows_the_hardware() -> None:
     expected = "mixed_bfloat16" if architecture.has_bfloat16() else "float32"
     assert architecture.resolve_precision("auto") == expected
     assert architecture.resolve_precision("float32") == "float32"

@@ -7,26 +7,26 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uin
 
 
 @pytest.mark.parametrize("x", [PIXELS, PIXELS[..., :1] / np.float32(255)], ids=["color", "grayscale"])
-def test_almost_no_strength_leaves_images_as_they_are(x: np.ndarray) -> None:
+def test_zero_strength_changes_nothing(x: np.ndarray) -> None:
     warped = augmentation.augment_batch(x, 1e-9, [0, 0])
     assert (warped.dtype, warped.shape) == (x.dtype, x.shape)
     np.testing.assert_allclose(warped, x, rtol=0, atol=1e-6)
 
 
-def test_an_image_moves_where_the_matrix_says() -> None:
+def test_warp_follows_the_matrix() -> None:
     moved = np.empty_like(PIXELS[0])
     augmentation.warp_image(PIXELS[0], moved, np.array([[1.0, 0, 3], [0, 1, 0]]))  # pixel x was at x + 3
     np.testing.assert_array_equal(moved[:, :13], PIXELS[0][:, 3:])
     np.testing.assert_array_equal(moved[:, 13:], np.repeat(PIXELS[0][:, -1:], 3, axis=1), "the border is repeated")
 
 
-def test_warps_differ_from_image_to_image_and_from_seed_to_seed() -> None:
+def test_warps_depend_on_seed() -> None:
     same = np.stack([PIXELS[0]] * 4)
     pictures = {image.tobytes() for step in range(2) for image in augmentation.augment_batch(same, 1.0, [0, step])}
     assert len(pictures) == 8
 
 
-def test_nothing_is_mirrored_and_the_limits_hold() -> None:
+def test_warps_stay_within_limits() -> None:
     for (a, b, x), (c, d, y) in augmentation.random_transforms(500, 100, 1.0, [0, 0]):
         area = a * d - b * c
         assert np.exp(-2 * augmentation.ZOOM) - 1e-5 <= area <= np.exp(2 * augmentation.ZOOM) + 1e-5, (

@@ -10,14 +10,14 @@ from benchmarks.measure import Row, in_turns
 pytestmark = pytest.mark.slow
 
 
-def test_every_way_has_its_turn_in_every_round_and_one_before() -> None:
+def test_rounds_are_interleaved() -> None:
     said: list[str] = []
     seconds = in_turns({"one": lambda: said.append("one"), "two": lambda: said.append("two")}, rounds=3)
     assert said == ["one", "two"] * 4
     assert set(seconds) == {"one", "two"}
 
 
-def test_the_table_says_what_was_missed() -> None:
+def test_missed_targets_are_marked() -> None:
     table = markdown(
         [Row("a step", "another", 1.5, 2.0, True, "as measured"), Row("a start", "", 1.5, 2.0, False, "as measured")]
     )
@@ -27,14 +27,14 @@ def test_the_table_says_what_was_missed() -> None:
     ]
 
 
-def test_the_operations_of_an_image_are_those_of_its_layers() -> None:
+def test_operations_are_counted_per_layer() -> None:
     """By hand: 8.64, 23.04, 23.04, 2.36 and 0.003 million forwards; twice that backwards, but once for the first."""
     million = 8.64 + 23.04 + 23.04 + 2.359296 + 0.00256
     assert abs(training.operations(1) / 1e6 - (3 * million - 8.64)) < 0.01
 
 
 @pytest.mark.parametrize("part", PARTS + ON_A_CLUSTER)
-def test_every_part_can_be_imported(part: str) -> None:
+def test_benchmarks_can_be_imported(part: str) -> None:
     if part in ("front", *ON_A_CLUSTER):
         pytest.importorskip("psutil", reason="needs the extra .[benchmark]")
         pytest.importorskip("hypothesis", reason="needs the extra .[benchmark]")

@@ -16,9 +16,9 @@ from .conftest import SIZE, write_photographs
 
 READ = """
 import sys
-from signdigits.photographs import data
-from signdigits.hyperparameters import DataParameters
-loaded = data.load(DataParameters(data=sys.argv[1], image_size=64, memory_budget=0))
+from signdigits.config import DataParameters
+from signdigits.data import loading
+loaded = loading.load_data(DataParameters(data=sys.argv[1], image_size=64, memory_budget=0))
 print(loaded.fitting.x[:].sum())
 """
 
@@ -36,7 +36,7 @@ def parameters(photographs: Path) -> DataParameters:
 
 
 @pytest.mark.parametrize("color_mode", ["rgb", "grayscale"])
-def test_what_is_read_from_the_file_is_what_memory_would_hold(photographs: Path, color_mode: str) -> None:
+def test_disk_array_equals_memory(photographs: Path, color_mode: str) -> None:
     parameters = DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode)
     held = loading.load_data(parameters).fitting
     kept = loading.load_data(dataclasses.replace(parameters, memory_budget=0)).fitting
@@ -52,7 +52,7 @@ def test_what_is_read_from_the_file_is_what_memory_would_hold(photographs: Path,
     np.testing.assert_array_equal(middle.y, held.y[10:20])
 
 
-def test_the_file_is_made_once_and_another_size_has_another(folder: Path, parameters: DataParameters) -> None:
+def test_cache_file_per_image_size(folder: Path, parameters: DataParameters) -> None:
     loading.load_data(parameters)
     (made,) = folder.glob("*.npy")
     before = made.stat().st_mtime_ns
@@ -62,7 +62,7 @@ def test_the_file_is_made_once_and_another_size_has_another(folder: Path, parame
     assert len(list(folder.glob("*.npy"))) == 2
 
 
-def test_a_changed_photograph_has_another_file(folder: Path, tmp_path: Path) -> None:
+def test_changed_photograph_invalidates_cache(folder: Path, tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photographs")
     parameters = DataParameters(data=str(photographs), image_size=SIZE, memory_budget=0)
     loading.load_data(parameters)
@@ -72,7 +72,7 @@ def test_a_changed_photograph_has_another_file(folder: Path, tmp_path: Path) -> 
     assert len(list(folder.glob("*.npy"))) == 2
 
 
-def test_what_a_killed_process_left_is_not_taken_for_whole(folder: Path, tmp_path: Path) -> None:
+def test_partial_cache_is_ignored(folder: Path, tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photographs", each=300)
     line = [sys.executable, "-c", READ, str(photographs)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
@@ -97,7 +97,7 @@ def test_two_processes_share_one_file(folder: Path, photographs: Path) -> None:
     assert len(list(folder.glob("*.npy"))) == 1
 
 
-def test_a_place_that_cannot_be_written_is_named(parameters: DataParameters, tmp_path: Path) -> None:
+def test_unwritable_cache_is_reported(parameters: DataParameters, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("in the way")
-    with pytest.raises(DataError, match=r"data/cache/.*\.npy: .*; make room for it, or raise --memory_budget"):
+    with pytest.raises(DataError, match=r"data/cache/.*\.npy: .*; free some space, or raise --memory_budget"):
         loading.load_data(parameters)

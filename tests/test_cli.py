@@ -10,7 +10,7 @@ from .conftest import PROJECT, command, write_photographs
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         cli.make_parser().parse_args([name, "--help"])
     assert raised.value.code == 0
@@ -50,7 +50,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["serve", "--key", "key.pem"], "certificate='', key='key.pem': give both, or neither"),
     ],
 )
-def test_a_misuse_is_told_in_a_line_and_exits_with_2(
+def test_misuse_exits_with_2(
     store: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -63,7 +63,7 @@ def test_a_misuse_is_told_in_a_line_and_exits_with_2(
     assert "Traceback" not in errors
 
 
-def test_bad_photographs_are_told_before_anything_is_written(store: str, tmp_path: Path) -> None:
+def test_bad_photographs_leave_no_run(store: str, tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bad")
     (folder / "1" / "notes.txt").write_text("five fingers")
     before = sorted(tmp_path.iterdir())
@@ -81,9 +81,7 @@ def test_bad_photographs_are_told_before_anything_is_written(store: str, tmp_pat
         ("postgresql://me:secret@127.0.0.1:9/runs", "postgresql://me:***@127.0.0.1:9/runs: "),
     ],
 )
-def test_a_tracking_store_that_cannot_be_used_is_told_without_its_password(
-    tmp_path: Path, uri: str, message: str
-) -> None:
+def test_unusable_store_hides_password(tmp_path: Path, uri: str, message: str) -> None:
     failed = command("show", cwd=tmp_path, env=dict(os.environ) | {"MLFLOW_TRACKING_URI": uri})
     assert failed.returncode == 2
     assert message in failed.stderr
@@ -92,7 +90,7 @@ def test_a_tracking_store_that_cannot_be_used_is_told_without_its_password(
     assert "secret" not in failed.stderr
 
 
-def test_mlproject_declares_the_parameters_of_the_command_line_and_passes_each_on() -> None:
+def test_mlproject_matches_command_line() -> None:
     project = yaml.safe_load((PROJECT / "MLproject").read_text())
     assert set(project["entry_points"]) == {name for name, command in cli.COMMANDS.items() if command.is_entry_point}
     parser = cli.make_parser()
@@ -106,7 +104,7 @@ def test_mlproject_declares_the_parameters_of_the_command_line_and_passes_each_o
         assert {key: str(value) for key, value in read.items()} == {key: str(value) for key, value in own.items()}
 
 
-def test_every_pin_of_the_project_is_exact_and_stands_in_one_place() -> None:
+def test_pins_are_exact() -> None:
     pins = [line.split("#")[0].strip() for line in (PROJECT / "requirements.txt").read_text().splitlines()]
     assert all("==" in pin for pin in pins if pin)
     environment = yaml.safe_load((PROJECT / "conda.yaml").read_text())

@@ -202,7 +202,7 @@ def test_faults_lose_no_finished_trial(
     check(search, output)
 
 
-def test_a_bad_host_is_let_go(cluster: Cluster, settings: dict[str, str], photographs: Path) -> None:
+def test_bad_host_is_excluded(cluster: Cluster, settings: dict[str, str], photographs: Path) -> None:
     """One of two nodes has another password for the tracking server."""
     cluster("up")
     cluster("stop", "worker2")
@@ -213,11 +213,11 @@ def test_a_bad_host_is_let_go(cluster: Cluster, settings: dict[str, str], photog
     output, _ = search.start().communicate(timeout=300)
     cluster("stop", "worker2")
     cluster("start", "worker2")
-    assert output.count("is let go") == 1, output
+    assert output.count("is excluded") == 1, output
     check(search, output)
 
 
-def test_a_second_driver_is_refused(settings: dict[str, str], photographs: Path) -> None:
+def test_second_driver_is_refused(settings: dict[str, str], photographs: Path) -> None:
     search = Search("held", photographs, settings)
     with storage.lock_study(settings["STORAGE"], "held"):
         second = search.start()
@@ -226,7 +226,7 @@ def test_a_second_driver_is_refused(settings: dict[str, str], photographs: Path)
     assert "another process is searching it" in output
 
 
-def test_no_secret_reaches_the_stores_or_the_logs(cluster: Cluster, settings: dict[str, str]) -> None:
+def test_secrets_are_never_logged(cluster: Cluster, settings: dict[str, str]) -> None:
     home = Path(cluster.environment["CLUSTER_HOME"])
     secrets = [
         (home / "token").read_text().strip(),
@@ -241,7 +241,7 @@ def test_no_secret_reaches_the_stores_or_the_logs(cluster: Cluster, settings: di
         assert not any(secret in text for text in recorded + logs)
 
 
-def test_who_does_not_know_the_password_is_turned_away(settings: dict[str, str]) -> None:
+def test_wrong_password_is_rejected(settings: dict[str, str]) -> None:
     import urllib.error
     import urllib.request
 

@@ -26,30 +26,30 @@ from signdigits.tuning.space import SPACES, Range, Space
         (hp.StudyParameters, {"timeout": -1.0}, "timeout=-1.0: must be 0 or more"),
     ],
 )
-def test_a_value_outside_its_limits_is_refused_by_name(group: type, values: dict[str, Any], message: str) -> None:
+def test_invalid_value_is_refused(group: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError) as raised:
         group(**values)
     assert message in str(raised.value)
 
 
-def test_a_whole_number_may_stand_for_a_float() -> None:
+def test_int_is_accepted_as_float() -> None:
     assert hp.Hyperparameters(decay_rate=1).decay_rate == 1
 
 
-def test_the_space_searches_three_parameters_and_keeps_the_rest() -> None:
+def test_notebook_space_has_three_ranges() -> None:
     space = Space.of("notebook")
     assert set(space.ranges) == {"initial_learning_rate", "decay_rate", "epochs"}
     assert set(space.ranges) | set(space.fixed) == {declared.name for declared in fields(hp.Hyperparameters)}
 
 
-def test_the_extended_space_searches_what_keeps_the_network_from_learning_by_heart() -> None:
+def test_extended_space_searches_regularization() -> None:
     space = Space.of("extended")
     more = {"decay_steps", "batch_size", "augmentation", "dropout", "conv_blocks"}
     assert set(space.ranges) == {"initial_learning_rate", "decay_rate", "epochs"} | more
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_a_searched_decay_matters_within_the_searched_epochs(name: str) -> None:
+def test_searched_decay_has_an_effect(name: str) -> None:
     """The notebook's 0.96 in 1,500 steps lowers the rate by 0.6 % in 20 epochs of 11 steps: next to nothing."""
     drawn = hp.Hyperparameters(**{**Space.of(name).fixed, **Space.of(name).baseline()})  # type: ignore[arg-type]
     low, epochs = Space.of(name).ranges["decay_rate"].low, Space.of(name).ranges["epochs"].low
@@ -58,20 +58,20 @@ def test_a_searched_decay_matters_within_the_searched_epochs(name: str) -> None:
     assert low ** (steps / drawn.decay_steps) < 0.2
 
 
-def test_auto_stands_for_what_the_space_says() -> None:
+def test_auto_is_the_space_default() -> None:
     assert Space.of("extended", epochs="auto", dropout=0.1).ranges["epochs"] == Range(60, 100, start=80)
     assert Space.of("extended", dropout=0.1).fixed["dropout"] == 0.1
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_the_first_trial_lies_in_the_space(name: str) -> None:
+def test_baseline_lies_in_the_space(name: str) -> None:
     space = Space.of(name)
     first = space.baseline()
     assert all(r.low <= first[searched] <= r.high for searched, r in space.ranges.items())
     space.complete(first)
 
 
-def test_a_range_can_be_replaced_or_fixed() -> None:
+def test_range_can_be_replaced() -> None:
     space = Space.of("notebook", epochs=Range(2, 3), decay_rate=0.5)
     assert str(space.ranges["epochs"]) == "2:3"
     assert space.fixed["decay_rate"] == 0.5
@@ -85,13 +85,13 @@ def test_a_range_can_be_replaced_or_fixed() -> None:
         ({"decay_rate": 2.0}, "decay_rate=2.0: must be 1 or less"),
     ],
 )
-def test_an_unfit_range_is_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_range_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError) as raised:
         Space.of("notebook", **values)
     assert message in str(raised.value)
 
 
-def test_a_trial_draws_from_the_ranges() -> None:
+def test_suggest_stays_in_ranges() -> None:
     space = Space.of("notebook", batch_size=64)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
@@ -101,7 +101,7 @@ def test_a_trial_draws_from_the_ranges() -> None:
         assert isinstance(drawn["epochs"], int)
 
 
-def test_the_baseline_is_the_default_moved_into_the_range() -> None:
+def test_baseline_is_the_clipped_default() -> None:
     assert Space.of("notebook", epochs=Range(2, 3)).baseline() == {
         "initial_learning_rate": 1e-3,
         "decay_rate": 0.96,

@@ -12,7 +12,7 @@ from signdigits.errors import DataError
 from .conftest import SIZE, write_photographs
 
 
-def test_the_real_photographs_are_all_read(sign_digits: Path) -> None:
+def test_real_photographs_are_read(sign_digits: Path) -> None:
     found = dataset.scan_dataset(SourceParameters(data=str(sign_digits)))
     assert found.class_names == tuple("0123456789")
     assert list(found.counts().values()) == [205, 206, 206, 206, 207, 207, 207, 206, 208, 204]
@@ -22,7 +22,7 @@ def test_the_real_photographs_are_all_read(sign_digits: Path) -> None:
     ]
 
 
-def test_the_digest_changes_with_a_byte_and_with_a_name(tmp_path: Path) -> None:
+def test_digest_depends_on_content(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars")
     first, parameters = folder / "0" / "IMG_0000.JPG", SourceParameters(data=str(folder))
     before = dataset.scan_dataset(parameters).digest
@@ -32,7 +32,7 @@ def test_the_digest_changes_with_a_byte_and_with_a_name(tmp_path: Path) -> None:
     assert len({before, renamed, dataset.scan_dataset(parameters).digest}) == 3
 
 
-def test_class_names_are_the_sorted_folder_names_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
+def test_class_names_are_folder_names(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars")
     (folder / "1").rename(folder / "paper")
     (folder / ".cache").mkdir()
@@ -44,7 +44,7 @@ def test_class_names_are_the_sorted_folder_names_and_hidden_files_are_passed_ove
 def no_class_folder(folder: Path) -> str:
     folder.mkdir()
     (folder / "photograph.jpg").write_bytes(b"?")
-    return f"{folder}: no class folder in it"
+    return f"{folder}: no class folders"
 
 
 def one_class(folder: Path) -> str:
@@ -54,7 +54,7 @@ def one_class(folder: Path) -> str:
 
 def empty_class(folder: Path) -> str:
     (write_photographs(folder) / "9").mkdir()
-    return f"{folder / '9'}: no photograph in this class folder"
+    return f"{folder / '9'}: no photographs in this class folder"
 
 
 def not_an_image(folder: Path) -> str:
@@ -84,7 +84,7 @@ def too_few(folder: Path) -> str:
 @pytest.mark.parametrize(
     "spoil", [no_class_folder, one_class, empty_class, not_an_image, truncated, too_small, too_few]
 )
-def test_an_unfit_folder_is_refused_with_its_path(tmp_path: Path, spoil: object) -> None:
+def test_unusable_folder_is_refused(tmp_path: Path, spoil: object) -> None:
     assert callable(spoil)
     message = spoil(tmp_path / "bad")
     with pytest.raises(DataError) as raised:
@@ -92,19 +92,19 @@ def test_an_unfit_folder_is_refused_with_its_path(tmp_path: Path, spoil: object)
     assert message in str(raised.value)
 
 
-def test_a_missing_folder_is_refused_with_the_names_that_would_do(tmp_path: Path) -> None:
+def test_missing_folder_names_alternatives(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such folder; pass --data .* handwritten-digits and sign-language-digits"):
         dataset.scan_dataset(SourceParameters(data=str(tmp_path / "missing")))
 
 
-def test_unreadable_files_are_skipped_and_listed_if_asked(tmp_path: Path) -> None:
+def test_unreadable_files_can_be_skipped(tmp_path: Path) -> None:
     truncated(tmp_path / "bad")
     found = dataset.scan_dataset(SourceParameters(data=str(tmp_path / "bad"), skip_unreadable=True))
     assert list(found.unreadable) == ["1/IMG_0003.JPG"]
     assert found.counts() == {"0": 20, "1": 19, "2": 20}
 
 
-def test_a_link_that_leads_nowhere_is_told_of(tmp_path: Path) -> None:
+def test_broken_link_is_reported(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars")
     (folder / "0" / "lost.jpg").symlink_to(tmp_path / "gone.jpg")
     with pytest.raises(DataError, match=r"lost.jpg: cannot be read \(No such file or directory\)"):
@@ -113,7 +113,7 @@ def test_a_link_that_leads_nowhere_is_told_of(tmp_path: Path) -> None:
     assert list(found.unreadable) == ["0/lost.jpg"]
 
 
-def test_junk_is_passed_over_at_every_depth(tmp_path: Path) -> None:
+def test_junk_files_are_skipped(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars")
     for name in (".ipynb_checkpoints", "__MACOSX", "more/.cache"):
         (folder / "0" / name).mkdir(parents=True)
@@ -135,14 +135,14 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outer", [("train", "test"), ("alice", "bob"), ("fold1", "fold2", "fold3")])
-def test_classes_inside_other_folders_are_refused(tmp_path: Path, outer: tuple[str, ...]) -> None:
+def test_split_folders_are_refused(tmp_path: Path, outer: tuple[str, ...]) -> None:
     for name in outer:
         write_photographs(tmp_path / "bars" / name)
-    with pytest.raises(DataError, match=r"each hold the folders 0, 1, 2, which seem to be the classes; pass --data"):
+    with pytest.raises(DataError, match=r"all contain 0, 1, 2, which look like the classes; pass --data"):
         dataset.scan_dataset(SourceParameters(data=str(tmp_path / "bars")))
 
 
-def test_folders_inside_classes_are_read(tmp_path: Path) -> None:
+def test_nested_folders_are_read(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars")
     for name in "012":
         for inner in ("train", "test"):
@@ -153,7 +153,7 @@ def test_folders_inside_classes_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [b"0/caf\xe9.JPG", b"0/caf\xe9/IMG.JPG", b"caf\xe9/IMG.JPG"])
-def test_a_name_that_is_not_utf8_is_told_in_a_line(tmp_path: Path, name: bytes) -> None:
+def test_non_utf8_name_is_reported(tmp_path: Path, name: bytes) -> None:
     folder = write_photographs(tmp_path / "bars")
     path = folder / os.fsdecode(name)
     path.parent.mkdir(exist_ok=True)

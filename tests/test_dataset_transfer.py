@@ -24,7 +24,7 @@ def mine(photographs: Path, tmp_path: Path, store: str) -> loading.Data:
     return loading.load_data(DataParameters(data=str(folder), image_size=SIZE))
 
 
-def test_a_machine_without_the_photographs_is_sent_them_once(mine: loading.Data) -> None:
+def test_missing_photographs_are_downloaded_once(mine: loading.Data) -> None:
     with mlflow.start_run() as run:
         dataset_transfer.upload_photographs(mine, run.info.run_id)
     shutil.rmtree(mine.dataset.folder)
@@ -35,13 +35,13 @@ def test_a_machine_without_the_photographs_is_sent_them_once(mine: loading.Data)
         mlflow.set_tracking_uri("sqlite:///elsewhere.db")  # it is not asked a second time
 
 
-def test_the_photographs_of_the_machine_itself_are_used_where_they_are_the_same(mine: loading.Data) -> None:
+def test_local_photographs_are_preferred(mine: loading.Data) -> None:
     assert (
         dataset_transfer.load_study_data(mine.parameters, mine.split.digest, "no run").split.digest == mine.split.digest
     )
 
 
-def test_other_photographs_are_refused(mine: loading.Data) -> None:
+def test_different_photographs_are_refused(mine: loading.Data) -> None:
     next(path for path in mine.dataset.folder.rglob("*.JPG")).unlink()
-    with pytest.raises(DataError, match="holds other photographs than the study's"):
+    with pytest.raises(DataError, match="differs from the study's photographs"):
         dataset_transfer.load_study_data(dataclasses.replace(mine.parameters), mine.split.digest, "no run")

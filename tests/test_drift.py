@@ -16,7 +16,7 @@ def compare(reference: pd.DataFrame, window: pd.DataFrame) -> Drift:
     return measure_drift(reference, window, MonitorParameters())
 
 
-def test_a_shift_is_measured_in_standard_deviations_of_the_reference() -> None:
+def test_shift_is_in_standard_deviations() -> None:
     reference = table(2000, seed=0)
     found = compare(reference, reference.assign(brightness=reference["brightness"] + 0.2))
     assert found.distances["brightness"] == pytest.approx(0.2 / reference["brightness"].std(ddof=0))
@@ -24,12 +24,12 @@ def test_a_shift_is_measured_in_standard_deviations_of_the_reference() -> None:
     assert (found.drifted, found.share) == (["brightness"], 0.5)
 
 
-def test_labels_drift_by_their_own_limit() -> None:
+def test_labels_have_own_threshold() -> None:
     found = compare(table(400, seed=0), table(400, seed=1, label="7"))
     assert found.drifted == ["label"]
     assert 0.25 < found.distances["label"] <= 1
 
 
 @pytest.mark.parametrize("seed", range(1, 11))
-def test_a_hundred_answers_of_the_same_kind_do_not_count_as_drifted(seed: int) -> None:
+def test_similar_predictions_do_not_drift(seed: int) -> None:
     assert compare(table(412, seed=0), table(100, seed=seed)).drifted == []

@@ -22,9 +22,7 @@ def download(run_id: str, name: str) -> Path:
     return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
 
 
-def test_the_test_images_are_scored_through_the_served_artifact(
-    store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]
-) -> None:
+def test_evaluate_uses_served_artifact(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
     model = log_model()
     scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=model.model_uri))
     run = mlflow.last_active_run()
@@ -48,7 +46,7 @@ def test_the_test_images_are_scored_through_the_served_artifact(
     assert used.dataset.digest == loaded.dataset.part_digest(loaded.split.testing)
 
 
-def test_the_scores_follow_the_model(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
+def test_scores_are_logged_with_model(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
     scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model().model_uri))
     (model,) = mlflow.search_logged_models(output_format="list")
     assert float(model.tags["test_accuracy"]) == pytest.approx(scores.test_accuracy)
@@ -58,14 +56,14 @@ def test_the_scores_follow_the_model(store: str, loaded: loading.Data, log_model
     )
 
 
-def test_the_worst_mistakes_are_shown(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
+def test_worst_mistakes_are_plotted(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
     """An untrained network is wrong about most of three classes."""
     evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model().model_uri))
     with Image.open(download(mlflow.last_active_run().info.run_id, "test/worst_mistakes.png")) as picture:
         assert picture.width > 500
 
 
-def test_a_model_of_other_photographs_is_refused(
+def test_other_dataset_is_refused(
     store: str, tmp_path: Path, log_model: Callable[..., LoggedModel], source: DataParameters
 ) -> None:
     other = write_photographs(tmp_path / "other", each=21)
@@ -73,9 +71,7 @@ def test_a_model_of_other_photographs_is_refused(
         evaluate.evaluate(replace(source, data=str(other)), ModelParameters(model_uri=log_model().model_uri))
 
 
-def test_the_calibration_error_before_the_temperature_is_told_too(
-    store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]
-) -> None:
+def test_uncalibrated_error_is_logged(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
     """Of the same network, once with its probabilities as they are, and once served at a temperature of 3."""
     plain, cooled = (
         evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model(temperature=t).model_uri))
@@ -86,7 +82,7 @@ def test_the_calibration_error_before_the_temperature_is_told_too(
     assert cooled.test_ece != pytest.approx(plain.test_ece, abs=1e-3)
 
 
-def test_the_confidence_interval_is_wilsons() -> None:
+def test_confidence_interval_is_wilsons() -> None:
     """407 of 412: centre and half-width from the formula in Wilson's paper, worked out by hand."""
     table = pd.DataFrame({"label": ["0"] * 412, "prediction": ["0"] * 407 + ["1"] * 5})
     table["p(0)"], table["p(1)"] = 0.9, 0.1

@@ -59,7 +59,7 @@ def find_runs(role: str) -> list[mlflow.entities.Run]:
 
 
 @pytest.mark.parametrize("what", ["study", "experiment"])
-def test_deleting_the_study_ends_the_search(
+def test_deleted_study_ends_search(
     store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     seen = []
@@ -72,7 +72,7 @@ def test_deleting_the_study_ends_the_search(
             mlflow.delete_experiment(seen[0].info.experiment_id)
 
     during_the_second_trial(monkeypatch, delete)
-    with pytest.raises(TrackingError, match=r"was deleted.* bring it back with `mlflow runs restore --run-id"):
+    with pytest.raises(TrackingError, match=r"was deleted.* restore it with `mlflow runs restore --run-id"):
         search.search(loaded, SPACE, STUDY)
     monkeypatch.undo()
     (study,) = seen
@@ -84,15 +84,13 @@ def test_deleting_the_study_ends_the_search(
     assert (again.run_id, again.finished) == (study.info.run_id, 3)
 
 
-def test_deleting_a_running_trial_costs_that_trial(
-    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deleted_trial_fails_alone(store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     during_the_second_trial(monkeypatch, lambda: mlflow.delete_run(find_runs("trial")[-1].info.run_id))
     opened = search.search(loaded, SPACE, STUDY)
     assert [trial.state.name for trial in opened.study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_a_lost_tracking_store_is_named_with_what_helps(store: str, loaded: loading.Data, tmp_path: Path) -> None:
+def test_lost_store_names_remedy(store: str, loaded: loading.Data, tmp_path: Path) -> None:
     search.search(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1))
     with use_store(tmp_path / "..") as uri:
         mlflow.set_tracking_uri(f"{uri}.new")
@@ -104,7 +102,7 @@ def test_a_lost_tracking_store_is_named_with_what_helps(store: str, loaded: load
 
 
 @pytest.mark.parametrize("when", ["moved", "changed"])
-def test_a_photograph_that_changes_meanwhile_is_named(store: str, tmp_path: Path, when: str) -> None:
+def test_changed_photograph_is_named(store: str, tmp_path: Path, when: str) -> None:
     folder = write_photographs(tmp_path / "bars")
     source = DataParameters(data=str(folder), image_size=16)
     loaded = loading.load_data(source)
@@ -114,13 +112,13 @@ def test_a_photograph_that_changes_meanwhile_is_named(store: str, tmp_path: Path
         first.rename(tmp_path / "elsewhere.jpg")
     else:
         Image.new("RGB", (24, 24)).save(first)
-    message = "No such file.*put it back" if when == "moved" else "changed since the folder was read"
+    message = "No such file.*restore it" if when == "moved" else "has changed since the folder was scanned"
     with runs.start_run("evaluate", "evaluate"), pytest.raises(DataError, match=f"{first.name}: {message}"):
         evaluate.score_model(registry.find_model(run_id, ""), loaded.dataset)
 
 
 @pytest.mark.parametrize("statement", ["DROP TABLE runs", "ALTER TABLE runs RENAME TO _alembic_tmp_runs"])
-def test_a_half_made_store_is_told_in_a_line(tmp_path: Path, statement: str) -> None:
+def test_incomplete_store_is_reported(tmp_path: Path, statement: str) -> None:
     """As a start leaves it that is killed while MLflow makes its tables."""
     with use_store(tmp_path):
         mlflow.search_experiments()
@@ -136,7 +134,7 @@ def test_a_half_made_store_is_told_in_a_line(tmp_path: Path, statement: str) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_first_start_leaves_no_half_made_store(tmp_path: Path, number: int) -> None:
+def test_killed_start_leaves_no_partial_store(tmp_path: Path, number: int) -> None:
     environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
     line = [sys.executable, "-m", "signdigits", "show"]
     first = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
@@ -144,21 +142,21 @@ def test_a_killed_first_start_leaves_no_half_made_store(tmp_path: Path, number: 
     first.send_signal(number)
     first.wait()
     done = command("show", cwd=tmp_path, env=environment)
-    assert "it has no version; run scripts/quickstart" in done.stderr
+    assert "no version is registered; run scripts/quickstart" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("start", "alive"),
     [("", True), ("its own", True), ("00000000-1", False), ("another-boot", False)],
 )
-def test_a_process_is_known_by_its_start_too(start: str, alive: bool) -> None:
+def test_process_identity_includes_start(start: str, alive: bool) -> None:
     """In a container every command is process 1."""
     start = start.replace("its own", runs.process_start(os.getpid()))
     assert runs.is_alive(f"{platform.node()}:{os.getpid()}:{start}") == alive
 
 
 @pytest.mark.parametrize("alias", ["champion", "challenger"])
-def test_a_deleted_alias_is_told_and_brought_back(
+def test_deleted_alias_names_remedy(
     store: str, loaded: loading.Data, caplog: pytest.LogCaptureFixture, alias: str
 ) -> None:
     asked = RegistryParameters(alias=alias)
@@ -168,7 +166,7 @@ def test_a_deleted_alias_is_told_and_brought_back(
     with caplog.at_level("INFO", "signdigits"):
         main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, asked)
     remedy = f"python -m signdigits register --version 1 --alias {alias}"
-    assert f"version 1, no alias; it was {alias}, and `{remedy}` makes it so again" in caplog.text
+    assert f"version 1, no alias; it was {alias}, and `{remedy}` assigns it again" in caplog.text
     assert remedy in registry.missing_alias(alias)
     register.register(ModelParameters(), VersionParameters(version=1, alias=alias))
     assert registry.list_aliases("1") == [alias]
@@ -177,7 +175,7 @@ def test_a_deleted_alias_is_told_and_brought_back(
 @pytest.mark.parametrize(
     ("name", "value"), [("MLFLOW_ENABLE_ASYNC_LOGGING", "true"), ("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "30")]
 )
-def test_mlflows_own_settings_lose_nothing(store: str, photographs: Path, name: str, value: str) -> None:
+def test_mlflow_settings_lose_nothing(store: str, photographs: Path, name: str, value: str) -> None:
     line = ["search", "--data", str(photographs), "--image_size", "16", "--space", "notebook", "--n_trials", "2"]
     done = command(*line, "--epochs", "3", env=os.environ | {name: value})
     assert done.returncode == 0, done.stderr
@@ -187,7 +185,7 @@ def test_mlflows_own_settings_lose_nothing(store: str, photographs: Path, name: 
 
 
 @pytest.mark.parametrize(("params", "steps"), [({"epochs": 3, "dropout": 0.5}, 1), ({"epochs": 3}, 2)])
-def test_what_was_not_recorded_fails_the_run(store: str, params: dict[str, float], steps: int) -> None:
+def test_unrecorded_metrics_fail_the_run(store: str, params: dict[str, float], steps: int) -> None:
     with runs.start_run("train", "train"):
         mlflow.log_param("epochs", 3)
         mlflow.log_metric("val_accuracy", 0.5, step=0)
@@ -196,7 +194,7 @@ def test_what_was_not_recorded_fails_the_run(store: str, params: dict[str, float
 
 
 @pytest.mark.parametrize("arguments", [["links"], ["prepare"]])
-def test_a_reader_that_stops_is_let_go(store: str, photographs: Path, arguments: list[str]) -> None:
+def test_closed_pipe_is_ignored(store: str, photographs: Path, arguments: list[str]) -> None:
     if arguments == ["prepare"]:
         arguments = ["prepare", "--data", str(photographs), "--image_size", "16"]
     line = " ".join([sys.executable, "-u", "-m", "signdigits", *arguments])
@@ -209,7 +207,7 @@ def test_a_reader_that_stops_is_let_go(store: str, photographs: Path, arguments:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("six\nfingers"), MlflowException("no such table")])
-def test_an_unforeseen_error_is_one_line(
+def test_unexpected_error_is_one_line(
     store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def fail() -> None:
@@ -227,7 +225,7 @@ def test_an_unforeseen_error_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["cheap$$", "under_$score^2$", "pipe|and`tick`"])
-def test_names_are_text_in_every_picture(store: str, tmp_path: Path, name: str) -> None:
+def test_class_names_are_plotted_literally(store: str, tmp_path: Path, name: str) -> None:
     """Names of files and classes, through report, mistakes, MLflow's evaluation and tables."""
     folder = write_photographs(tmp_path / "bars", classes=2)
     (folder / "0").rename(folder / name)
@@ -246,7 +244,7 @@ def test_names_are_text_in_every_picture(store: str, tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("classes", [("None", "NA"), ("nan", "null"), ("accuracy", "macro avg")])
-def test_class_names_are_text(store: str, tmp_path: Path, classes: tuple[str, str]) -> None:
+def test_class_names_stay_text(store: str, tmp_path: Path, classes: tuple[str, str]) -> None:
     folder = write_photographs(tmp_path / "bars", classes=2)
     for number, name in enumerate(classes):
         (folder / str(number)).rename(folder / name)
@@ -260,7 +258,7 @@ def test_class_names_are_text(store: str, tmp_path: Path, classes: tuple[str, st
     assert decision.contingency_table.both + decision.contingency_table.challenger_only == scores.test_images
 
 
-def test_every_format_is_read_from_folder_to_endpoint(store: str, tmp_path: Path) -> None:
+def test_every_format_is_accepted(store: str, tmp_path: Path) -> None:
     """Whatever the reader takes, the served model takes."""
     folder = write_photographs(tmp_path / "bars")
     for number, suffix in enumerate((".webp", ".bmp", ".gif", ".tif", ".png")):
@@ -273,7 +271,7 @@ def test_every_format_is_read_from_folder_to_endpoint(store: str, tmp_path: Path
     assert scores.test_images == len(loaded.split.testing)
 
 
-def test_a_data_url_is_a_photograph(champion: str, photographs: Path) -> None:
+def test_data_url_is_accepted(champion: str, photographs: Path) -> None:
     import base64
 
     text = base64.b64encode((photographs / "1" / "IMG_0000.JPG").read_bytes()).decode()

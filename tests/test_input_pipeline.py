@@ -29,7 +29,7 @@ def first(images: loading.Images, strength: float, seed: int, n: int = 6) -> lis
     ]
 
 
-def test_every_epoch_shows_every_image_once_in_another_order() -> None:
+def test_epochs_are_reshuffled() -> None:
     found = first(IMAGES, 1.0, seed=0)
     assert [len(y) for _, y in found] == [4, 4, 2, 4, 4, 2]
     orders = [np.concatenate([y for _, y in found[start : start + 3]]) for start in (0, 3)]
@@ -38,7 +38,7 @@ def test_every_epoch_shows_every_image_once_in_another_order() -> None:
     assert orders[0].tolist() != orders[1].tolist()
 
 
-def test_the_same_seed_gives_the_same_batches() -> None:
+def test_same_seed_same_batches() -> None:
     one, same, other = first(IMAGES, 1.0, 0), first(IMAGES, 1.0, 0), first(IMAGES, 1.0, 1)
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(one, same, strict=True))
     assert not np.array_equal(one[0][0], other[0][0])
@@ -52,7 +52,7 @@ def test_images_keep_their_labels() -> None:
             assert [labels[image.tobytes()] for image in x.round().astype(np.uint8)] == y.tolist()
 
 
-def test_a_pixel_warped_in_one_epoch_is_warped_otherwise_in_the_next() -> None:
+def test_augmentation_differs_between_epochs() -> None:
     assert isinstance(IMAGES.x, np.ndarray)
     same = loading.Images(np.stack([IMAGES.x[0]] * 4), np.zeros(4, int))
     pictures = {image.tobytes() for x, _ in first(same, 1.0, 0, n=2) for image in x}
@@ -60,13 +60,13 @@ def test_a_pixel_warped_in_one_epoch_is_warped_otherwise_in_the_next() -> None:
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
-def test_batches_from_a_file_are_those_from_memory(loaded: loading.Data, stored: loading.Data, strength: float) -> None:
+def test_disk_batches_equal_memory_batches(loaded: loading.Data, stored: loading.Data, strength: float) -> None:
     for (x, y), (a, b) in zip(first(stored.training, strength, 3), first(loaded.training, strength, 3), strict=True):
         np.testing.assert_array_equal(x, a)
         np.testing.assert_array_equal(y, b)
 
 
-def test_validation_images_from_a_file_come_once_and_in_order(loaded: loading.Data, stored: loading.Data) -> None:
+def test_validation_batches_keep_order(loaded: loading.Data, stored: loading.Data) -> None:
     fed = input_pipeline.validation_batches(stored.validation, 5)
     np.testing.assert_array_equal(np.concatenate([x.numpy() for x, _ in fed]), loaded.validation.x)
     np.testing.assert_array_equal(np.concatenate([y.numpy() for _, y in fed]), loaded.validation.y)

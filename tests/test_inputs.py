@@ -14,12 +14,12 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_a_folder_is_read_with_its_subfolders_in_the_order_of_names(tmp_path: Path) -> None:
+def test_folder_is_listed_recursively(tmp_path: Path) -> None:
     folder = touch(tmp_path / "all", "b/2.jpg", "b/1.jpg", "a/deep/3.jpg", "0.jpg", ".hidden", "b/.hidden")
     assert inputs.find_inputs(str(folder), tmp_path / "out").paths == ("0.jpg", "a/deep/3.jpg", "b/1.jpg", "b/2.jpg")
 
 
-def test_the_digest_changes_with_names_order_bytes_and_folder(tmp_path: Path) -> None:
+def test_digest_depends_on_input(tmp_path: Path) -> None:
     table = touch(tmp_path, "a.jpg", "b.jpg") / "list.csv"
     digests = set()
     for text in ("path\na.jpg\nb.jpg\n", "path\nb.jpg\na.jpg\n", "path\na.jpg\n", "path\na.jpg\nmissing.jpg\n"):
@@ -35,7 +35,7 @@ def test_the_digest_changes_with_names_order_bytes_and_folder(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
-def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:
+def test_unreadable_folder_is_reported(tmp_path: Path) -> None:
     folder = touch(tmp_path / "all", "a/1.jpg")
     (folder / "a").chmod(0)
     try:

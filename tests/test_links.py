@@ -13,13 +13,13 @@ from signdigits.tracking import urls
 pytestmark = pytest.mark.slow
 
 
-def test_without_a_study_the_next_step_is_told(store: str) -> None:
+def test_no_study_names_next_step(store: str) -> None:
     assert links.list_links(LinkParameters()) == [
         "no study yet: run `mlflow run . -e main`; the UI is at http://127.0.0.1:5000"
     ]
 
 
-def test_the_links_lead_to_the_latest_study_and_its_finished_trials(store: str) -> None:
+def test_links_lead_to_latest_study(store: str) -> None:
     with mlflow.start_run(tags={"role": "study"}) as study:
         for accuracy in (0.5, 0.9):
             with mlflow.start_run(nested=True, tags={"role": "trial"}):
@@ -37,13 +37,13 @@ def test_the_links_lead_to_the_latest_study_and_its_finished_trials(store: str) 
     assert json.loads(query["experiments"][0]) == [experiment]
 
 
-def test_a_server_is_its_own_ui(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+def test_tracking_server_is_the_ui(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     mlflow.set_tracking_uri("http://tracking.example:8080/")
     assert urls.ui_url() == "http://tracking.example:8080"
     mlflow.set_tracking_uri(store)
 
 
-def test_looking_needs_no_tensorflow() -> None:
+def test_links_import_no_tensorflow() -> None:
     code = (
         "import sys, signdigits.cli as cli, signdigits.links, signdigits.register, signdigits.prepare\n"
         "sys.exit('tensorflow' in sys.modules)"

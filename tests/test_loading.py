@@ -9,7 +9,7 @@ from signdigits.data import loading
 from .conftest import SIZE
 
 
-def test_a_second_reading_gives_the_same(loaded: loading.Data, source: DataParameters) -> None:
+def test_loading_is_deterministic(loaded: loading.Data, source: DataParameters) -> None:
     again = loading.load_data(source)
     assert again.dataset.digest == loaded.dataset.digest
     np.testing.assert_array_equal(again.training.x, loaded.training.x)
@@ -17,9 +17,7 @@ def test_a_second_reading_gives_the_same(loaded: loading.Data, source: DataParam
 
 
 @pytest.mark.parametrize(("color_mode", "channels", "dtype"), [("rgb", 3, np.uint8), ("grayscale", 1, np.float32)])
-def test_arrays_have_the_size_and_channels_asked_for(
-    photographs: Path, color_mode: str, channels: int, dtype: type
-) -> None:
+def test_arrays_have_requested_shape(photographs: Path, color_mode: str, channels: int, dtype: type) -> None:
     loaded = loading.load_data(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
     assert loaded.training.x.shape[1:] == (SIZE, SIZE, channels)
     assert loaded.training.x.dtype == dtype

@@ -33,7 +33,7 @@ def runs() -> list[Run]:
     return list(mlflow.search_runs(search_all_experiments=True, output_format="list"))
 
 
-def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: loading.Data, tmp_path: Path) -> None:
+def test_mlflow_run_produces_served_champion(store: str, loaded: loading.Data, tmp_path: Path) -> None:
     values = {
         "data": loaded.parameters.data, "image_size": 16, "batch_size": 8, "epochs": "6:8", "n_trials": 3,
         "space": "notebook", "repeats": 2,
@@ -85,9 +85,7 @@ def test_mlflow_run_ends_with_a_champion_that_answers(store: str, loaded: loadin
     assert answer["label"] == "1"
 
 
-def test_an_interrupted_job_is_finished_by_the_same_command(
-    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_job_is_resumed(store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interruption comes between the refit's training and its evaluation."""
 
     def interrupted(*arguments: object) -> None:
@@ -110,7 +108,7 @@ def test_an_interrupted_job_is_finished_by_the_same_command(
     }
 
 
-def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, loaded: loading.Data) -> None:
+def test_refit_uses_training_and_validation(store: str, loaded: loading.Data) -> None:
     main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
     (refit,) = [run for run in runs() if run.data.tags["role"] == "refit" and run.data.tags["seed"] == "1337"]
     used = [item for item in refit.inputs.dataset_inputs if item.dataset.name == "bars"]
@@ -126,20 +124,20 @@ def test_the_refit_is_trained_on_everything_but_the_test_images(store: str, load
         assert refit.data.params[name] == best.data.params[name]
 
 
-def test_the_spread_over_seeds_is_told_and_the_first_is_registered(store: str, loaded: loading.Data) -> None:
+def test_first_seed_is_registered(store: str, loaded: loading.Data) -> None:
     main.main(loaded, SPACE, STUDY, RefitParameters(n_seeds=3), RegistryParameters())
     refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
     assert set(refits) == {"1337", "1338", "1339"}
     accuracies = [run.data.metrics["test_accuracy"] for run in refits.values()]
     (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
     assert study.data.metrics["test_accuracy_mean"] == pytest.approx(np.mean(accuracies))
-    assert study.data.metrics["test_accuracy_spread"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert study.data.metrics["test_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
     champion = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, "champion")
     assert champion.tags["seed"] == "1337"
     assert float(champion.tags["test_accuracy_mean"]) == pytest.approx(np.mean(accuracies))
 
 
-def test_a_second_start_leaves_a_rollback_alone(store: str, loaded: loading.Data) -> None:
+def test_second_start_keeps_rollback(store: str, loaded: loading.Data) -> None:
     once = RefitParameters(n_seeds=1)
     main.main(loaded, SPACE, STUDY, once, RegistryParameters())
     other = dataclasses.replace(STUDY, study_name="other")

@@ -68,7 +68,7 @@ def the_run() -> Run:
     return run
 
 
-def test_the_same_photographs_have_not_drifted(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
+def test_same_photographs_do_not_drift(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     ask(loaded, tmp_path / "log", same)
     done = command("monitor", "--prediction_log", "log", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def test_the_same_photographs_have_not_drifted(champion: str, loaded: loading.Da
     [(ImageOps.invert, {"brightness", "label"}), (noisy, {"contrast", "sharpness"})],
     ids=["inverted", "noisy"],
 )
-def test_changed_photographs_have_drifted(
+def test_changed_photographs_drift(
     champion: str, loaded: loading.Data, tmp_path: Path, change: Callable[[Image.Image], Image.Image], columns: set[str]
 ) -> None:
     ask(loaded, tmp_path / "log", change)
@@ -108,7 +108,7 @@ def test_changed_photographs_have_drifted(
     assert set(files) == {"drift.png"}
 
 
-def test_too_few_answers_are_told_and_are_not_drift(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
+def test_too_few_predictions_exit_with_4(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     ask(loaded, tmp_path / "log", ImageOps.invert, version="7")
     done = command("monitor", "--prediction_log", "log", cwd=tmp_path)
     assert done.returncode == 4
@@ -118,13 +118,13 @@ def test_too_few_answers_are_told_and_are_not_drift(champion: str, loaded: loadi
     )
 
 
-def test_a_log_that_is_not_there_is_a_misuse(champion: str, tmp_path: Path) -> None:
+def test_missing_log_is_misuse(champion: str, tmp_path: Path) -> None:
     done = command("monitor", "--prediction_log", "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert "prediction_log=nowhere: no such folder; serve with SIGN_DIGITS_PREDICTION_LOG=nowhere" in done.stderr
 
 
-def test_only_the_latest_answers_count(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
+def test_max_predictions_limits_the_window(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     ask(loaded, tmp_path / "log", noisy)
     ask(loaded, tmp_path / "log", same)
     found = monitor(MonitorParameters(prediction_log="log", max_predictions=ENOUGH))
@@ -132,9 +132,7 @@ def test_only_the_latest_answers_count(champion: str, loaded: loading.Data, tmp_
     assert the_run().data.metrics["predictions"] == ENOUGH
 
 
-def test_answers_of_other_hours_other_versions_and_cut_lines_are_passed_over(
-    champion: str, loaded: loading.Data, tmp_path: Path
-) -> None:
+def test_other_entries_are_ignored(champion: str, loaded: loading.Data, tmp_path: Path) -> None:
     ask(loaded, tmp_path / "log", same)
     (file,) = prediction_log.list_log_files(tmp_path / "log")
     lines = file.read_text().splitlines()
@@ -147,11 +145,11 @@ def test_answers_of_other_hours_other_versions_and_cut_lines_are_passed_over(
     assert the_run().data.metrics["predictions"] == ENOUGH + 5
 
 
-def test_a_model_without_a_reference_names_the_remedy(
+def test_missing_reference_names_remedy(
     champion: str, loaded: loading.Data, tmp_path: Path, log_another: Callable[[], str]
 ) -> None:
     ask(loaded, tmp_path / "log", same)
-    with pytest.raises(ModelError, match="not evaluated yet; run `python -m signdigits evaluate --model_uri"):
+    with pytest.raises(ModelError, match="not evaluated; run `python -m signdigits evaluate --model_uri"):
         monitor(MonitorParameters(prediction_log="log", model_uri=log_another()))
 
 

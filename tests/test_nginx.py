@@ -113,7 +113,7 @@ def token(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_photographs_go_through_with_the_version_that_answered(plain: Front, model: Model) -> None:
+def test_reply_names_version(plain: Front, model: Model) -> None:
     status, headers, reply = plain.post(model.request)
     assert status == 200
     assert headers["Model-Version"] == "1"
@@ -121,14 +121,14 @@ def test_photographs_go_through_with_the_version_that_answered(plain: Front, mod
 
 
 @pytest.mark.parametrize("target", ["/ping", "/health", "/version"])
-def test_what_mlflow_tells_of_itself_stays(plain: Front, target: str) -> None:
+def test_mlflow_errors_pass_through(plain: Front, target: str) -> None:
     status, headers, content = plain.ask("GET", target)
     assert (status, headers["Model-Version"]) == (200, "1")
     if target == "/version":
         assert content == mlflow.__version__.encode()
 
 
-def test_the_page_may_use_the_camera_and_nothing_of_other_hosts(plain: Front) -> None:
+def test_page_headers_restrict_browser(plain: Front) -> None:
     status, headers, content = plain.ask("GET", "/")
     assert status == 200
     assert content == (nginx.PAGE / "index.html").read_bytes()
@@ -144,7 +144,7 @@ def test_the_page_may_use_the_camera_and_nothing_of_other_hosts(plain: Front) ->
     [
         ("GET", "/nothing", None, {}, 404, "send photographs to /invocations"),
         ("GET", "/.errors/413", None, {}, 404, "send photographs to /invocations"),
-        ("GET", "/../../etc/passwd", None, {}, 400, "not HTTP that can be read"),
+        ("GET", "/../../etc/passwd", None, {}, 400, "malformed HTTP"),
         ("GET", "/invocations", None, {}, 405, "with POST"),
         ("POST", "/", b"five", {}, 405, "with POST"),
         ("POST", "/invocations", b"five", {}, 415, "not JSON"),
@@ -153,13 +153,13 @@ def test_the_page_may_use_the_camera_and_nothing_of_other_hosts(plain: Front) ->
         ("POST", "/invocations", b"[" * 100_000, JSON, 400, "nested too deeply"),
         ("POST", "/invocations", b'{"a": ' + b"9" * 5000 + b"}", JSON, 400, "too many digits"),
         ("POST", "/invocations", b'{"dataframe_records": [{"image": "?"}]}', JSON, 400, "row 0: not base64"),
-        ("POST", "/invocations", b"{}", JSON | {"Transfer-Encoding": "x"}, 400, "an unknown Transfer-Encoding"),
-        ("GET", "/", None, {"Range": "bytes=9999999-"}, 416, "no such part"),
+        ("POST", "/invocations", b"{}", JSON | {"Transfer-Encoding": "x"}, 400, "unknown Transfer-Encoding"),
+        ("GET", "/", None, {"Range": "bytes=9999999-"}, 416, "range not satisfiable"),
         ("GET", "/ping", None, {"X": "a" * 9000}, 431, "headers are too large"),
-        ("GET", "/" + "a" * 9000, None, {}, 414, "address is too long"),
+        ("GET", "/" + "a" * 9000, None, {}, 414, "URL is too long"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_answered_is_told_in_json_in_words(
+def test_errors_are_json(
     plain: Front, method: str, target: str, body: bytes | None, headers: dict[str, str], status: int, message: str
 ) -> None:
     named = {name.replace("-", "_"): value for name, value in headers.items()}
@@ -171,21 +171,21 @@ def test_what_cannot_be_answered_is_told_in_json_in_words(
     assert "Traceback" not in json.dumps(reply)
 
 
-def test_the_headers_of_a_client_do_not_reach_the_model(plain: Front, model: Model) -> None:
+def test_client_headers_are_dropped(plain: Front, model: Model) -> None:
     """MLflow refuses parameters of the content type, and answers none with a stack trace: the front sends its own."""
     assert plain.post(model.request, Content_Type="Application/JSON; charset=UTF-8")[0] == 200
     assert plain.post(model.request, Content_Encoding="gzip", Connection="close, x", Host="?")[0] in (200, 400)
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_is_read(model: Model) -> None:
+def test_large_body_is_refused_early(model: Model) -> None:
     with model.behind(ServeParameters(max_body_mb=1)) as found:
         status, _, reply = found.post(b" " * 1_100_000)
         assert (status, reply["error_code"]) == (413, "BAD_REQUEST")
-        assert "more than the 1 megabytes allowed; send fewer or smaller photographs" in reply["message"]
+        assert "larger than 1 MB; send fewer or smaller photographs" in reply["message"]
         assert found.post(b" " * 900_000 + model.request)[0] == 200
 
 
-def test_who_does_not_bear_the_token_is_turned_away(model: Model, token: str) -> None:
+def test_bearer_token_is_required(model: Model, token: str) -> None:
     with model.behind(ServeParameters(token_file=token)) as found:
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {SECRET.lower()}"}):
             status, headers, reply = found.post(model.request, **given)
@@ -195,7 +195,7 @@ def test_who_does_not_bear_the_token_is_turned_away(model: Model, token: str) ->
         assert found.post(model.request, Authorization=f"Bearer {SECRET}")[0] == 200
 
 
-def test_scripts_predict_bears_the_token(model: Model, token: str) -> None:
+def test_scripts_ask_sends_token(model: Model, token: str) -> None:
     with model.behind(ServeParameters(token_file=token)) as found:
         line = [sys.executable, "-m", "signdigits.serving.client", str(model.photograph)]
         line += ["--url", f"http://127.0.0.1:{found.port}"]
@@ -207,10 +207,10 @@ def test_scripts_predict_bears_the_token(model: Model, token: str) -> None:
         for (options, environment), code in zip(ways, (2, 0, 0), strict=True):
             asked = subprocess.run([*line, *options], capture_output=True, text=True, env=os.environ | environment)
             assert asked.returncode == code, asked.stderr
-            assert ("no token, or a wrong one" in asked.stderr) == (code == 2)
+            assert ("missing or wrong token" in asked.stderr) == (code == 2)
 
 
-def test_a_client_that_asks_too_often_is_told_to_wait(model: Model) -> None:
+def test_rate_limit_returns_429(model: Model) -> None:
     with model.behind(ServeParameters(requests_per_second=1, burst=3)) as found:
         replies = [found.post(model.request) for _ in range(12)]
         assert [status for status, _, _ in replies[:4]] == [200] * 4
@@ -222,7 +222,7 @@ def test_a_client_that_asks_too_often_is_told_to_wait(model: Model) -> None:
 @pytest.mark.parametrize(
     "sent", [b"POST /invoc", b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"]
 )
-def test_a_client_that_falls_silent_is_cut_off(model: Model, sent: bytes) -> None:
+def test_silent_client_is_disconnected(model: Model, sent: bytes) -> None:
     sent = sent.replace(b"Host: x\r\n", b"Host: x\r\nContent-Type: application/json\r\n")
     with model.behind(ServeParameters(client_timeout=1)) as found:
         with socket.create_connection(("127.0.0.1", found.port), timeout=30) as slow:
@@ -232,7 +232,7 @@ def test_a_client_that_falls_silent_is_cut_off(model: Model, sent: bytes) -> Non
         assert found.post(model.request)[0] == 200
 
 
-def test_a_client_may_have_only_so_many_requests_at_once(model: Model) -> None:
+def test_connection_limit_returns_429(model: Model) -> None:
     with model.behind(ServeParameters(connections_per_client=1)) as found:
         head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(model.request)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", found.port), timeout=30) as first:
@@ -262,10 +262,10 @@ def test_https_with_certificate(model: Model, certificate: dict[str, str]) -> No
             connection.request("POST", "/invocations", model.request, JSON)
             assert connection.getresponse().status == 200
         status, _, reply = proxy.post(model.request)
-        assert (status, reply["message"]) == (400, "HTTP, where HTTPS is spoken; begin the address with https://")
+        assert (status, reply["message"]) == (400, "plain HTTP sent to an HTTPS port; use https://")
 
 
-def test_every_request_is_a_line_in_the_access_log_without_the_token(model: Model, token: str, tmp_path: Path) -> None:
+def test_access_log_omits_token(model: Model, token: str, tmp_path: Path) -> None:
     log = tmp_path / "access log"
     with model.behind(ServeParameters(access_log=str(log), token_file=token)) as found:
         found.post(model.request, Authorization=f"Bearer {SECRET}")
@@ -277,7 +277,7 @@ def test_every_request_is_a_line_in_the_access_log_without_the_token(model: Mode
     assert SECRET not in log.read_text()
 
 
-def test_a_process_that_hangs_is_given_up_after_the_time_out_and_started_again(model: Model) -> None:
+def test_hung_worker_is_restarted(model: Model) -> None:
     (member,) = model.pool.workers
     with model.behind(ServeParameters(timeout=2)) as found:
         assert found.post(model.request)[0] == 200
@@ -286,14 +286,14 @@ def test_a_process_that_hangs_is_given_up_after_the_time_out_and_started_again(m
         assert (status, reply["error_code"]) == (504, "DEADLINE_EXCEEDED")
         stopped = member.process
         while member.process is stopped:
-            member.restart_if_dead(silence=3)
+            member.restart_if_dead(timeout=3)
             time.sleep(0.1)
         status, headers, reply = found.post(model.request)
         assert (status, headers["Retry-After"], reply["error_code"]) == (503, "1", "TEMPORARILY_UNAVAILABLE")
         wait_until(lambda: found.post(model.request)[0] == 200, seconds=120)
 
 
-def test_the_link_moves_without_a_moment_in_which_it_leads_nowhere(tmp_path: Path) -> None:
+def test_live_link_moves_atomically(tmp_path: Path) -> None:
     nginx.make_home(tmp_path)
     assert nginx.live_pool(tmp_path) == nginx.NO_POOL
     for name in nginx.POOLS:
@@ -302,7 +302,7 @@ def test_the_link_moves_without_a_moment_in_which_it_leads_nowhere(tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["", "short", "with a space in it, and long", "x" * 600])
-def test_a_token_that_will_not_do_is_refused_with_the_way_to_a_better_one(tmp_path: Path, text: str) -> None:
+def test_weak_token_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "token").write_text(text)
     with pytest.raises(ServingError, match=r"16 letters.*secrets.token_hex"):
         nginx.read_token(str(tmp_path / "token"))
@@ -310,7 +310,7 @@ def test_a_token_that_will_not_do_is_refused_with_the_way_to_a_better_one(tmp_pa
         nginx.read_token(str(tmp_path / "missing"))
 
 
-def test_a_certificate_needs_its_key() -> None:
+def test_certificate_needs_key() -> None:
     with pytest.raises(ParameterError, match="give both, or neither"):
         ServeParameters(certificate="certificate.pem")
 

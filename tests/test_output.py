@@ -13,7 +13,7 @@ JOB = BatchJob("m-1", "1", "some", "digest", 4)
 ROWS = pd.DataFrame({"path": ["a", "b"], "label": ["1", None], "probability": [0.9, None], "reason": [None, "empty"]})
 
 
-def test_the_tables_hold_the_parts_in_their_order(tmp_path: Path) -> None:
+def test_tables_keep_part_order(tmp_path: Path) -> None:
     with lock_output(tmp_path / "out", JOB) as output:
         output.keep(1, ROWS.assign(path=["c", "d"]))
         output.keep(0, ROWS)
@@ -23,23 +23,23 @@ def test_the_tables_hold_the_parts_in_their_order(tmp_path: Path) -> None:
     assert csv.read_text() == "path,label,probability,reason\na,1,0.9,\nb,,,empty\nc,1,0.9,\nd,,,empty\n"
 
 
-def test_a_part_without_a_readable_photograph_has_the_columns_of_the_others(tmp_path: Path) -> None:
+def test_unreadable_part_keeps_schema(tmp_path: Path) -> None:
     with lock_output(tmp_path, JOB) as output:
         output.keep(0, ROWS[1:])
         output.keep(1, ROWS[:1])
     assert pq.read_schema(output.part(0)).equals(pq.read_schema(output.part(1)))
 
 
-def test_what_is_not_whole_has_no_name(tmp_path: Path) -> None:
+def test_partial_file_is_not_visible(tmp_path: Path) -> None:
     """A process that may write no more than 4,096 bytes to a file, as where a disk is full."""
     script = f"""
 import resource, signal
 from pathlib import Path
 import pandas as pd
-from signdigits.predictions import parts
+from signdigits.batch import output as parts
 from signdigits.errors import OutputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with parts.hold(Path({str(tmp_path)!r}), parts.Job("m-1", "1", "some", "digest", 4)) as output:
+with parts.lock_output(Path({str(tmp_path)!r}), parts.BatchJob("m-1", "1", "some", "digest", 4)) as output:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:
         output.keep(0, pd.DataFrame({{"path": [f"{{n}} {{n ** 7}}" for n in range(10000)]}}))
@@ -49,11 +49,11 @@ with parts.hold(Path({str(tmp_path)!r}), parts.Job("m-1", "1", "some", "digest",
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "000000.parquet: " in done.stdout
-    assert "File too large; make room" in done.stdout
+    assert "File too large; free some space" in done.stdout
     assert not list((tmp_path / "parts").glob("0*"))
 
 
-def test_the_lock_goes_with_the_block(tmp_path: Path) -> None:
+def test_lock_ends_with_block(tmp_path: Path) -> None:
     with (
         lock_output(tmp_path, JOB),
         pytest.raises(OutputError, match="another process"),
@@ -64,7 +64,7 @@ def test_the_lock_goes_with_the_block(tmp_path: Path) -> None:
         pass
 
 
-def test_a_job_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
+def test_unreadable_job_is_kept(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text("{")
     with pytest.raises(OutputError, match=r"job\.json cannot be read"), lock_output(tmp_path, JOB):
         pass

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("color_mode", ["rgb", "grayscale"])
-def test_a_logged_model_reads_photographs_as_its_network_was_trained(
-    store: str, photographs: Path, color_mode: str
-) -> None:
+def test_logged_model_matches_network(store: str, photographs: Path, color_mode: str) -> None:
     loaded = loading.load_data(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
     network = architecture.build_network(loaded.training.shape, 3)
     with runs.start_run("train", "train"):
@@ -34,7 +32,7 @@ def test_a_logged_model_reads_photographs_as_its_network_was_trained(
     np.testing.assert_allclose(answered, expected, rtol=1e-4)
 
 
-def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: str, loaded: loading.Data) -> None:
+def test_versions_keep_their_decoder(store: str, loaded: loading.Data) -> None:
     network = architecture.build_network(loaded.training.shape, 3)
     with runs.start_run("train", "train"):
         uris = [package.log_model(network, 1.0, loaded, {}).model_uri for _ in range(2)]
@@ -42,7 +40,7 @@ def test_two_versions_in_one_process_each_use_the_decoder_they_came_with(store: 
     assert first.images is not second.images
 
 
-def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: loading.Data) -> None:
+def test_tags_name_data_and_commit(store: str, loaded: loading.Data) -> None:
     network = architecture.build_network(loaded.training.shape, 3)
     with runs.start_run("refit", "refit") as run:
         info = package.log_model(network, 1.0, loaded, {"study": "bars-1234", "trial": 3})
@@ -58,6 +56,6 @@ def test_the_tags_lead_back_to_data_and_commit(store: str, loaded: loading.Data)
     assert logged.tags["git_commit"]
 
 
-def test_the_input_example_is_a_training_photograph(loaded: loading.Data) -> None:
+def test_input_example_is_training_photograph(loaded: loading.Data) -> None:
     example = package.make_input_example(loaded)
     assert json.loads(example.to_json(orient="records"))[0]["image"].startswith("/9j/"), "JPEG in base64"

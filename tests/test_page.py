@@ -221,7 +221,7 @@ def sent(page: Page, act: Callable[[], None]) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(record["image"])))
 
 
-def test_a_chosen_photograph_is_shown_and_read(page: Page, made: Made) -> None:
+def test_chosen_photograph_is_read(page: Page, made: Made) -> None:
     expect(page.get_by_role("status")).to_have_text("No photograph yet.")
     choose(page, made.photographs / "2" / "IMG_0000.JPG")
     expect_answer(page, "2")
@@ -230,7 +230,7 @@ def test_a_chosen_photograph_is_shown_and_read(page: Page, made: Made) -> None:
     expect_answer(page, "0")
 
 
-def test_the_bars_are_as_long_as_the_probabilities(page: Page, made: Made) -> None:
+def test_bars_show_probabilities(page: Page, made: Made) -> None:
     with page.expect_response("**/invocations") as response:
         choose(page, made.photographs / "2" / "IMG_0000.JPG")
     expect_answer(page, "2")
@@ -241,7 +241,7 @@ def test_the_bars_are_as_long_as_the_probabilities(page: Page, made: Made) -> No
     assert shares == pytest.approx(list(answer["probabilities"].values()), abs=0.01)
 
 
-def test_a_small_photograph_is_sent_as_it_is(page: Page, made: Made) -> None:
+def test_small_photograph_is_sent_unchanged(page: Page, made: Made) -> None:
     path = made.photographs / "1" / "IMG_0002.JPG"
     with page.expect_request("**/invocations") as request:
         choose(page, path)
@@ -250,7 +250,7 @@ def test_a_small_photograph_is_sent_as_it_is(page: Page, made: Made) -> None:
     expect_answer(page, "1")
 
 
-def test_a_large_photograph_is_sent_smaller_and_upright(page: Page, made: Made) -> None:
+def test_large_photograph_is_sent_smaller(page: Page, made: Made) -> None:
     """Held on its side: the bar of class 0, on top, is stored at the left with the EXIF orientation 6."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -262,7 +262,7 @@ def test_a_large_photograph_is_sent_smaller_and_upright(page: Page, made: Made) 
     expect_answer(page, "0")
 
 
-def test_what_the_model_reads_is_sent_as_it_is(page: Page, made: Made) -> None:
+def test_supported_format_is_sent_unchanged(page: Page, made: Made) -> None:
     buffer = io.BytesIO()
     Image.open(made.photographs / "2" / "IMG_0004.JPG").resize((96, 96)).save(buffer, "WEBP", quality=95)
     picture = sent(page, lambda: choose(page, file("hand.webp", buffer.getvalue(), "image/webp")))
@@ -270,7 +270,7 @@ def test_what_the_model_reads_is_sent_as_it_is(page: Page, made: Made) -> None:
     expect_answer(page, "2")
 
 
-def test_what_only_the_browser_can_read_is_sent_as_jpeg(page: Page, made: Made) -> None:
+def test_other_format_is_sent_as_jpeg(page: Page, made: Made) -> None:
     buffer = io.BytesIO()
     Image.open(made.photographs / "2" / "IMG_0004.JPG").resize((96, 96)).save(buffer, "AVIF", quality=95)
     picture = sent(page, lambda: choose(page, file("hand.avif", buffer.getvalue(), "image/avif")))
@@ -278,12 +278,12 @@ def test_what_only_the_browser_can_read_is_sent_as_jpeg(page: Page, made: Made) 
     expect_answer(page, "2")
 
 
-def test_a_dropped_photograph_is_read(page: Page, made: Made) -> None:
+def test_dropped_photograph_is_read(page: Page, made: Made) -> None:
     drop(page, (made.photographs / "1" / "IMG_0005.JPG").read_bytes())
     expect_answer(page, "1")
 
 
-def test_what_is_dropped_but_no_file_is_told(page: Page) -> None:
+def test_dropped_text_is_reported(page: Page) -> None:
     drop(page, None)
     expect_trouble(page, "That was no file.")
 
@@ -294,7 +294,7 @@ def wait_for_the_camera(page: Page) -> None:
     wait_until(lambda: page.evaluate(frames) >= 3, seconds=60)
 
 
-def test_the_camera_is_read_as_the_square_that_the_frame_shows(page: Page) -> None:
+def test_camera_sends_the_framed_square(page: Page) -> None:
     page.get_by_role("button", name="Use the camera").click()
     expect(page.get_by_label("Live view of the camera")).to_be_visible()
     wait_for_the_camera(page)
@@ -305,27 +305,27 @@ def test_the_camera_is_read_as_the_square_that_the_frame_shows(page: Page) -> No
     assert page.evaluate("document.querySelector('video').srcObject") is None, "the camera is off"
 
 
-def test_a_camera_can_be_closed_again(page: Page) -> None:
+def test_camera_can_be_closed(page: Page) -> None:
     page.get_by_role("button", name="Use the camera").click()
     page.get_by_role("button", name="Close the camera").click()
     expect(page.get_by_role("status")).to_have_text("No photograph yet.")
     expect(page.get_by_role("button", name="Use the camera")).to_be_focused()
 
 
-def test_a_refused_camera_is_told(window: Browser, url: str) -> None:
+def test_refused_camera_is_reported(window: Browser, url: str) -> None:
     with visit(window, url, camera=False) as page:
         page.get_by_role("button", name="Use the camera").click()
         expect_trouble(page, "The camera was refused.")
 
 
-def test_a_missing_camera_is_told(window: Browser, url: str) -> None:
+def test_missing_camera_is_reported(window: Browser, url: str) -> None:
     flag = "--use-fake-device-for-media-stream=device-count=0"
     with browser.launch(window.browser_type, flag) as blind, visit(blind, url) as page:
         page.get_by_role("button", name="Use the camera").click()
         expect_trouble(page, "No camera was found.")
 
 
-def test_what_is_no_photograph_is_refused_in_the_words_of_the_model(page: Page, made: Made) -> None:
+def test_invalid_file_shows_model_error(page: Page, made: Made) -> None:
     choose(page, file("notes.txt", b"no photograph", "text/plain"))
     expect_trouble(page, "The photograph cannot be read: not an image.")
     expect(page.get_by_role("button", name="Send it again")).to_be_hidden()
@@ -333,7 +333,7 @@ def test_what_is_no_photograph_is_refused_in_the_words_of_the_model(page: Page, 
     expect_answer(page, "2")
 
 
-def test_too_large_and_too_many_photographs_are_told(window: Browser, made: Made) -> None:
+def test_limits_are_reported(window: Browser, made: Made) -> None:
     limits = ("--max_body_mb", "1", "--requests_per_second", "1", "--burst", "1")
     with front(made, *limits) as opened, visit(window, opened.url) as page:
         choose(page, file("noise.jpg", os.urandom(2_000_000)))
@@ -352,7 +352,7 @@ def refused_as_too_many(page: Page, photograph: Path) -> bool:
     return page.get_by_text("Too many photographs in a short time.").is_visible()
 
 
-def test_a_token_is_asked_for_and_kept_for_the_tab(window: Browser, made: Made) -> None:
+def test_token_is_kept_for_tab(window: Browser, made: Made) -> None:
     kept = made.folder / "token"
     kept.write_text(TOKEN)
     with front(made, "--token_file", str(kept)) as opened, visit(window, opened.url) as page:
@@ -372,7 +372,7 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(window: Browser, made: Made) 
         expect_answer(page, "0")
 
 
-def test_a_server_that_cannot_be_reached_is_told(page: Page, made: Made) -> None:
+def test_unreachable_server_is_reported(page: Page, made: Made) -> None:
     page.route("**/invocations", lambda route: route.abort("connectionrefused"))
     choose(page, made.photographs / "2" / "IMG_0000.JPG")
     expect_trouble(page, "The server does not answer.")
@@ -381,7 +381,7 @@ def test_a_server_that_cannot_be_reached_is_told(page: Page, made: Made) -> None
     expect_answer(page, "2")
 
 
-def test_a_model_that_hangs_or_dies_is_told_and_answers_when_it_is_back(window: Browser, made: Made) -> None:
+def test_page_survives_model_restart(window: Browser, made: Made) -> None:
     with front(made) as opened, visit(window, opened.url) as page:
         opened.signal_model(signal.SIGSTOP)
         page.clock.install()
@@ -398,13 +398,13 @@ def test_a_model_that_hangs_or_dies_is_told_and_answers_when_it_is_back(window: 
         expect_answer(page, "2")
 
 
-def test_the_last_photograph_is_the_one_that_is_read(page: Page, made: Made) -> None:
+def test_last_photograph_wins(page: Page, made: Made) -> None:
     for label in ("0", "1", "2", "1", "0", "2"):
         choose(page, made.photographs / label / "IMG_0006.JPG")
     expect_answer(page, "2")
 
 
-def test_a_keyboard_is_enough(page: Page, made: Made) -> None:
+def test_keyboard_is_enough(page: Page, made: Made) -> None:
     with page.expect_file_chooser() as chooser:  # from the start: Playwright does not wait until it is set up
         page.keyboard.press("Tab")
         expect(page.get_by_role("button", name="Choose a photograph")).to_be_focused()
@@ -421,7 +421,7 @@ def test_a_keyboard_is_enough(page: Page, made: Made) -> None:
     expect(page.get_by_role("button", name="Use the camera")).to_be_focused()
 
 
-def test_the_focus_can_be_seen(page: Page) -> None:
+def test_focus_is_visible(page: Page) -> None:
     for _ in range(2):
         page.keyboard.press("Tab")
         focused = page.locator(":focus")
@@ -446,20 +446,20 @@ def bring(page: Page, state: str, made: Made) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 768, 1400])
-def test_nothing_is_wider_than_the_window(window: Browser, url: str, made: Made, width: int) -> None:
+def test_page_fits_window(window: Browser, url: str, made: Made, width: int) -> None:
     with visit(window, url, viewport={"width": width, "height": 740}) as page:
         for state in STATES:
             bring(page, state, made)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, state
 
 
-def test_the_reading_comes_into_view_on_a_telephone(window: Browser, url: str, made: Made) -> None:
+def test_result_scrolls_into_view(window: Browser, url: str, made: Made) -> None:
     with visit(window, url, viewport={"width": 360, "height": 640}) as page:
         bring(page, "answer", made)
         expect(page.locator("#digit")).to_be_in_viewport(ratio=1)
 
 
-def test_it_is_dark_for_who_prefers_that(window: Browser, url: str) -> None:
+def test_dark_mode(window: Browser, url: str) -> None:
     lightness = {}
     for scheme in ("light", "dark"):
         with visit(window, url, color_scheme=scheme) as page:
@@ -470,7 +470,7 @@ def test_it_is_dark_for_who_prefers_that(window: Browser, url: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("state", STATES)
-def test_axe_finds_nothing_to_complain_of(window: Browser, url: str, made: Made, state: str, scheme: str) -> None:
+def test_axe_finds_no_violation(window: Browser, url: str, made: Made, state: str, scheme: str) -> None:
     with visit(window, url, color_scheme=scheme, viewport={"width": 360, "height": 740}) as page:
         bring(page, state, made)
         found = Axe().run(page)

@@ -49,7 +49,7 @@ def many(photographs: Path, folder: Path, times: int) -> Path:
     return folder
 
 
-def test_every_photograph_has_a_row_with_its_label_and_probabilities(champion: str, photographs: Path) -> None:
+def test_every_photograph_has_a_row(champion: str, photographs: Path) -> None:
     read(photographs)
     parquet, csv = tables()
     assert list(parquet) == COLUMNS
@@ -63,7 +63,7 @@ def test_every_photograph_has_a_row_with_its_label_and_probabilities(champion: s
     pd.testing.assert_frame_equal(parquet, csv, check_exact=True, check_dtype=False)
 
 
-def test_the_answers_are_those_of_the_served_model(champion: str, photographs: Path) -> None:
+def test_predictions_match_served_model(champion: str, photographs: Path) -> None:
     read(photographs)
     served = mlflow.pyfunc.load_model("models:/sign-digits@champion")
     contents = [(photographs / path).read_bytes() for path in tables()[0]["path"]]
@@ -72,7 +72,7 @@ def test_the_answers_are_those_of_the_served_model(champion: str, photographs: P
     assert tables()[0]["probability"].tolist() == direct["probability"].tolist()
 
 
-def test_the_run_tells_counts_time_version_and_shows_the_least_certain(champion: str, photographs: Path) -> None:
+def test_run_summarizes_prediction(champion: str, photographs: Path) -> None:
     read(photographs)
     (run,) = predictions()
     assert run.info.status == "FINISHED"
@@ -85,10 +85,10 @@ def test_the_run_tells_counts_time_version_and_shows_the_least_certain(champion:
     assert files == {"least_certain.png", "predictions.csv"}
     (used,) = run.inputs.dataset_inputs
     assert used.dataset.name == "bars"
-    assert "60 images of `bars`, read with version 1" in run.data.tags["mlflow.note.content"]
+    assert "60 images of `bars`, predicted with version 1" in run.data.tags["mlflow.note.content"]
 
 
-def test_what_cannot_be_read_keeps_its_row_with_the_reason(champion: str, photographs: Path, tmp_path: Path) -> None:
+def test_unreadable_rows_have_reasons(champion: str, photographs: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(photographs, tmp_path / "mixed"))
     whole = (folder / "1" / "IMG_0003.JPG").read_bytes()
     (folder / "1" / "IMG_0003.JPG").write_bytes(whole[:-200])
@@ -115,7 +115,7 @@ def test_what_cannot_be_read_keeps_its_row_with_the_reason(champion: str, photog
     assert predictions()[0].data.metrics["unreadable"] == 4
 
 
-def test_a_table_of_paths_keeps_its_order_and_what_is_missing(champion: str, photographs: Path, tmp_path: Path) -> None:
+def test_table_keeps_its_order(champion: str, photographs: Path, tmp_path: Path) -> None:
     paths = [str(photographs / "2" / "IMG_0001.JPG"), "NA", str(photographs / "0" / "IMG_0001.JPG"), "007", "NA"]
     listed = pd.DataFrame({"path": paths, "note": range(5)})
     listed.to_csv("some.csv", index=False)
@@ -131,7 +131,7 @@ def test_a_table_of_paths_keeps_its_order_and_what_is_missing(champion: str, pho
     assert {run.data.metrics["repeated_paths"] for run in predictions()} == {1}
 
 
-def test_nothing_readable_is_an_answer_too(champion: str, tmp_path: Path) -> None:
+def test_unreadable_folder_gives_table(champion: str, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "notes.txt").write_text("five fingers")
@@ -141,7 +141,7 @@ def test_nothing_readable_is_an_answer_too(champion: str, tmp_path: Path) -> Non
     assert parquet["reason"].tolist() == ["not an image"]
 
 
-def test_a_kill_costs_nothing_that_was_finished(champion: str, photographs: Path, tmp_path: Path) -> None:
+def test_killed_prediction_resumes(champion: str, photographs: Path, tmp_path: Path) -> None:
     folder = many(photographs, tmp_path / "many", times=150)
     line = [sys.executable, "-m", "signdigits", "predict", "--images", str(folder), "--output"]
     killed = subprocess.Popen([*line, "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -166,7 +166,7 @@ def test_a_kill_costs_nothing_that_was_finished(champion: str, photographs: Path
         assert Path("out", name).read_bytes() == Path("straight", name).read_bytes()
 
 
-def test_finished_parts_are_left_as_they_are(champion: str, photographs: Path, tmp_path: Path) -> None:
+def test_finished_parts_are_kept(champion: str, photographs: Path, tmp_path: Path) -> None:
     folder = many(photographs, tmp_path / "many", times=10)
     read(folder)
     rows = tables()[0]
@@ -182,45 +182,45 @@ def test_finished_parts_are_left_as_they_are(champion: str, photographs: Path, t
     pd.testing.assert_frame_equal(again[256:], rows[256:])
 
 
-def test_started_again_when_all_is_done_it_changes_nothing(champion: str, photographs: Path) -> None:
+def test_second_start_changes_nothing(champion: str, photographs: Path) -> None:
     first = command("predict", "--images", str(photographs), "--output", "out")
     assert first.returncode == 0, first.stderr
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.name != ".lock"}
     (run,) = predictions()
     again = command("predict", "--images", str(photographs), "--output", "out")
     assert again.returncode == 0
-    assert f"finished before, in run {run.info.run_id}" in again.stdout
+    assert f"already finished, in run {run.info.run_id}" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.name != ".lock"} == before
     assert [other.to_dictionary() for other in predictions()] == [run.to_dictionary()]
 
 
-def test_another_model_or_other_photographs_are_refused(champion: str, photographs: Path, tmp_path: Path) -> None:
+def test_different_job_is_refused(champion: str, photographs: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(photographs, tmp_path / "some"))
     read(folder)
     before = Path("out", "predictions.csv").read_bytes()
     os.utime(folder / "0" / "IMG_0000.JPG", (time.time(), time.time()))
-    with pytest.raises(OutputError, match=r"begun with the 60 images of .* which are not these; pass another --output"):
+    with pytest.raises(OutputError, match=r"started with 60 other images, from .*; pass another --output"):
         read(folder)
     shutil.copytree(photographs, tmp_path / "more")
     (tmp_path / "more" / "0" / "IMG_0000.JPG").unlink()
-    with pytest.raises(OutputError, match="which are not these"):
+    with pytest.raises(OutputError, match="other images, from"):
         read(tmp_path / "more")
     assert Path("out", "predictions.csv").read_bytes() == before
     assert len(predictions()) == 1
 
 
-def test_a_folder_of_another_model_names_the_version(champion: str, photographs: Path) -> None:
+def test_other_version_is_named(champion: str, photographs: Path) -> None:
     read(photographs)
     job = find_job(Path("out"))
     assert job is not None
     Output(Path("out"), job).note(model="m-other", version="7")
     with pytest.raises(
-        OutputError, match=r"begun with version 7, not 1 \(--model_uri models:/m-other goes on with it\)"
+        OutputError, match=r"started with version 7, not 1 \(--model_uri models:/m-other continues it\)"
     ):
         read(photographs)
 
 
-def test_tables_of_unknown_origin_are_not_overwritten(champion: str, photographs: Path) -> None:
+def test_unknown_tables_are_kept(champion: str, photographs: Path) -> None:
     Path("out").mkdir()
     Path("out", "predictions.csv").write_text("mine")
     with pytest.raises(OutputError, match="pass another --output, or remove it"):
@@ -228,14 +228,14 @@ def test_tables_of_unknown_origin_are_not_overwritten(champion: str, photographs
     assert Path("out", "predictions.csv").read_text() == "mine"
 
 
-def test_of_two_processes_the_second_is_refused(champion: str, photographs: Path) -> None:
+def test_second_process_is_refused(champion: str, photographs: Path) -> None:
     with lock_output(Path("out"), BatchJob("m-1", "1", "some", "digest", 1)):
         refused = command("predict", "--images", str(photographs), "--output", "out")
     assert refused.returncode == 2
-    assert "another process is writing there" in refused.stderr
+    assert "in use by another process" in refused.stderr
 
 
-def test_tables_inside_the_folder_of_photographs_are_not_read(champion: str, photographs: Path, tmp_path: Path) -> None:
+def test_output_folder_is_not_input(champion: str, photographs: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(photographs, tmp_path / "some"))
     read(folder, str(folder / "tables"))
     read(folder, str(folder / "tables"))
@@ -247,18 +247,21 @@ def test_tables_inside_the_folder_of_photographs_are_not_read(champion: str, pho
     [
         ([], "images='': must be a folder of photographs"),
         (["--images", "nowhere"], "nowhere: no such folder or table"),
-        (["--images", "empty"], "empty: no photograph in it"),
-        (["--images", "list.txt"], "list.txt: not a folder, nor a table whose name ends in .csv, .parquet"),
+        (["--images", "empty"], "empty: no photographs"),
+        (
+            ["--images", "list.txt"],
+            "list.txt: neither a folder nor a table; the name of a table ends in .csv, .parquet",
+        ),
         (["--images", "bad.parquet"], "bad.parquet: cannot be read"),
         (["--images", "names.csv"], "names.csv: no column path among name; add one"),
-        (["--images", "gap.csv"], "gap.csv: row 1 has no path but ''"),
-        (["--images", "empty", "--output", "."], "lies in the folder for the tables"),
-        (["--images", "bars", "--output", "list.txt/out"], "list.txt/out: Not a directory; make room"),
+        (["--images", "gap.csv"], "gap.csv: row 1: path='' is not a path"),
+        (["--images", "empty", "--output", "."], "lies inside the output folder"),
+        (["--images", "bars", "--output", "list.txt/out"], "list.txt/out: Not a directory; free some space"),
         (["--images", "bars", "--model_uri", "models:/other@champion"], "no such model"),
         (["--images", "bars", "--workers", "0"], "workers=0: must be 1 or more"),
     ],
 )
-def test_a_misuse_is_told_in_a_line(
+def test_misuse_is_one_line(
     champion: str,
     photographs: Path,
     tmp_path: Path,
@@ -279,7 +282,7 @@ def test_a_misuse_is_told_in_a_line(
     assert not predictions()
 
 
-def test_it_waits_for_neither_tensorflow_nor_ray(champion: str, photographs: Path) -> None:
+def test_predict_imports_no_tensorflow(champion: str, photographs: Path) -> None:
     line = [sys.executable, "-X", "importtime", "-m", "signdigits", "predict", "--images", str(photographs)]
     told = subprocess.run(line, check=True, capture_output=True, text=True, timeout=300).stderr
     imported = {row.rpartition("|")[2].strip() for row in told.splitlines()}
@@ -287,7 +290,7 @@ def test_it_waits_for_neither_tensorflow_nor_ray(champion: str, photographs: Pat
     assert "mlflow" in imported
 
 
-def test_workers_give_the_same_tables(champion: str, photographs: Path, tmp_path: Path) -> None:
+def test_workers_give_same_tables(champion: str, photographs: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra .[cluster]")
     folder = many(photographs, tmp_path / "many", times=20)
     read(folder, "threads")
@@ -298,7 +301,7 @@ def test_workers_give_the_same_tables(champion: str, photographs: Path, tmp_path
         assert Path("workers", name).read_bytes() == Path("threads", name).read_bytes()
 
 
-def test_mlflow_run_predicts_in_the_run_that_it_made(champion: str, photographs: Path, tmp_path: Path) -> None:
+def test_mlflow_run_adopts_its_run(champion: str, photographs: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "mlflow", "run", str(PROJECT), "-e", "predict", "--env-manager", "local"]
     line += ["-P", f"images={photographs}", "-P", f"output={tmp_path / 'out'}"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)

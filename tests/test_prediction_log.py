@@ -36,18 +36,18 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_it_is_off_unless_the_environment_names_a_folder() -> None:
+def test_log_is_off_by_default() -> None:
     assert PredictionLog.from_environ({}) is None
     assert PredictionLog.from_environ({"SIGN_DIGITS_PREDICTION_LOG": "", "SIGN_DIGITS_VERSION": "3"}) is None
 
 
 @pytest.mark.parametrize("limit", ["many", "0", "-1", "nan", "inf"])
-def test_a_limit_that_is_none_is_refused_by_name(limit: str) -> None:
+def test_invalid_limit_is_refused(limit: str) -> None:
     with pytest.raises(ValueError, match=f"SIGN_DIGITS_PREDICTION_LOG_MB={limit}: must be a number of megabytes"):
         PredictionLog.from_environ({"SIGN_DIGITS_PREDICTION_LOG": "log", "SIGN_DIGITS_PREDICTION_LOG_MB": limit})
 
 
-def test_a_line_says_when_which_and_what_but_holds_no_picture(tmp_path: Path) -> None:
+def test_entry_holds_no_picture(tmp_path: Path) -> None:
     PredictionLog(tmp_path, 64_000_000, "3").add([(640, 480)], [PHOTOGRAPH], [SHARES])
     (line,) = lines(tmp_path)
     assert set(line) == KEYS
@@ -57,7 +57,7 @@ def test_a_line_says_when_which_and_what_but_holds_no_picture(tmp_path: Path) ->
     assert all(isinstance(line[name], int | float) for name in prediction_log.STATISTICS)
 
 
-def test_the_statistics_are_those_of_the_picture() -> None:
+def test_statistics_match_picture() -> None:
     """Of known pictures, worked out by hand; gray ones are inverted as the network sees them."""
     half = np.zeros((10, 10, 3), np.uint8)
     half[:, 5:] = 255
@@ -69,7 +69,7 @@ def test_the_statistics_are_those_of_the_picture() -> None:
     assert image_statistics((1, 2), half.astype(np.float32)) == image_statistics((1, 2), half)
 
 
-def test_however_much_is_answered_the_folder_stays_within_its_limit(tmp_path: Path) -> None:
+def test_log_size_is_bounded(tmp_path: Path) -> None:
     limit = 200_000
     first, second = PredictionLog(tmp_path, limit, "1"), PredictionLog(tmp_path, limit, "1")
     for _ in range(400):
@@ -81,7 +81,7 @@ def test_however_much_is_answered_the_folder_stays_within_its_limit(tmp_path: Pa
     assert all(set(line) == KEYS for line in lines(tmp_path))
 
 
-def test_other_files_of_the_folder_are_left_alone(tmp_path: Path) -> None:
+def test_other_files_are_kept(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("mine")
     log = PredictionLog(tmp_path, 100_000, "1")
     for _ in range(2000):
@@ -89,7 +89,7 @@ def test_other_files_of_the_folder_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
-def test_threads_do_not_write_into_each_others_lines(tmp_path: Path) -> None:
+def test_threads_write_whole_lines(tmp_path: Path) -> None:
     log = PredictionLog(tmp_path, 64_000_000, "1")
 
     def ask(number: int) -> None:
@@ -105,7 +105,7 @@ def test_threads_do_not_write_into_each_others_lines(tmp_path: Path) -> None:
     assert sorted(widths) == sorted(number for number in range(8) for _ in range(600))
 
 
-def test_a_folder_that_cannot_be_written_costs_the_log_and_not_the_answer(tmp_path: Path) -> None:
+def test_unwritable_log_keeps_predicting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     log = PredictionLog(tmp_path / "file", 64_000_000, "1")
     log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
@@ -116,14 +116,14 @@ def test_a_folder_that_cannot_be_written_costs_the_log_and_not_the_answer(tmp_pa
     assert len(lines(tmp_path / "folder")) == 1
 
 
-def test_a_full_disk_leaves_no_glued_lines(tmp_path: Path) -> None:
+def test_full_disk_leaves_separate_lines(tmp_path: Path) -> None:
     """A process that may write no more than 1,000 bytes to a file, as where a disk is full: the last line is cut."""
     script = f"""
 import resource, signal
 import numpy as np
 from pathlib import Path
-from signdigits.artifact.answers import Answers
-log = Answers(Path({str(tmp_path)!r}), 64_000_000, "1")
+from signdigits.packaging.prediction_log import PredictionLog
+log = PredictionLog(Path({str(tmp_path)!r}), 64_000_000, "1")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for number in range(20):
@@ -134,7 +134,7 @@ log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("pauses for") == 1
+    assert done.stderr.count("paused for") == 1
     first, second = prediction_log.list_log_files(tmp_path)
     whole, cut = first.read_text().splitlines()[:-1], first.read_text().splitlines()[-1]
     assert [json.loads(line)["width"] for line in whole] == list(range(len(whole)))
@@ -143,7 +143,7 @@ log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
     assert [line["width"] for line in map(json.loads, second.read_text().splitlines())] == [77]
 
 
-def test_a_file_that_somebody_removed_is_begun_anew(tmp_path: Path) -> None:
+def test_removed_file_is_recreated(tmp_path: Path) -> None:
     log = PredictionLog(tmp_path, 64_000_000, "1")
     log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
     prediction_log.list_log_files(tmp_path)[0].unlink()
@@ -151,7 +151,7 @@ def test_a_file_that_somebody_removed_is_begun_anew(tmp_path: Path) -> None:
     assert [line["width"] for line in lines(tmp_path)] == [2]
 
 
-def test_what_evaluate_and_predict_ask_is_not_logged(
+def test_evaluate_and_predict_are_unlogged(
     champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(prediction_log.FOLDER, str(tmp_path / "log"))
@@ -164,7 +164,7 @@ def test_what_evaluate_and_predict_ask_is_not_logged(
     assert len(lines(tmp_path / "log")) == 1
 
 
-def test_the_endpoint_logs_every_photograph_that_it_answered(
+def test_endpoint_logs_every_prediction(
     champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(prediction_log.FOLDER, str(tmp_path / "log"))
@@ -184,7 +184,7 @@ def test_the_endpoint_logs_every_photograph_that_it_answered(
     assert text(content)[:40] not in prediction_log.list_log_files(tmp_path / "log")[0].read_text()
 
 
-def test_an_endpoint_whose_log_cannot_be_written_answers_all_the_same(
+def test_endpoint_survives_unwritable_log(
     champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")

@@ -20,7 +20,7 @@ def download(run_id: str, name: str) -> Path:
     return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
 
 
-def test_the_report_lands_in_the_run(store: str, loaded: loading.Data) -> None:
+def test_report_is_logged(store: str, loaded: loading.Data) -> None:
     run_id = prepare.prepare(loaded)
     report = json.loads(download(run_id, "data/report.json").read_text())
     assert report["classes"] == {"0": 20, "1": 20, "2": 20}
@@ -38,7 +38,7 @@ def test_the_report_lands_in_the_run(store: str, loaded: loading.Data) -> None:
         assert picture.width > 400
 
 
-def test_the_data_set_is_an_input_of_the_run_with_its_digest(store: str, loaded: loading.Data) -> None:
+def test_dataset_is_run_input(store: str, loaded: loading.Data) -> None:
     run = mlflow.get_run(prepare.prepare(loaded))
     (used,) = run.inputs.dataset_inputs
     assert used.dataset.name == "bars"
@@ -47,7 +47,7 @@ def test_the_data_set_is_an_input_of_the_run_with_its_digest(store: str, loaded:
     assert run.info.status == "FINISHED"
 
 
-def test_what_was_unreadable_or_turned_is_told(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_and_turned_are_reported(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_photographs(tmp_path / "bad")
     (folder / "1" / "notes.txt").write_text("five fingers")
     exif = Image.Exif()
@@ -58,10 +58,10 @@ def test_what_was_unreadable_or_turned_is_told(store: str, tmp_path: Path, caplo
     report = json.loads(download(run_id, "data/report.json").read_text())
     assert report["unreadable"] == {"1/notes.txt": "not an image"}
     assert report["turned upright"] == ["0/turned.jpg"]
-    assert "left out: 1/notes.txt: not an image" in caplog.text
+    assert "skipped: 1/notes.txt: not an image" in caplog.text
 
 
-def test_what_deserves_a_look_is_a_table_and_a_picture(store: str, tmp_path: Path) -> None:
+def test_findings_are_table_and_picture(store: str, tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "odd", each=30)
     for path in list((folder / "2").iterdir())[:12]:
         path.unlink()
@@ -88,7 +88,7 @@ def test_what_deserves_a_look_is_a_table_and_a_picture(store: str, tmp_path: Pat
     assert mlflow.get_run(run_id).data.metrics["findings"] == len(table)
 
 
-def test_the_real_groups_are_written_where_they_may_be(sign_digits: Path, tmp_path: Path) -> None:
+def test_real_groups_are_written(sign_digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photographs"
     shutil.copytree(sign_digits, folder, ignore=shutil.ignore_patterns(groups.FILE))
     found = scan_dataset(SourceParameters(data=str(folder)))

@@ -76,7 +76,7 @@ def encode(image: Image.Image, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_reply_gives_label_probability_and_probabilities_by_class(served: Served) -> None:
+def test_reply_has_label_and_probabilities(served: Served) -> None:
     status, reply = post(served.url, records(*served.photographs("0/IMG_0000.JPG", "2/IMG_0001.JPG")))
     assert status == 200
     first, second = reply["predictions"]
@@ -88,15 +88,13 @@ def test_the_reply_gives_label_probability_and_probabilities_by_class(served: Se
         assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["label"]]
 
 
-def test_both_forms_of_a_table_give_the_same(served: Served) -> None:
+def test_dataframe_forms_are_equivalent(served: Served) -> None:
     images = served.photographs("0/IMG_0000.JPG", "1/IMG_0001.JPG")
     split = {"dataframe_split": {"columns": ["image"], "data": [[image] for image in images]}}
     assert post(served.url, split) == post(served.url, records(*images))
 
 
-def test_load_model_mlflow_models_predict_and_the_endpoint_agree(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_interfaces_agree(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", served.store)
     mlflow.set_tracking_uri(served.store)
@@ -113,7 +111,7 @@ def test_load_model_mlflow_models_predict_and_the_endpoint_agree(
     assert predicted == answered["predictions"] == loaded
 
 
-def test_the_served_model_sees_what_the_network_was_trained_on(served: Served) -> None:
+def test_served_preprocessing_matches_training(served: Served) -> None:
     """The probabilities of the endpoint are those of the Keras network on the arrays of the training reader."""
     mlflow.set_tracking_uri(served.store)
     files = Path(mlflow.artifacts.download_artifacts(served.model_uri))
@@ -127,7 +125,7 @@ def test_the_served_model_sees_what_the_network_was_trained_on(served: Served) -
     np.testing.assert_allclose(answered, direct, rtol=1e-4, atol=1e-6)
 
 
-def test_any_size_orientation_and_mode_is_answered_alike(served: Served) -> None:
+def test_any_size_and_mode_predicts_alike(served: Served) -> None:
     with Image.open(served.loaded.dataset.folder / "2" / "IMG_0003.JPG") as photograph:
         photograph.load()
     exif = Image.Exif()
@@ -144,7 +142,7 @@ def test_any_size_orientation_and_mode_is_answered_alike(served: Served) -> None
     assert reply["predictions"][0] == reply["predictions"][2] == reply["predictions"][3]
 
 
-def test_a_request_of_a_thousand_photographs_is_answered_in_order(served: Served) -> None:
+def test_thousand_photographs_keep_order(served: Served) -> None:
     images = served.photographs("0/IMG_0000.JPG", "1/IMG_0000.JPG", "2/IMG_0000.JPG", "1/IMG_0001.JPG") * 250
     status, reply = post(served.url, records(*images))
     assert status == 200
@@ -177,9 +175,7 @@ LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3700, 3700, 3
         (b'{"dataframe_records": [{"image"', "Ensure that input is a valid JSON"),
     ],
 )
-def test_a_bad_request_gets_400_with_its_row_and_reason_and_no_stack_trace(
-    served: Served, body: Any, reason: str
-) -> None:
+def test_bad_request_is_400_with_row(served: Served, body: Any, reason: str) -> None:
     status, reply = post(served.url, body)
     assert status == 400
     assert reason in reply["message"]
@@ -187,7 +183,7 @@ def test_a_bad_request_gets_400_with_its_row_and_reason_and_no_stack_trace(
     assert "stack_trace" not in reply
 
 
-def test_the_model_pins_what_it_needs_and_describes_what_it_takes(served: Served) -> None:
+def test_model_pins_its_requirements(served: Served) -> None:
     mlflow.set_tracking_uri(served.store)
     model = mlflow.models.get_model_info(served.model_uri)
     folder = Path(mlflow.artifacts.download_artifacts(served.model_uri))
@@ -200,7 +196,7 @@ def test_the_model_pins_what_it_needs_and_describes_what_it_takes(served: Served
     assert post(served.url, example)[0] == 200
 
 
-def test_python_callers_may_pass_bytes(served: Served) -> None:
+def test_bytes_are_accepted(served: Served) -> None:
     mlflow.set_tracking_uri(served.store)
     model = mlflow.pyfunc.load_model(served.model_uri)
     content = (served.loaded.dataset.folder / "1" / "IMG_0000.JPG").read_bytes()
@@ -211,7 +207,7 @@ def test_python_callers_may_pass_bytes(served: Served) -> None:
         model.predict(pd.DataFrame({"image": [b"five fingers"]}))
 
 
-def test_the_client_prints_a_table_and_names_what_it_cannot_ask(served: Served, tmp_path: Path) -> None:
+def test_client_prints_a_table(served: Served, tmp_path: Path) -> None:
     def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "signdigits.serving.client", *arguments]
         return subprocess.run(line, capture_output=True, text=True, timeout=60)

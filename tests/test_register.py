@@ -42,7 +42,7 @@ def version_tags(version: str) -> dict[str, str]:
     return dict(mlflow.MlflowClient().get_model_version(NAME, version).tags)
 
 
-def test_the_first_model_becomes_the_champion_with_tags_that_lead_back(store: str, log_model: Log) -> None:
+def test_first_model_becomes_champion(store: str, log_model: Log) -> None:
     decision = promote(scored(log_model, 8, study="s", trial="3"))
     assert (decision.version, decision.alias) == ("1", "champion")
     wanted = {"study", "trial", "dataset_digest", "split", "git_commit", "val_accuracy"}
@@ -54,7 +54,7 @@ def test_the_first_model_becomes_the_champion_with_tags_that_lead_back(store: st
     ("right", "p_value", "alias"),
     [(12, 1 / 64, "champion"), (11, 1 / 32, "champion"), (10, 1 / 16, "challenger"), (6, 1, "challenger"), (4, 1, "challenger")],
 )  # fmt: skip
-def test_a_model_must_be_better_beyond_chance(
+def test_challenger_must_be_significantly_better(
     store: str, log_model: Log, right: int, p_value: float, alias: str
 ) -> None:
     """Against a champion with 6 of 12: one-sided, k of k images that only the challenger reads have p = 1 / 2^k."""
@@ -75,20 +75,20 @@ def test_a_model_must_be_better_beyond_chance(
     assert run.data.tags["previous_version"] == "1"
 
 
-def test_the_level_can_be_set(store: str, log_model: Log) -> None:
+def test_significance_level_can_be_set(store: str, log_model: Log) -> None:
     promote(scored(log_model, 6))
     assert promote(scored(log_model, 8)).alias == "challenger", "p = 0.25"
     assert promote(scored(log_model, 8), significance_level=0.3).alias == "champion"
 
 
-def test_force_gives_the_place_whatever_the_comparison_says(store: str, log_model: Log) -> None:
+def test_force_skips_the_comparison(store: str, log_model: Log) -> None:
     promote(scored(log_model, 6))
     decision = promote(scored(log_model, 5), force=True)
     assert decision.reason.startswith("forced, although test accuracy 0.4167 against 0.5000")
     assert aliases() == {"champion": "2"}
 
 
-def test_models_tested_on_other_images_are_not_compared(store: str, log_model: Log) -> None:
+def test_different_test_images_are_not_compared(store: str, log_model: Log) -> None:
     promote(scored(log_model, 6))
     decision = promote(scored(log_model, 12, test_digest="another", split="grouped"))
     assert decision.alias == "challenger"
@@ -98,7 +98,7 @@ def test_models_tested_on_other_images_are_not_compared(store: str, log_model: L
     assert promote(scored(log_model, 12, test_digest="another"), force=True).alias == "champion"
 
 
-def test_predictions_that_are_gone_are_told_with_the_remedy(store: str, log_model: Log) -> None:
+def test_missing_predictions_name_remedy(store: str, log_model: Log) -> None:
     champion = scored(log_model, 6)
     promote(champion)
     other = scored(log_model, 12)
@@ -114,36 +114,36 @@ def test_registering_twice_makes_one_version(store: str, log_model: Log) -> None
     assert len(mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")) == 1
 
 
-def test_one_command_moves_the_alias_back_and_is_recorded(store: str, log_model: Log) -> None:
+def test_rollback_is_recorded(store: str, log_model: Log) -> None:
     for right in (6, 12):
         promote(scored(log_model, right))
     assert aliases() == {"champion": "2"}
     decision = register.register(ModelParameters(), VersionParameters(version=1))
-    assert decision.reason == "moved by hand from version 2"
+    assert decision.reason == "moved manually from version 2"
     assert aliases() == {"champion": "1"}
     run = mlflow.last_active_run()
     assert run.data.params["version"] == "1"
     assert run.data.tags["role"] == "register"
-    assert run.data.tags["decision"] == "champion: moved by hand from version 2" == version_tags("1")["decision"]
+    assert run.data.tags["decision"] == "champion: moved manually from version 2" == version_tags("1")["decision"]
     assert run.data.tags["previous_version"] == "2"
 
 
-def test_a_challenger_that_becomes_champion_is_no_longer_challenger(store: str, log_model: Log) -> None:
+def test_champion_is_no_longer_challenger(store: str, log_model: Log) -> None:
     for right in (8, 7):
         promote(scored(log_model, right))
     register.register(ModelParameters(), VersionParameters(version=2))
     assert aliases() == {"champion": "2"}
 
 
-def test_any_other_alias_is_given_without_a_question(store: str, log_model: Log) -> None:
+def test_other_alias_needs_no_comparison(store: str, log_model: Log) -> None:
     model = scored(log_model, 1)
     decision = register.register(ModelParameters(run_id=str(model.source_run_id)), VersionParameters(alias="candidate"))
     assert decision.alias == "candidate"
     assert aliases() == {"candidate": "1"}
 
 
-def test_a_model_that_was_not_evaluated_is_refused_with_the_command_to_run(store: str, log_model: Log) -> None:
-    with pytest.raises(ModelError, match="not evaluated yet; run `python -m signdigits evaluate --run_id"):
+def test_unevaluated_model_is_refused(store: str, log_model: Log) -> None:
+    with pytest.raises(ModelError, match="not evaluated; run `python -m signdigits evaluate --run_id"):
         promote(log_model())
 
 
@@ -155,7 +155,7 @@ def test_a_model_that_was_not_evaluated_is_refused_with_the_command_to_run(store
         ({}, {"version": 7}, ModelError, "version=7: sign-digits has no such version"),
     ],
 )
-def test_a_request_that_cannot_be_met_is_refused(
+def test_impossible_request_is_refused(
     store: str, which: dict[str, Any], version: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -163,12 +163,12 @@ def test_a_request_that_cannot_be_met_is_refused(
 
 
 @pytest.mark.parametrize("alias", ["latest", "v1", "a b", ""])
-def test_an_alias_that_mlflow_would_refuse_is_refused_at_once(alias: str) -> None:
+def test_invalid_alias_is_refused(alias: str) -> None:
     with pytest.raises(ParameterError, match=f"alias='{alias}': must be letters, digits"):
         VersionParameters(alias=alias)
 
 
-def test_show_says_what_is_served(store: str, log_model: Log) -> None:
+def test_show_prints_the_champion(store: str, log_model: Log) -> None:
     with pytest.raises(ModelError, match=r"has no champion in .*; run scripts/quickstart"):
         register.describe_champion()
     promote(scored(log_model, 9))

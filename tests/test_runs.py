@@ -22,9 +22,7 @@ pytestmark = pytest.mark.slow
         (KeyboardInterrupt(), "KILLED", "interrupted"),
     ],
 )
-def test_a_run_says_truly_how_it_ended(
-    store: str, error: BaseException | None, status: str, reason: str | None
-) -> None:
+def test_run_has_true_status(store: str, error: BaseException | None, status: str, reason: str | None) -> None:
     def work() -> None:
         with runs.start_run("train", "train"):
             if error:
@@ -41,7 +39,7 @@ def test_a_run_says_truly_how_it_ended(
     assert run.data.tags.get("failure_reason") == reason
 
 
-def test_the_run_of_mlflow_run_is_adopted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_run_is_adopted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = mlflow.MlflowClient().create_run(mlflow.get_experiment_by_name("tests").experiment_id)
     monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
     with runs.start_run("train", "train") as run:
@@ -49,7 +47,7 @@ def test_the_run_of_mlflow_run_is_adopted(store: str, monkeypatch: pytest.Monkey
     assert run.info.run_id == launched.info.run_id
 
 
-def test_a_name_that_somebody_chose_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_run_name_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = mlflow.get_experiment_by_name("tests").experiment_id
     for chosen in ("friday's idea", "sign-digits-3", "big-hand-12"):
         launched = mlflow.MlflowClient().create_run(experiment, run_name=chosen)
@@ -59,14 +57,14 @@ def test_a_name_that_somebody_chose_is_kept(store: str, monkeypatch: pytest.Monk
         assert mlflow.get_run(launched.info.run_id).info.run_name == chosen
 
 
-def test_a_parameter_that_mlflow_run_wrote_as_text_is_left_as_it_is(store: str) -> None:
+def test_logged_parameter_is_kept(store: str) -> None:
     with mlflow.start_run() as run:
         mlflow.log_param("initial_learning_rate", "1e-4")
         runs.log_params({"initial_learning_rate": 0.0001, "epochs": 3})
     assert mlflow.get_run(run.info.run_id).data.params == {"initial_learning_rate": "1e-4", "epochs": "3"}
 
 
-def test_the_run_of_mlflow_run_records_that_a_study_continued(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_run_names_the_study(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with runs.start_run("study", "study") as study:
         pass
     launched = mlflow.MlflowClient().create_run(study.info.experiment_id)
@@ -79,13 +77,13 @@ def test_the_run_of_mlflow_run_records_that_a_study_continued(store: str, monkey
     assert (tags["role"], tags["continued_by"]) == ("resume", study.info.run_id)
 
 
-def test_a_run_of_another_store_is_told_with_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_of_other_store_names_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI"), runs.start_run("train", "train"):
         pass
 
 
-def test_a_deleted_study_is_told_with_the_remedy(store: str) -> None:
+def test_deleted_study_names_remedy(store: str) -> None:
     with runs.start_run("study", "study") as study:
         pass
     mlflow.delete_run(study.info.run_id)
@@ -96,7 +94,7 @@ def test_a_deleted_study_is_told_with_the_remedy(store: str) -> None:
         pass
 
 
-def test_what_a_killed_process_left_running_is_closed_by_the_next_start(store: str) -> None:
+def test_stale_runs_are_closed(store: str) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     with mlflow.start_run() as left:
@@ -108,7 +106,7 @@ def test_what_a_killed_process_left_running_is_closed_by_the_next_start(store: s
     assert closed.data.tags["failure_reason"] == "interrupted"
 
 
-def test_an_error_before_the_work_stands_on_the_run_of_mlflow_run(store: str, tmp_path: Path) -> None:
+def test_early_error_is_recorded(store: str, tmp_path: Path) -> None:
     launched = mlflow.MlflowClient().create_run(mlflow.get_experiment_by_name("tests").experiment_id)
     environment = os.environ | {"MLFLOW_RUN_ID": launched.info.run_id}
     done = command("prepare", "--data", str(tmp_path / "nowhere"), env=environment)
@@ -118,14 +116,14 @@ def test_an_error_before_the_work_stands_on_the_run_of_mlflow_run(store: str, tm
     assert "nowhere: no such folder" in tags["failure_reason"]
 
 
-def test_a_deleted_experiment_is_told_with_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleted_experiment_names_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.delete_experiment(mlflow.create_experiment("sign-digits"))
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     with pytest.raises(TrackingError, match="MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"):
         runs.open_experiment("train")
 
 
-def test_the_experiment_is_described_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experiment_is_described_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)  # MLflow sets it with the active experiment
     runs.open_experiment("train")
     experiment = mlflow.get_experiment_by_name(runs.EXPERIMENT)
@@ -148,13 +146,13 @@ def test_the_experiment_is_described_once(store: str, monkeypatch: pytest.Monkey
         ("", "nonsense", "no such model"),
     ],
 )
-def test_a_model_that_is_not_there_is_told(store: str, run_id: str, model_uri: str, message: str) -> None:
+def test_missing_model_is_reported(store: str, run_id: str, model_uri: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         registry.find_model(run_id, model_uri)
 
 
-def test_a_run_without_a_model_is_told(store: str, tmp_path: Path) -> None:
+def test_run_without_model_is_reported(store: str, tmp_path: Path) -> None:
     with runs.start_run("prepare", "prepare") as run:
         pass
-    with pytest.raises(ModelError, match="the run has no model; give a run of the role train or refit"):
+    with pytest.raises(ModelError, match="the run has no model; pass a run with the role train or refit"):
         registry.find_model(run.info.run_id, "")

@@ -21,7 +21,7 @@ def scorer(champion: str) -> Scorer:
     return Scorer("models:/sign-digits@champion")
 
 
-def test_one_bad_photograph_among_many_does_not_change_the_others(scorer: Scorer, photographs: Path) -> None:
+def test_bad_photograph_is_isolated(scorer: Scorer, photographs: Path) -> None:
     good = (photographs / "1" / "IMG_0000.JPG").read_bytes()
     alone = scorer.answer([good])[0]
     mixed = scorer.answer([good, b"five fingers", good, "cannot be read (gone)", good[:-100], good])
@@ -31,11 +31,11 @@ def test_one_bad_photograph_among_many_does_not_change_the_others(scorer: Scorer
     assert str(mixed[4]).startswith("truncated or damaged")
 
 
-def test_more_bad_photographs_than_the_model_names_in_one_answer_all_have_their_reason(scorer: Scorer) -> None:
+def test_many_bad_photographs_have_reasons(scorer: Scorer) -> None:
     assert scorer.answer([b"five fingers"] * 32) == ["not an image"] * 32
 
 
-def test_what_is_no_file_or_too_long_is_not_read(tmp_path: Path) -> None:
+def test_special_files_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert scoring.read_photograph(tmp_path / "pipe") == "cannot be read (not a file)"
     with (tmp_path / "large").open("wb") as file:
@@ -46,14 +46,12 @@ def test_what_is_no_file_or_too_long_is_not_read(tmp_path: Path) -> None:
     assert scoring.read_photograph(tmp_path / ("n" * 300)) == "cannot be read (File name too long)"
 
 
-def test_a_folder_that_is_not_there_makes_no_row(scorer: Scorer) -> None:
+def test_missing_folder_makes_no_row(scorer: Scorer) -> None:
     with pytest.raises(DataError, match=r"/nowhere: no such folder on .*; every worker needs it at the same path"):
         scorer.score(Chunk(0, "/nowhere", ("a.jpg",)))
 
 
-def test_a_worker_that_dies_is_replaced_and_its_chunk_is_answered(
-    champion: str, photographs: Path, tmp_path: Path
-) -> None:
+def test_dead_worker_is_replaced(champion: str, photographs: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra .[cluster]")
     paths = tuple(path.relative_to(photographs).as_posix() for path in sorted(photographs.rglob("*.JPG")))
     chunks = [Chunk(number, str(photographs), paths * 10) for number in range(6)]

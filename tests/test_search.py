@@ -48,7 +48,7 @@ def artifacts(run_id: str, folder: str) -> set[str]:
 
 
 @pytest.mark.parametrize("space", [SPACE, EXTENDED])
-def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded: loading.Data, space: Space) -> None:
+def test_trials_are_nested_runs(store: str, loaded: loading.Data, space: Space) -> None:
     opened = search.search(loaded, space, THREE)
     runs = trials(opened)
     assert [run.info.run_name for run in runs] == ["trial-000", "trial-001", "trial-002"]
@@ -62,7 +62,7 @@ def test_every_trial_is_a_nested_run_with_numeric_parameters(store: str, loaded:
         assert len(history) == trial.params["epochs"]
 
 
-def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, loaded: loading.Data) -> None:
+def test_study_run_has_best_trial(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, THREE)
     run = mlflow.get_run(opened.run_id)
     best = opened.best
@@ -80,7 +80,7 @@ def test_the_studys_run_carries_the_best_trial_and_the_pictures(store: str, load
     }
 
 
-def test_the_same_command_continues_the_same_study_under_the_same_run(store: str, loaded: loading.Data) -> None:
+def test_same_command_continues_study(store: str, loaded: loading.Data) -> None:
     first = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
     second = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
     third = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
@@ -89,7 +89,7 @@ def test_the_same_command_continues_the_same_study_under_the_same_run(store: str
     assert len(mlflow.search_runs(filter_string="tags.role = 'study'")) == 1
 
 
-def test_two_starts_do_not_draw_the_same_trials(store: str, loaded: loading.Data) -> None:
+def test_starts_sample_different_trials(store: str, loaded: loading.Data) -> None:
     search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2))
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=4))
     assert len({tuple(trial.params.values()) for trial in opened.study.trials}) == 4
@@ -103,7 +103,7 @@ def test_epochs_are_searched(store: str, loaded: loading.Data) -> None:
     assert [int(run.data.params["epochs"]) for run in trials(opened)] == drawn
 
 
-def test_trials_record_their_data_set(store: str, loaded: loading.Data) -> None:
+def test_trials_log_their_dataset(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
     (run,) = trials(opened)
     inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
@@ -113,7 +113,7 @@ def test_trials_record_their_data_set(store: str, loaded: loading.Data) -> None:
     }
 
 
-def test_a_trial_whose_run_was_deleted_is_not_the_best(store: str, loaded: loading.Data) -> None:
+def test_deleted_trial_is_not_best(store: str, loaded: loading.Data) -> None:
     first = search.search(loaded, SPACE, THREE).best
     mlflow.delete_run(first.user_attrs["mlflow_run_id"])
     again = search.search(loaded, SPACE, THREE)
@@ -121,7 +121,7 @@ def test_a_trial_whose_run_was_deleted_is_not_the_best(store: str, loaded: loadi
     assert mlflow.get_run(again.run_id).data.tags["best_run_id"] == again.best.user_attrs["mlflow_run_id"]
 
 
-def test_warm_start_begins_with_the_best_of_another_study(store: str, loaded: loading.Data) -> None:
+def test_warm_start_enqueues_best_trials(store: str, loaded: loading.Data) -> None:
     first = search.search(loaded, SPACE, dataclasses.replace(THREE, study_name="first"))
     wider = Space.of("notebook", epochs=Range(2, 4), batch_size=16)
     opened = search.search(
@@ -134,12 +134,12 @@ def test_warm_start_begins_with_the_best_of_another_study(store: str, loaded: lo
     assert trials(opened)[1].data.tags["origin"] == f"first/{first.best.number}"
 
 
-def test_warm_start_of_an_unknown_study_is_refused(store: str, loaded: loading.Data) -> None:
+def test_unknown_warm_start_is_refused(store: str, loaded: loading.Data) -> None:
     with pytest.raises(StudyError, match="warm_start=nowhere: no such study in the storage"):
         search.search(loaded, SPACE, dataclasses.replace(THREE, warm_start="nowhere"))
 
 
-def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: loading.Data) -> None:
+def test_pruned_trials_are_no_failures(store: str, loaded: loading.Data) -> None:
     space = Space.of("notebook", epochs=3, batch_size=16)
     with search.open_study(loaded, space, dataclasses.replace(THREE, n_trials=2)) as opened:
         opened.study.pruner = DeterministicPruner(False)
@@ -154,10 +154,10 @@ def test_pruned_trials_are_marked_and_are_no_failures(store: str, loaded: loadin
     assert mlflow.get_run(opened.run_id).data.metrics["trials_pruned"] == 1
 
 
-def test_a_failing_trial_leaves_its_reason_and_the_study_goes_on(store: str, loaded: loading.Data) -> None:
+def test_failed_trial_has_reason(store: str, loaded: loading.Data) -> None:
     pixels = np.full(loaded.fitting.x.shape, 1e38, np.float32)
     broken = dataclasses.replace(loaded, fitting=loading.Images(pixels, loaded.fitting.y))
-    with pytest.raises(StudyError, match="the last 3 trials failed, at last with TrainingDiverged"):
+    with pytest.raises(StudyError, match="the last 3 trials failed; the last error: TrainingDiverged"):
         search.search(broken, SPACE, THREE)
     opened = search.search(loaded, SPACE, THREE)
     assert Counter(run.info.status for run in trials(opened)) == {"FAILED": 3, "FINISHED": 3}
@@ -168,35 +168,33 @@ def test_a_failing_trial_leaves_its_reason_and_the_study_goes_on(store: str, loa
     assert len(set(drawn)) == len(drawn), "a trial that failed is not drawn again"
 
 
-def test_a_failure_outside_the_training_is_a_failure_too(
-    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logging_failure_fails_trial(store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(losses: object) -> float:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(training, "loss_fluctuation", full)
-    with pytest.raises(StudyError, match="the last 3 trials failed, at last with OSError: no space left"):
+    with pytest.raises(StudyError, match="the last 3 trials failed; the last error: OSError: no space left"):
         search.search(loaded, SPACE, THREE)
 
 
-def test_val_loss_can_be_the_objective(store: str, loaded: loading.Data) -> None:
+def test_val_loss_can_be_objective(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2, objective="val_loss"))
     assert opened.study.best_value == min(trial.value for trial in opened.study.trials if trial.value)
     assert opened.study.direction == optuna.study.StudyDirection.MINIMIZE
 
 
-def test_the_time_limit_starts_no_further_trial(store: str, loaded: loading.Data) -> None:
+def test_timeout_starts_no_trial(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1000, timeout=0.001))
     assert len(opened.study.trials) <= 2, "the one that ran, and perhaps one that waits"
 
 
 @pytest.mark.parametrize("pruner", ["percentile", "median", "hyperband", "none"])
-def test_every_pruner_can_be_chosen(store: str, loaded: loading.Data, pruner: str) -> None:
+def test_every_pruner_works(store: str, loaded: loading.Data, pruner: str) -> None:
     opened = search.search(loaded, SPACE, StudyParameters(n_trials=1, pruner=pruner))
     assert type(opened.study.pruner).__name__.lower().startswith(pruner.replace("none", "nop"))
 
 
-def test_interrupted_parameters_are_retried_three_times(store: str, loaded: loading.Data) -> None:
+def test_interrupted_trial_is_retried_three_times(store: str, loaded: loading.Data) -> None:
     with search.open_study(loaded, SPACE, THREE) as opened:
         for _ in range(study.MAX_RETRIES + 1):
             opened.context.space.suggest(opened.study.ask())  # and the process is killed
@@ -207,28 +205,26 @@ def test_interrupted_parameters_are_retried_three_times(store: str, loaded: load
 
 
 @pytest.mark.parametrize("options", [{"workers": 2}, {"ray_address": "auto"}])
-def test_workers_on_sqlite_are_refused_before_anything_is_done(
-    store: str, loaded: loading.Data, options: dict[str, Any]
-) -> None:
-    with pytest.raises(StudyError, match="SQLite lets one process write at a time; give a PostgreSQL address"):
+def test_workers_on_sqlite_are_refused(store: str, loaded: loading.Data, options: dict[str, Any]) -> None:
+    with pytest.raises(StudyError, match="SQLite supports one writing process; pass a PostgreSQL URL"):
         search.search(loaded, SPACE, dataclasses.replace(THREE, **options))
     assert not Path("optuna.db").exists()
 
 
-def test_a_study_of_other_settings_is_refused_by_what_differs(store: str, loaded: loading.Data) -> None:
+def test_different_settings_are_refused(store: str, loaded: loading.Data) -> None:
     named = dataclasses.replace(THREE, n_trials=1, study_name="mine")
     search.search(loaded, SPACE, named)
     with pytest.raises(StudyError, match=r"other settings \(batch_size was 16, is 8\); give another --study_name"):
         search.search(loaded, Space.of("notebook", epochs=Range(1, 3), batch_size=8), named)
 
 
-def test_images_too_small_for_the_space_are_refused_at_once(store: str, loaded: loading.Data) -> None:
-    with pytest.raises(ParameterError, match="conv_blocks=5: each halves the image, and 16 pixels cannot"):
+def test_too_small_images_are_refused(store: str, loaded: loading.Data) -> None:
+    with pytest.raises(ParameterError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
         search.search(loaded, Space.of("extended"), THREE)
     assert not Path("optuna.db").exists()
 
 
-def test_a_study_that_another_process_searches_is_refused(store: str, loaded: loading.Data) -> None:
+def test_locked_study_is_refused(store: str, loaded: loading.Data) -> None:
     named = dataclasses.replace(THREE, study_name="mine")
     with (
         storage.lock_study(named.storage, "mine"),
@@ -238,9 +234,7 @@ def test_a_study_that_another_process_searches_is_refused(store: str, loaded: lo
         pass
 
 
-def test_a_search_killed_with_sigkill_is_continued_to_exactly_n_trials(
-    store: str, loaded: loading.Data, photographs: Path
-) -> None:
+def test_killed_search_completes_n_trials(store: str, loaded: loading.Data, photographs: Path) -> None:
     line = [sys.executable, "-m", "signdigits", "search", "--data", str(photographs), *OPTIONS, "--pruner", "none"]
     line += ["--n_trials", "3", "--epochs", str(LONG)]
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": dict(os.environ)}

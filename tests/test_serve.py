@@ -218,7 +218,7 @@ def statuses(load: Load) -> set[int]:
     return {reply.status for reply in load.replies}
 
 
-def test_every_reply_says_which_version_answered(first: Server, registry: Registry) -> None:
+def test_every_reply_names_version(first: Server, registry: Registry) -> None:
     status, headers, reply = first.ask(registry.request)
     assert (status, headers["model-version"]) == (200, "1")
     assert set(reply["predictions"][0]) == {"label", "probability", "probabilities"}
@@ -226,9 +226,7 @@ def test_every_reply_says_which_version_answered(first: Server, registry: Regist
     assert first.ask(b"[" * 100_000)[1]["model-version"] == "1"
 
 
-def test_a_promotion_and_the_way_back_fail_no_request_and_no_old_version_answers_afterwards(
-    first: Server, registry: Registry
-) -> None:
+def test_promotion_and_rollback_fail_no_request(first: Server, registry: Registry) -> None:
     with Load(first.port, registry.request) as load:
         for version in (2, 1):
             promote(first, registry, version)
@@ -241,7 +239,7 @@ def test_a_promotion_and_the_way_back_fail_no_request_and_no_old_version_answers
     assert tags(1)[STATE] == "live"
 
 
-def test_an_upload_that_began_before_a_promotion_is_answered_after_it(first: Server, registry: Registry) -> None:
+def test_upload_survives_promotion(first: Server, registry: Registry) -> None:
     blank = 1000  # JSON may begin with spaces, sent one by one here, so that the client does not count as silent
     with socket.create_connection(("127.0.0.1", first.port)) as slow:
         head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {blank + len(registry.request)}\r\n"
@@ -259,9 +257,7 @@ def test_an_upload_that_began_before_a_promotion_is_answered_after_it(first: Ser
 
 
 @pytest.mark.parametrize(("version", "reason"), [(3, "six fingers"), (4, "No module named 'no_such_module'")])
-def test_a_broken_version_never_takes_over_and_that_is_recorded(
-    first: Server, registry: Registry, version: int, reason: str
-) -> None:
+def test_broken_version_is_refused(first: Server, registry: Registry, version: int, reason: str) -> None:
     with Load(first.port, registry.request) as load:
         move(version)
         wait_until(lambda: tags(version).get(STATE) == "refused", seconds=600)
@@ -273,7 +269,7 @@ def test_a_broken_version_never_takes_over_and_that_is_recorded(
     assert first.said().count(f"starting version {version}\n") == 1, "it is not tried again and again"
 
 
-def test_a_killed_process_comes_back_and_the_other_answers_meanwhile(first: Server, registry: Registry) -> None:
+def test_killed_worker_is_restarted(first: Server, registry: Registry) -> None:
     victim = first.processes("uvicorn --host")[0]
     with Load(first.port, registry.request) as load:
         os.kill(victim, signal.SIGKILL)
@@ -282,7 +278,7 @@ def test_a_killed_process_comes_back_and_the_other_answers_meanwhile(first: Serv
     assert statuses(load) == {200}
 
 
-def test_nginx_comes_back_when_it_is_killed(first: Server, registry: Registry) -> None:
+def test_killed_nginx_is_restarted(first: Server, registry: Registry) -> None:
     (master,) = first.processes("nginx: master")
     os.kill(master, signal.SIGKILL)
     wait_until(lambda: set(first.processes("nginx: master")) - {master}, seconds=60)
@@ -294,19 +290,19 @@ def test_nginx_comes_back_when_it_is_killed(first: Server, registry: Registry) -
 
 
 @pytest.mark.parametrize(("host", "within"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False)])
-def test_what_other_machines_can_reach_is_known(host: str, within: bool) -> None:
+def test_loopback_is_recognized(host: str, within: bool) -> None:
     assert serve.is_loopback(host) == within
 
 
-def test_a_port_that_is_taken_is_told(first: Server, registry: Registry) -> None:
+def test_used_port_is_reported(first: Server, registry: Registry) -> None:
     line = [sys.executable, "-m", "signdigits", "serve", "--port", str(first.port)]
     second = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=registry.folder)
     assert second.returncode == 2
-    assert f"127.0.0.1:{first.port}: Address already in use; stop what listens there" in second.stderr
+    assert f"127.0.0.1:{first.port}: Address already in use; stop the process that listens there" in second.stderr
 
 
 @pytest.mark.parametrize("answer", [None, RuntimeError("no route to host")])
-def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
+def test_slow_registry_blocks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Exception | None
 ) -> None:
     back = threading.Event()
@@ -333,9 +329,7 @@ def test_a_registry_that_does_not_answer_keeps_nobody_waiting(
     assert supervisor.polling is None
 
 
-def test_a_killed_supervisor_leaves_nobody_behind_and_the_next_serves_what_was_served(
-    registry: Registry, tmp_path: Path
-) -> None:
+def test_killed_supervisor_leaves_no_orphans(registry: Registry, tmp_path: Path) -> None:
     move(2)
     with started(registry, tmp_path / "killed.log") as server:
         below = descendants(server.process.pid)
@@ -348,10 +342,10 @@ def test_a_killed_supervisor_leaves_nobody_behind_and_the_next_serves_what_was_s
     move(3)
     with started(registry, tmp_path / "again.log") as server:
         assert server.version(registry.request) == "2"
-        assert "version 3 is not served" in server.said()
+        assert "version 3 is refused" in server.said()
 
 
-def test_without_nginx_the_model_is_served_and_what_is_missing_is_said(registry: Registry, tmp_path: Path) -> None:
+def test_model_is_served_without_nginx(registry: Registry, tmp_path: Path) -> None:
     move(1)
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -61,7 +61,7 @@ def pack(folder: Path, extra: dict[str, bytes] | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_embedded_digits_are_1797_images_of_100_by_100_in_ten_classes(tmp_path: Path) -> None:
+def test_embedded_digits_have_1797_images(tmp_path: Path) -> None:
     folder = sources.resolve_source("handwritten-digits", tmp_path)
     files = sorted(folder.rglob("*.png"))
     assert len(files) == 1797
@@ -72,14 +72,14 @@ def test_the_embedded_digits_are_1797_images_of_100_by_100_in_ten_classes(tmp_pa
         assert np.asarray(first).max() == 255, "paper"
 
 
-def test_the_embedded_digits_are_written_once(tmp_path: Path) -> None:
+def test_embedded_digits_are_written_once(tmp_path: Path) -> None:
     folder = sources.resolve_source("handwritten-digits", tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     sources.resolve_source("handwritten-digits", tmp_path)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_folder_that_fails_half_way_does_not_look_finished(tmp_path: Path) -> None:
+def test_failed_folder_is_removed(tmp_path: Path) -> None:
     def fail() -> None:
         with signdigits.files.atomic_folder(tmp_path / "digits") as folder:
             (folder / "0").mkdir()
@@ -90,11 +90,11 @@ def test_a_folder_that_fails_half_way_does_not_look_finished(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_any_other_name_is_a_path() -> None:
+def test_other_names_are_paths() -> None:
     assert sources.resolve_source("some/folder") == Path("some/folder")
 
 
-def test_the_download_ends_as_class_folders(server: str, photographs: Path, tmp_path: Path) -> None:
+def test_download_makes_class_folders(server: str, photographs: Path, tmp_path: Path) -> None:
     Archive.content = pack(photographs)
     digest = sources.folder_digest(photographs)
     folder = sources.download_sign_language_digits(tmp_path / "signs", server, digest)
@@ -107,7 +107,7 @@ def test_the_download_ends_as_class_folders(server: str, photographs: Path, tmp_
 @pytest.mark.parametrize(
     ("behaviour", "message"), [("missing", "404"), ("cut", "retrieval incomplete|got only"), ("garbage", "no folder")]
 )
-def test_a_failed_download_leaves_nothing(
+def test_failed_download_leaves_nothing(
     server: str, photographs: Path, tmp_path: Path, behaviour: str, message: str
 ) -> None:
     Archive.content = b"not an archive" if behaviour == "garbage" else pack(photographs)
@@ -117,7 +117,7 @@ def test_a_failed_download_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_changed_archive_is_refused(server: str, photographs: Path, tmp_path: Path) -> None:
+def test_changed_archive_is_refused(server: str, photographs: Path, tmp_path: Path) -> None:
     Archive.content = pack(photographs, {f"{ROOT}/Dataset/0/another.JPG": b"?"})
     with pytest.raises(DownloadError, match="holds other files than expected"):
         sources.download_sign_language_digits(tmp_path / "signs", server, sources.folder_digest(photographs))
@@ -125,7 +125,7 @@ def test_a_changed_archive_is_refused(server: str, photographs: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["../../escaped.txt", "/tmp/signdigits-escaped.txt", f"{ROOT}/../../escaped.txt"])
-def test_no_path_in_the_archive_leaves_the_target(server: str, photographs: Path, tmp_path: Path, name: str) -> None:
+def test_archive_paths_stay_inside(server: str, photographs: Path, tmp_path: Path, name: str) -> None:
     Archive.content = pack(photographs, {name: b"out"})
     home = tmp_path / "a" / "b" / "data"
     sources.download_sign_language_digits(home / "signs", server, sources.folder_digest(photographs))
@@ -133,15 +133,13 @@ def test_no_path_in_the_archive_leaves_the_target(server: str, photographs: Path
     assert not Path("/tmp/signdigits-escaped.txt").exists()
 
 
-def test_the_real_photographs_have_the_digest_that_the_download_expects(
-    server: str, sign_digits: Path, tmp_path: Path
-) -> None:
+def test_real_photographs_match_digest(server: str, sign_digits: Path, tmp_path: Path) -> None:
     Archive.content = pack(sign_digits)
     folder = sources.download_sign_language_digits(tmp_path / "sign-language-digits", server)
     assert len(list(folder.rglob("*.JPG"))) == 2062
 
 
-def test_a_changed_download_is_noticed(sign_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_download_is_noticed(sign_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path(shutil.copytree(sign_digits, tmp_path / "data" / "sign-language-digits"))
     assert (
@@ -149,5 +147,5 @@ def test_a_changed_download_is_noticed(sign_digits: Path, tmp_path: Path, monkey
         == sources.SIGN_LANGUAGE_DIGITS_DIGEST
     )
     next(folder.rglob("*.JPG")).unlink()
-    with pytest.raises(DataError, match="changed since it was downloaded"):
+    with pytest.raises(DataError, match="has changed since the download"):
         dataset.scan_dataset(SourceParameters(data="sign-language-digits"))

@@ -33,22 +33,22 @@ def check_split_is_that_of_keras(folder: Path) -> split.Split:
     return made
 
 
-def test_test_images_are_what_keras_calls_the_validation_subset(photographs: Path) -> None:
+def test_testing_is_keras_validation_subset(photographs: Path) -> None:
     check_split_is_that_of_keras(photographs)
 
 
-def test_the_real_test_images_are_the_notebooks_412(sign_digits: Path) -> None:
+def test_real_testing_matches_the_notebook(sign_digits: Path) -> None:
     made = check_split_is_that_of_keras(sign_digits)
     assert [len(made.training), len(made.validation), len(made.testing)] == [1320, 330, 412]
 
 
-def test_every_photograph_is_in_exactly_one_part(loaded: loading.Data) -> None:
+def test_parts_are_disjoint_and_complete(loaded: loading.Data) -> None:
     split = loaded.split
     everything = np.concatenate([split.training, split.validation, split.testing])
     assert sorted(everything) == list(range(60))
 
 
-def test_validation_images_are_drawn_evenly_from_the_classes(loaded: loading.Data) -> None:
+def test_validation_is_stratified(loaded: loading.Data) -> None:
     fractions = np.bincount(loaded.validation.y) / np.bincount(loaded.dataset.labels[loaded.split.fitting])
     np.testing.assert_allclose(fractions, 0.2, atol=0.05)
 
@@ -63,7 +63,7 @@ def write_groups(folder: Path, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_no_group_is_in_two_parts(tmp_path: Path, size: int) -> None:
+def test_groups_are_never_split(tmp_path: Path, size: int) -> None:
     folder = write_photographs(tmp_path / "bars", each=40)
     found = write_groups(folder, size)
     made = split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")
@@ -76,7 +76,7 @@ def test_no_group_is_in_two_parts(tmp_path: Path, size: int) -> None:
         assert counts.max() - counts.min() <= size, "as even as the groups allow"
 
 
-def test_the_split_is_part_of_the_digest(tmp_path: Path) -> None:
+def test_split_changes_the_digest(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars")
     digests = []
     for size in (1, 2):
@@ -87,7 +87,7 @@ def test_the_split_is_part_of_the_digest(tmp_path: Path) -> None:
     assert len(set(digests)) == 3
 
 
-def test_the_real_students_are_each_in_one_part(sign_digits: Path) -> None:
+def test_real_students_are_never_split(sign_digits: Path) -> None:
     loaded = loading.load_data(DataParameters(data=str(sign_digits), split="grouped", image_size=SIZE))
     found = groups.read_groups(loaded.dataset)
     assert [len(indices) for indices in loaded.split.parts.values()] == [1319, 331, 412]
@@ -98,12 +98,12 @@ def test_the_real_students_are_each_in_one_part(sign_digits: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "groups.csv: split=grouped needs it, with the columns path and group"),
-        ("path;group\n", "groups.csv: split=grouped needs it, with the columns path and group"),
+        (None, "groups.csv: needed by split=grouped, with the columns path and group"),
+        ("path;group\n", "groups.csv: needed by split=grouped, with the columns path and group"),
         ("path,group\n0/IMG_0000.JPG,a\n", "no group for 59 photographs, the first of them 0/IMG_0001.JPG"),
     ],
 )
-def test_groups_that_cannot_be_used_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
+def test_unusable_groups_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
     folder = write_photographs(tmp_path / "bars")
     if content is not None:
         (folder / groups.FILE).write_text(content)

@@ -12,11 +12,11 @@ def stderr_of(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stderr
 
 
-def test_tensorflow_starts_without_a_word() -> None:
+def test_tensorflow_starts_silently() -> None:
     assert stderr_of(IMPORT) == ""
 
 
-def test_real_warnings_get_through() -> None:
+def test_real_warnings_are_kept() -> None:
     code = (
         "import os, sys\nfrom signdigits.startup import filtered_stderr\n"
         "with filtered_stderr():\n"

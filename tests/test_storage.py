@@ -14,13 +14,13 @@ from signdigits.tuning import storage
         ("postgresql+nodriver://me@nowhere/db", "storage=postgresql\\+nodriver://me@nowhere/db"),
     ],
 )
-def test_an_address_that_cannot_be_used_is_refused(address: str, message: str) -> None:
+def test_unusable_storage_is_refused(address: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         storage.open_storage(address)
 
 
-def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
-    with pytest.raises(StudyError, match="storage=postgresql://me:\\*\\*\\*@nowhere/db: a password") as raised:
+def test_password_in_url_is_refused() -> None:
+    with pytest.raises(StudyError, match="storage=postgresql://me:\\*\\*\\*@nowhere/db: passwords in URLs") as raised:
         storage.open_storage("postgresql://me:secret@nowhere/db")
     assert "secret" not in str(raised.value)
 
@@ -40,19 +40,19 @@ class Dialect:
         return answer
 
 
-def test_connecting_waits_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     away = sqlite3.OperationalError("server closed the connection")
     assert storage.connect_with_retries(Dialect(away, away, "here again"), None, [], {}) == "here again"
 
 
-def test_other_errors_are_raised_at_once() -> None:
+def test_other_errors_are_not_retried() -> None:
     with pytest.raises(sqlite3.IntegrityError):
         storage.connect_with_retries(Dialect(sqlite3.IntegrityError("twice")), None, [], {})
 
 
-def test_waiting_for_the_database_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_end_after_max_downtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "MAX_DOWNTIME", -1.0)
     away = sqlite3.OperationalError("server closed the connection")
-    with pytest.raises(StorageError, match=r"away for -1 s .*server closed.*the same command continues"):
+    with pytest.raises(StorageError, match=r"down for -1 s .*server closed.*run the same command to continue"):
         storage.connect_with_retries(Dialect(away), None, [], {})

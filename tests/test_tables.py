@@ -33,6 +33,6 @@ def test_probabilities_are_numbers(column: str) -> None:
     assert tables.is_probability(column)
 
 
-def test_a_damaged_table_is_a_value_error() -> None:
+def test_damaged_table_is_value_error() -> None:
     with pytest.raises(ValueError, match="EOF inside string"):
         tables.read_csv('path,group\n"0/a.jpg,1\n')

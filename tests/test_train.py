@@ -29,7 +29,7 @@ def artifacts(run_id: str) -> set[str]:
     return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)}
 
 
-def test_a_training_run_keeps_what_is_needed_to_do_it_again(store: str, loaded: loading.Data) -> None:
+def test_run_logs_everything_to_reproduce(store: str, loaded: loading.Data) -> None:
     run = mlflow.get_run(train.train(loaded, SHORT))
     assert run.info.status == "FINISHED"
     expected = dataclasses.asdict(loaded.parameters) | dataclasses.asdict(SHORT)
@@ -45,9 +45,7 @@ def test_a_training_run_keeps_what_is_needed_to_do_it_again(store: str, loaded: 
 
 
 @pytest.mark.parametrize("augmentation", [0.0, 1.0])
-def test_every_epoch_is_logged_and_the_last_one_is_the_score(
-    store: str, loaded: loading.Data, augmentation: float
-) -> None:
+def test_every_epoch_is_logged(store: str, loaded: loading.Data, augmentation: float) -> None:
     run = mlflow.get_run(train.train(loaded, dataclasses.replace(SHORT, augmentation=augmentation)))
     client = mlflow.MlflowClient()
     for metric in ("loss", "accuracy", "val_loss", "val_accuracy"):
@@ -62,7 +60,7 @@ def fit(loaded: loading.Data, hyperparameters: Hyperparameters) -> training.Fit:
     return training.fit_network(network, loaded.training, loaded.validation, hyperparameters)
 
 
-def test_the_same_seed_gives_the_same_result(store: str, loaded: loading.Data) -> None:
+def test_same_seed_same_result(store: str, loaded: loading.Data) -> None:
     first = fit(loaded, SHORT)
     again = fit(loaded, SHORT)
     other = fit(loaded, dataclasses.replace(SHORT, seed=1))
@@ -92,9 +90,7 @@ def notebooks_network() -> keras.Sequential:
 
 
 @pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`")
-def test_without_augmentation_and_dropout_it_is_the_notebooks_training_bit_for_bit(
-    store: str, loaded: loading.Data
-) -> None:
+def test_training_equals_notebook_bit_for_bit(store: str, loaded: loading.Data) -> None:
     assert (SHORT.augmentation, SHORT.dropout, SHORT.precision) == (0, 0, "float32")
     fitted = fit(loaded, SHORT)
     keras.utils.clear_session()
@@ -120,7 +116,7 @@ def test_without_augmentation_and_dropout_it_is_the_notebooks_training_bit_for_b
         np.testing.assert_array_equal(one, two)
 
 
-def test_an_augmented_training_can_be_done_again(store: str, loaded: loading.Data) -> None:
+def test_augmented_training_is_reproducible(store: str, loaded: loading.Data) -> None:
     augmented = dataclasses.replace(SHORT, augmentation=1.0, dropout=0.3, precision="mixed_bfloat16")
     first = fit(loaded, augmented)
     again = fit(loaded, augmented)
@@ -130,7 +126,7 @@ def test_an_augmented_training_can_be_done_again(store: str, loaded: loading.Dat
     assert len(first.history["loss"]) == SHORT.epochs
 
 
-def test_what_was_trained_in_bfloat16_comes_back_in_float32_and_agrees(store: str, loaded: loading.Data) -> None:
+def test_bfloat16_training_is_saved_float32(store: str, loaded: loading.Data) -> None:
     fast = dataclasses.replace(SHORT, precision="mixed_bfloat16")
     with mlflow.start_run() as run:
         fitted = fit(loaded, fast)
@@ -141,7 +137,7 @@ def test_what_was_trained_in_bfloat16_comes_back_in_float32_and_agrees(store: st
     assert accuracy == pytest.approx(fitted.last("val_accuracy"), abs=0.11), "one of ten validation images"
 
 
-def test_averaged_weights_are_validated_and_kept(store: str, loaded: loading.Data) -> None:
+def test_averaged_weights_are_kept(store: str, loaded: loading.Data) -> None:
     averaged = dataclasses.replace(SHORT, ema_momentum=0.9)
     fitted, plain = fit(loaded, averaged), fit(loaded, SHORT)
     assert fitted.history["loss"] == pytest.approx(plain.history["loss"], rel=1e-4), "the training is the same"
@@ -151,7 +147,7 @@ def test_averaged_weights_are_validated_and_kept(store: str, loaded: loading.Dat
     assert accuracy == pytest.approx(fitted.last("val_accuracy"))
 
 
-def test_the_saved_network_holds_no_augmentation(store: str, loaded: loading.Data, tmp_path: Path) -> None:
+def test_saved_network_has_no_augmentation(store: str, loaded: loading.Data, tmp_path: Path) -> None:
     augmented = dataclasses.replace(SHORT, epochs=1, augmentation=1.0, dropout=0.3)
     run_id = train.train(loaded, augmented)
     (model,) = mlflow.search_logged_models(output_format="list")
@@ -167,7 +163,7 @@ def test_the_saved_network_holds_no_augmentation(store: str, loaded: loading.Dat
     assert operations <= {"MUL", "CONV_2D", "MAX_POOL_2D", "FULLY_CONNECTED", "DELEGATE"} | shapes
 
 
-def test_a_loss_that_is_no_number_fails_the_run_with_its_reason(store: str, loaded: loading.Data) -> None:
+def test_nan_loss_fails_the_run(store: str, loaded: loading.Data) -> None:
     broken = loading.Images(np.full(loaded.fitting.x.shape, 1e38, np.float32), loaded.fitting.y)
     with pytest.raises(TrainingDiverged, match=r"loss became nan in epoch 1 .* lower it"):
         train.train(dataclasses.replace(loaded, fitting=broken), SHORT)
@@ -193,7 +189,7 @@ def only_run() -> Run:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_training_leaves_a_killed_run(store: str, photographs: Path, number: int) -> None:
+def test_interrupted_training_is_killed(store: str, photographs: Path, number: int) -> None:
     line = [sys.executable, "-m", "signdigits", "train", "--data", str(photographs), "--image_size", "16"]
     code, said = interrupt([*line, "--epochs", "10000"], number)
     assert code == 130
@@ -202,7 +198,7 @@ def test_an_interrupted_training_leaves_a_killed_run(store: str, photographs: Pa
     assert only_run().info.status == "KILLED"
 
 
-def test_ctrl_c_under_mlflow_run_leaves_nothing_running(store: str, photographs: Path) -> None:
+def test_ctrl_c_ends_mlflow_run(store: str, photographs: Path) -> None:
     line = [sys.executable, "-m", "mlflow", "run", str(PROJECT), "-e", "train", "--env-manager", "local"]
     values = {"data": photographs, "image_size": 16, "epochs": 10000}
     code, _ = interrupt(
@@ -213,7 +209,7 @@ def test_ctrl_c_under_mlflow_run_leaves_nothing_running(store: str, photographs:
     assert only_run().data.tags["failure_reason"] == "interrupted"
 
 
-def test_fluctuation_settles_as_the_notebook_says_of_its_curves() -> None:
+def test_fluctuation_matches_notebook_curves() -> None:
     """Validation losses of the notebook's three runs, from its own output."""
     constant = [
         2.2129, 1.4555, 0.7665, 0.6319, 0.5539, 0.4943, 0.4560, 0.5024, 0.3775, 0.4094,
@@ -228,7 +224,7 @@ def test_fluctuation_settles_as_the_notebook_says_of_its_curves() -> None:
     ]
 
 
-def test_two_epochs_on_the_real_photographs_learn_something(store: str, sign_digits: Path) -> None:
+def test_real_photographs_are_learned(store: str, sign_digits: Path) -> None:
     loaded = loading.load_data(DataParameters(data=str(sign_digits), image_size=32))
     run_id = train.train(loaded, Hyperparameters(epochs=2, batch_size=32, initial_learning_rate=0.002))
     assert mlflow.get_run(run_id).data.metrics["val_accuracy"] > 0.2, "chance is 0.1"

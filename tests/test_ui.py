@@ -73,7 +73,7 @@ def window() -> Iterator[Browser]:
         yield opened
 
 
-def test_the_trials_and_the_refit_are_nested_under_their_study(window: Browser, finished: Finished) -> None:
+def test_trials_are_nested_under_study(window: Browser, finished: Finished) -> None:
     nested = ["refit, seed 1337", "trial-003", "trial-002", "trial-001", "trial-000"]
     study = finished.study.info.run_name
     with browser.opened(window, finished.runs) as page:
@@ -83,16 +83,14 @@ def test_the_trials_and_the_refit_are_nested_under_their_study(window: Browser, 
         expect(names).to_have_text([study, *nested])
 
 
-def test_the_compare_view_plots_what_was_searched_against_validation_accuracy(
-    window: Browser, finished: Finished
-) -> None:
+def test_compare_view_plots_searched_parameters(window: Browser, finished: Finished) -> None:
     with browser.opened(window, finished.trials) as page:
         expect(page.get_by_role("heading", name="Comparing 4 Runs from 1 Experiment")).to_be_visible()
         axes = browser.plot(page, "val_accuracy", sorted(SEARCHED))
         assert {*SEARCHED, "val_accuracy"} == set(axes.all_text_contents())
 
 
-def test_the_studys_run_shows_its_pictures(window: Browser, finished: Finished) -> None:
+def test_study_run_shows_plots(window: Browser, finished: Finished) -> None:
     assert len(finished.pictures) >= 4
     with browser.opened(window, finished.latest) as page:
         page.get_by_role("tab", name="Artifacts").click()
@@ -104,7 +102,7 @@ def test_the_studys_run_shows_its_pictures(window: Browser, finished: Finished) 
             assert picture.evaluate("image => image.naturalWidth") > 100
 
 
-def test_the_registry_shows_the_version_with_its_alias(window: Browser, finished: Finished) -> None:
+def test_registry_shows_alias(window: Browser, finished: Finished) -> None:
     with browser.opened(window, finished.registry) as page:
         version = page.get_by_role("row").filter(has=page.get_by_role("link", name="Version 1"))
         expect(version).to_contain_text("champion")
