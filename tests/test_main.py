@@ -36,7 +36,7 @@ def runs() -> list[Run]:
 def test_mlflow_run_produces_served_champion(store: str, loaded: loading.Data, tmp_path: Path) -> None:
     values = {
         "data": loaded.parameters.data, "image_size": 16, "batch_size": 8, "epochs": "6:8", "n_trials": 3,
-        "space": "notebook", "repeats": 2,
+        "space": "notebook", "n_seeds": 2,
         "initial_learning_rate": "1e-3:5e-3", "storage": f"sqlite:///{tmp_path}/optuna.db",
     }  # fmt: skip
     line = [sys.executable, "-m", "mlflow", "run", str(PROJECT), "-e", "main", "--env-manager", "local"]
