@@ -68,7 +68,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
                 "prediction_log": prediction_log.__file__,
             },
             signature=SIGNATURE,
-            make_input_example=make_input_example(data),
+            input_example=_make_input_example(data),
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
         )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
