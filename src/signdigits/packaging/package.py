@@ -89,7 +89,7 @@ def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
     }
 
 
-def make_input_example(data: Data) -> pd.DataFrame:
+def _make_input_example(data: Data) -> pd.DataFrame:
     """Return a training photograph as a request of the endpoint: a column `image` of base64 text."""
     first = data.dataset.photographs[data.split.training[0]]
     photograph = images.open_image(data.dataset.read(first))
