@@ -7,7 +7,9 @@ import subprocess
 import sys
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,6 +19,7 @@ from mlflow.entities import Run
 from signdigits import main, register
 from signdigits.config import ModelParameters, RefitParameters, RegistryParameters, StudyParameters, VersionParameters
 from signdigits.data import loading
+from signdigits.model import training
 from signdigits.tracking import registry
 from signdigits.tuning.space import Range, Space
 
@@ -147,3 +150,23 @@ def test_second_start_keeps_rollback(store: str, loaded: loading.Data) -> None:
     assert (again.version, again.alias) == ("2", "champion"), "what was decided then"
     champion = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, "champion")
     assert str(champion.version) == "1"
+
+
+def test_refit_that_learns_nothing_is_skipped(
+    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def collapse(original: Callable[..., training.Fit]) -> Callable[..., training.Fit]:
+        def fit(network: Any, images: Any, validation: Any, hyperparameters: Any, **options: Any) -> training.Fit:
+            fitted = original(network, images, validation, hyperparameters, **options)
+            if validation is None and hyperparameters.seed == 1337:
+                fitted.history["accuracy"][-1] = 0.0
+            return fitted
+
+        return fit
+
+    monkeypatch.setattr(training, "fit_network", collapse(training.fit_network))
+    main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), RefitParameters(n_seeds=1), RegistryParameters())
+    refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
+    assert (refits["1337"].info.status, refits["1338"].info.status) == ("FAILED", "FINISHED")
+    assert refits["1337"].data.tags["failure_reason"].startswith("TrainingDiverged: training accuracy 0.0000")
+    assert "refit with seed 1337 skipped" in caplog.text

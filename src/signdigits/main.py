@@ -15,6 +15,7 @@ from mlflow.entities import LoggedModel
 from signdigits import evaluate, prepare, register, search
 from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
 from signdigits.data.loading import Data
+from signdigits.errors import TrainingDiverged
 from signdigits.model import training
 from signdigits.packaging import package
 from signdigits.tracking import registry, runs, urls
@@ -35,14 +36,32 @@ def main(
         runs.log_params(asdict(refits) | asdict(promotion))
         prepare.log_report(data)
         search.optimize_study(opened)
-        seeds = range(opened.best_hyperparameters.seed, opened.best_hyperparameters.seed + refits.n_seeds)
-        models = [_find_refit(opened, seed) or _refit_best(opened, seed) for seed in seeds]
+        models = _refit_seeds(opened, refits.n_seeds)
         _log_refit_scores(models)
         decision = register.previous_decision(models[0]) or register.promote_model(models[0], promotion)
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
     for line in _summarize_job(opened, models, decision):
         log.info("%s", line)
     return decision
+
+
+def _refit_seeds(opened: search.Search, n_seeds: int) -> list[LoggedModel]:
+    """Refit the best trial with successive seeds; a seed whose training diverges is skipped.
+
+    Raises TrainingDiverged if more than `n_seeds` seeds diverge.
+    """
+    models: list[LoggedModel] = []
+    first = opened.best_hyperparameters.seed
+    for seed in range(first, first + 2 * n_seeds):
+        try:
+            models.append(_find_refit(opened, seed) or _refit_best(opened, seed))
+        except TrainingDiverged as error:
+            log.warning("refit with seed %d skipped: %s", seed, error)
+            if seed - first + 1 - len(models) > n_seeds:
+                raise
+        if len(models) == n_seeds:
+            break
+    return models
 
 
 def _find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
@@ -70,12 +89,26 @@ def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
         runs.log_data(data, parts=("fitting",))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.fitting, None, hyperparameters)
+        _check_learned(fitted, opened.best.user_attrs.get("accuracy", 0.0))
         training.log_curves(fitted)
         runs.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
         facts |= {"val_accuracy": best.user_attrs["val_accuracy"]}
         info = package.log_model(fitted.in_float32(), best.user_attrs["temperature"], data, facts)
         evaluate.score_model(mlflow.get_logged_model(info.model_id), data.dataset)
         return mlflow.get_logged_model(info.model_id)
+
+
+def _check_learned(fitted: training.Fit, trial_accuracy: float) -> None:
+    """Raise TrainingDiverged if the training accuracy is less than half of the trial's.
+
+    At high learning rates some seeds end with dead ReLUs and learn nothing. The training images show it: the test images are
+    not involved.
+    """
+    if fitted.last("accuracy") < trial_accuracy / 2:
+        raise TrainingDiverged(
+            f"training accuracy {fitted.last('accuracy'):.4f}, but {trial_accuracy:.4f} in the trial; lower "
+            f"initial_learning_rate={fitted.hyperparameters.initial_learning_rate:g}"
+        )
 
 
 def _log_refit_scores(models: Sequence[LoggedModel]) -> None:

@@ -68,7 +68,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
                 "prediction_log": prediction_log.__file__,
             },
             signature=SIGNATURE,
-            input_example=_make_input_example(data),
+            input_example=make_input_example(data),
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
         )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
@@ -89,7 +89,7 @@ def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
     }
 
 
-def _make_input_example(data: Data) -> pd.DataFrame:
+def make_input_example(data: Data) -> pd.DataFrame:
     """Return a training photograph as a request of the endpoint: a column `image` of base64 text."""
     first = data.dataset.photographs[data.split.training[0]]
     photograph = images.open_image(data.dataset.read(first))

@@ -57,7 +57,7 @@ def _trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
 
 def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
     """Log the last epoch and the temperature to the trial and its run, and check that MLflow logged the rest."""
-    for metric in ("val_accuracy", "val_loss"):
+    for metric in ("accuracy", "val_accuracy", "val_loss"):
         trial.set_user_attr(metric, fitted.last(metric))
     temperature = training.calibrate_network(fitted, data.validation)
     trial.set_user_attr("temperature", temperature)
