@@ -44,8 +44,13 @@ def _render_group(title: str, group: type) -> str:
 
 
 def _render_spaces() -> str:
-    names = [f.name for f in fields(config.Hyperparameters) if any(f.name in chosen for chosen in space.SPACES.values())]
-    rows = [f"| `{name}` | {' | '.join(_cell(chosen.get(name, '')) for chosen in space.SPACES.values())} |" for name in names]
+    names = [
+        f.name for f in fields(config.Hyperparameters) if any(f.name in chosen for chosen in space.SPACES.values())
+    ]
+    rows = [
+        f"| `{name}` | {' | '.join(_cell(chosen.get(name, '')) for chosen in space.SPACES.values())} |"
+        for name in names
+    ]
     table = "\n".join([f"| name | {' | '.join(space.SPACES)} |", "|---|---|---|", *rows])
     return f"## Search spaces\n\nA range LOW:HIGH, or a fixed value where it differs from the default.\n\n{table}\n"
 

@@ -247,3 +247,9 @@ def test_wrong_password_is_rejected(settings: dict[str, str]) -> None:
 
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{settings['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search", timeout=5)
+
+
+def test_nginx_accepts_proxy_configuration(cluster: Cluster) -> None:
+    home = cluster.environment["CLUSTER_HOME"]
+    checked = subprocess.run(["nginx", "-t", "-p", home, "-c", f"{home}/nginx.conf"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
