@@ -1,1 +1,1 @@
-"""What an epoch, a trial, a search, a request and a start cost, as ratios against what a user would run instead."""
+"""Benchmarks of training, search, serving and start, as ratios to what a user would run instead."""

@@ -1,4 +1,4 @@
-"""Measure, print a table, and write it to an MLflow run and, as Markdown, to a file.
+"""Run benchmarks, print a table, and log it to an MLflow run and a Markdown file.
 
 scripts/benchmark [PART...] [--data FOLDER] [--markdown FILE]
 """
@@ -18,7 +18,7 @@ from benchmarks import measure
 from benchmarks.measure import Row
 from signdigits.tracking import runs
 
-PARTS = ("training", "trial", "serving", "front", "start", "growth", "batch", "search")
+PARTS = ("training", "trial", "serving", "proxy", "start", "growth", "batch", "search")
 ON_A_CLUSTER = ("coordination", "workers")  # these need a running `scripts/cluster`
 PARTS_HELP = f"of {', '.join(PARTS)} (default: all of these); on a cluster {', '.join(ON_A_CLUSTER)}"
 

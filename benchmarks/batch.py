@@ -1,4 +1,4 @@
-"""Photographs a second of a prediction, decoding and writing included, against a bare loop over the same files."""
+"""Throughput of a batch prediction, decoding and writing included, against a bare loop over the same files."""
 
 import itertools
 import time

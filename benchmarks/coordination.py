@@ -1,4 +1,4 @@
-"""What the coordination of a search can carry: trials that only sleep, on a running `scripts/cluster`.
+"""Throughput of a distributed search with sleeping trials, on a running `scripts/cluster`.
 
     scripts/cluster up && source <(scripts/cluster env) && scripts/benchmark coordination
 
@@ -136,7 +136,7 @@ def processor_seconds() -> dict[str, float]:
     home = Path(os.environ["CLUSTER_HOME"])
     machine = psutil.cpu_times()
     used = {"driver": sum(psutil.Process().cpu_times()[:2])}
-    for part in ("postgres", "mlflow", "front"):
+    for part in ("postgres", "mlflow", "proxy"):
         root = psutil.Process(int((home / f"{part}.pid").read_text()))
         living = [sum(process.cpu_times()[:2]) for process in (root, *root.children(recursive=True))]
         used[part] = sum(living) + sum(root.cpu_times()[2:4])  # and of those that have ended

@@ -1,4 +1,4 @@
-"""How cost grows: with ten and a hundred times the photographs, and with a thousand trials."""
+"""Growth of time and memory with ten and a hundred times the photographs, and with a thousand trials."""
 
 import contextlib
 import multiprocessing

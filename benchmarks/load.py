@@ -1,4 +1,4 @@
-"""A steady load on an endpoint."""
+"""A constant load on an endpoint."""
 
 import http.client
 import threading

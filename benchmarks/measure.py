@@ -1,4 +1,4 @@
-"""Time two ways of doing the same, in turns, and say how they compare."""
+"""Time two implementations in turns, and compare them."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""Requests that nobody would send: broken JSON, base64, photographs and headers."""
+"""Mutated requests: broken JSON, base64, photographs and headers."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""What a user would write instead: the same network in plain Keras, with MLflow's autologging as it is."""
+"""The baseline: the same network in plain Keras, with MLflow's default autologging."""
 
 import keras
 import mlflow

@@ -1,4 +1,4 @@
-"""A load that saturates an endpoint, and what it holds in memory meanwhile."""
+"""A load that saturates an endpoint, and its memory during it."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""How long a search takes to find what forty full trials find, against a plain Optuna loop and Keras Tuner's Hyperband.
+"""The time of a search to the result of forty full trials, against a plain Optuna loop and Keras Tuner's Hyperband.
 
 All three search the notebook's space: `initial_learning_rate`, `decay_rate` and `epochs`, these from 5 to 20, where the
 notebook's author looked (8 and 20). The clock of each starts with its first trial: TensorFlow is imported, and the

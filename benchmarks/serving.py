@@ -1,4 +1,4 @@
-"""A request, against MLflow's own Keras flavor and against a model that does nothing."""
+"""The time of a request, against MLflow's Keras flavor and a model that does nothing."""
 
 import base64
 import contextlib

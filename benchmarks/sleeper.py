@@ -1,4 +1,4 @@
-"""A worker whose trials sleep; in a module that imports no TensorFlow, so that many fit on one machine."""
+"""A worker whose trials sleep, without TensorFlow, so that many fit on one machine."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What it takes until something happens: commands that need no tensors, and an endpoint that answers."""
+"""The start of commands without TensorFlow, and of an endpoint."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A training step, against the notebook's pipeline and against the arithmetic limit of the machine."""
+"""The time of a training step, against the notebook's pipeline and the arithmetic limit of the machine."""
 
 from collections.abc import Callable
 from pathlib import Path

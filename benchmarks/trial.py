@@ -1,4 +1,4 @@
-"""What a trial costs beyond its epochs, against a run with autologging as it is by default."""
+"""The overhead of a trial beyond its epochs, against a run with default autologging."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Two workers on this machine against one: trials an hour, on a running `scripts/cluster`.
+"""Trials per hour of two local workers against one, on a running `scripts/cluster`.
 
     scripts/cluster up && source <(scripts/cluster env) && scripts/benchmark workers
 

@@ -1,4 +1,4 @@
-"""The front: promotions and kills under load, saturation, what it adds to a request, and what no mutated request does."""
+"""The reverse proxy: promotions and kills under load, saturation, overhead per request, and mutated requests."""
 
 import contextlib
 import http.client
@@ -62,7 +62,7 @@ def rows(
 ) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
     body = json.dumps({"dataframe_records": [serving.encode(loaded, 0)]}).encode()
-    with temporary_store("front") as name, contextlib.ExitStack() as servers:
+    with temporary_store("proxy") as name, contextlib.ExitStack() as servers:
         folder = Path(name)
         uris = [register_model(loaded) for _ in range(2)]
         direct = servers.enter_context(serving.serving(uris[0], folder))
@@ -96,7 +96,7 @@ def started(folder: Path, body: bytes) -> Iterator[Server]:
     port = serving.free_port()
     line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--processes", str(PROCESSES)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
-    log = folder / "front.log"
+    log = folder / "proxy.log"
     with log.open("w") as file:
         process = subprocess.Popen(line, stdout=file, stderr=file, env=environment)
     try:
@@ -111,11 +111,11 @@ def started(folder: Path, body: bytes) -> Iterator[Server]:
 
 def added(server: Server, direct: int, loaded: loading.Data, rounds: int) -> Row:
     one = {"dataframe_records": [serving.encode(loaded, 0)]}
-    ways = {"front": serving.asker(server.port, one), "direct": serving.asker(direct, one)}
+    ways = {"proxy": serving.asker(server.port, one), "direct": serving.asker(direct, one)}
     took = {name: seconds * 1000 for name, seconds in in_turns(ways, rounds).items()}
     return Row(
-        "what the front adds to one photograph, median, in ms", "`mlflow models serve`", took["front"] - took["direct"],
-        0.5, False, f"{took['front']:.2f} ms against {took['direct']:.2f} ms",
+        "proxy overhead for one photograph, median, in ms", "`mlflow models serve`", took["proxy"] - took["direct"],
+        0.5, False, f"{took['proxy']:.2f} ms against {took['direct']:.2f} ms",
     )  # fmt: skip
 
 
