@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,3 +24,17 @@ def test_arrays_have_requested_shape(photographs: Path, color_mode: str, channel
     assert loaded.training.x.shape[1:] == (SIZE, SIZE, channels)
     assert loaded.training.x.dtype == dtype
     assert len(loaded.training) == len(loaded.training.x)
+
+
+def test_each_photograph_is_read_once(photographs: Path) -> None:
+    script = f"""
+import sys
+opened = []
+sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+from signdigits.config import DataParameters
+from signdigits.data import loading, quality
+quality.find_issues(loading.load_data(DataParameters(data={str(photographs)!r}, image_size=16)))
+print(sum(name.endswith(".JPG") for name in opened))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "60", done.stderr

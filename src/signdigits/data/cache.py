@@ -17,7 +17,7 @@ import PIL
 
 from signdigits.config import DataParameters
 from signdigits.data import images
-from signdigits.data.dataset import Dataset
+from signdigits.data.dataset import Dataset, Photograph, fits_budget
 from signdigits.errors import DataError
 from signdigits.threads import map_in_threads
 
@@ -57,18 +57,18 @@ class DiskArray:
 
 
 def decode_photographs(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> np.ndarray | DiskArray:
-    """Return the photographs at `indices`, decoded; on disk if they need more than `memory_budget` megabytes.
+    """Return the photographs at `indices`, preprocessed; on disk if they need more than `memory_budget` megabytes.
 
     Raises DataError if the file cannot be written.
     """
     channels, kind = (3, np.uint8) if parameters.color_mode == "rgb" else (1, np.float32)
     shape, dtype = (len(indices), parameters.image_size, parameters.image_size, channels), np.dtype(kind)
     arrays = _decode_each(dataset, indices, parameters)
-    if np.prod(shape, dtype=float) * dtype.itemsize <= parameters.memory_budget * 1e6:
-        found = np.empty(shape, dtype)
-        for place, array in zip(found, arrays, strict=True):
+    if fits_budget(len(indices), parameters):
+        decoded = np.empty(shape, dtype)
+        for place, array in zip(decoded, arrays, strict=True):
             place[...] = array
-        return found
+        return decoded
     path = FOLDER / f"{_cache_key(dataset, indices, parameters)}.npy"
     try:
         _write_cache(path, arrays, shape, dtype)
@@ -78,14 +78,15 @@ def decode_photographs(dataset: Dataset, indices: np.ndarray, parameters: DataPa
 
 
 def _decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Iterator[np.ndarray]:
-    """Yield each photograph, preprocessed for the network."""
+    """Yield each photograph, preprocessed for the network; those with pixels from the scan are not read again."""
+    photographs = [dataset.photographs[index] for index in indices.tolist()]
+    if all(photograph.pixels is not None for photograph in photographs):
+        return (photograph.pixels for photograph in photographs if photograph.pixels is not None)
 
-    def one(index: int) -> np.ndarray:
-        return images.decode_image(
-            dataset.read(dataset.photographs[index]), parameters.image_size, parameters.color_mode
-        )
+    def decode(photograph: Photograph) -> np.ndarray:
+        return images.decode_image(dataset.read(photograph), parameters.image_size, parameters.color_mode)
 
-    return map_in_threads(one, indices.tolist(), "decoding")
+    return map_in_threads(decode, photographs, "decoding")
 
 
 def _cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:

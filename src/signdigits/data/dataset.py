@@ -3,20 +3,22 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-import signdigits.files
-from signdigits.config import SourceParameters
+from signdigits.config import DataParameters, SourceParameters
 from signdigits.data import sources
 from signdigits.data.images import ImageError, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
+from signdigits.files import compute_digest
 from signdigits.threads import map_in_threads
 
 JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
+HASHED_SIZE = 100  # pixels of the image that the perceptual hash and the mean colour are of
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
 
@@ -30,6 +32,11 @@ class Photograph:
     size: tuple[int, int]  # width and height in pixels, as stored
     mode: str  # Pillow's name for the pixel format
     orientation: int  # EXIF; 1 is upright
+    perceptual_hash: int  # pHash, 64 bits; similar images differ in few of them
+    mean_colour: tuple[float, float, float]  # red, green and blue, 0 to 255
+    pixels: np.ndarray | None = field(
+        default=None, compare=False, repr=False
+    )  # preprocessed, while the data set is loaded
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,7 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """A digest of paths and contents, as 32 hexadecimal digits."""
-        return signdigits.files.compute_digest(
-            (photograph.path, photograph.checksum) for photograph in self.photographs
-        )
+        return compute_digest((photograph.path, photograph.checksum) for photograph in self.photographs)
 
     def read(self, photograph: Photograph) -> bytes:
         """Return the bytes of a photograph. Raises DataError if it is missing or has changed since the folder was scanned."""
@@ -69,9 +74,10 @@ class Dataset:
 
     def part_digest(self, indices: np.ndarray) -> str:
         """Return the digest of some of the photographs."""
-        return signdigits.files.compute_digest(
-            (self.photographs[i].path, self.photographs[i].checksum) for i in indices
-        )
+        return compute_digest((self.photographs[i].path, self.photographs[i].checksum) for i in indices)
+
+    def without_pixels(self) -> "Dataset":
+        return replace(self, photographs=tuple(replace(photograph, pixels=None) for photograph in self.photographs))
 
     def counts(self) -> dict[str, int]:
         """Return the number of photographs of each class."""
@@ -80,7 +86,9 @@ class Dataset:
 
 
 def scan_dataset(parameters: SourceParameters) -> Dataset:
-    """Read every file of every class folder.
+    """Read every file of every class folder, once.
+
+    With DataParameters, the photographs keep their preprocessed pixels if all of them fit into `memory_budget`.
 
     Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
     Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
@@ -88,7 +96,7 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
     """
     folder = sources.resolve_source(parameters.data)
     try:
-        dataset = _read_folder(folder, skip_unreadable=parameters.skip_unreadable)
+        dataset = _read_folder(folder, parameters)
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
     if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
@@ -96,18 +104,17 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
     return dataset
 
 
-def _read_folder(folder: Path, *, skip_unreadable: bool) -> Dataset:
+def _read_folder(folder: Path, parameters: SourceParameters) -> Dataset:
     class_names = _find_classes(folder)
     files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
-    results = map_in_threads(
-        lambda file: _examine_file(file[0], file[0].relative_to(folder).as_posix(), file[1]), files, "reading"
-    )
+    kept = parameters if isinstance(parameters, DataParameters) and fits_budget(len(files), parameters) else None
+    results = map_in_threads(lambda file: _examine_file(*file, folder, kept), files, "reading")
     photographs: list[Photograph] = []
     unreadable: dict[str, str] = {}
     for (path, _), result in zip(files, results, strict=True):
         if isinstance(result, Photograph):
             photographs.append(result)
-        elif skip_unreadable:
+        elif parameters.skip_unreadable:
             unreadable[escape_undecodable(path.relative_to(folder).as_posix())] = str(result)
         else:
             raise DataError(f"{path}: {result}; remove it, or pass --skip_unreadable true") from result
@@ -211,17 +218,36 @@ def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _examine_file(path: Path, relative: str, label: int) -> Photograph | ImageError:
+def _examine_file(path: Path, label: int, folder: Path, kept: DataParameters | None) -> Photograph | ImageError:
     """Read and preprocess one file, and return its properties, or the error."""
     if not _is_text(path):
         return ImageError("the name of the file or its folder is not UTF-8; rename it")
     try:
         content = read_file(path)
         image = open_image(content)
-        to_array(image, image_size=8, color_mode="rgb")  # or the final evaluation would be the first to fail
+        rgb = to_array(image, HASHED_SIZE, "rgb")  # also checks that the image can be preprocessed
+        pixels = to_array(image, kept.image_size, kept.color_mode) if kept else None
     except OSError as error:
         return ImageError(f"cannot be read ({error.strerror})")
     except ImageError as error:
         return error
     checksum = hashlib.sha256(content).hexdigest()
-    return Photograph(relative, label, checksum, image.size, image.mode, read_orientation(image))
+    red, green, blue = rgb.mean(axis=(0, 1)).tolist()
+    return Photograph(
+        path.relative_to(folder).as_posix(), label, checksum, image.size, image.mode, read_orientation(image),
+        _hash_image(rgb), (red, green, blue), pixels,
+    )  # fmt: skip
+
+
+def _hash_image(rgb: np.ndarray) -> int:
+    """Return the pHash of an image, from the lowest frequencies of its cosine transform."""
+    import imagehash  # half a second that batch prediction does not need
+
+    bits = imagehash.phash(Image.fromarray(rgb)).hash
+    return int(np.packbits(bits).view(">u8")[0])
+
+
+def fits_budget(n: int, parameters: DataParameters) -> bool:
+    """Tell whether `n` preprocessed photographs fit into `memory_budget`."""
+    bytes_per_pixel = 3 if parameters.color_mode == "rgb" else 4
+    return n * parameters.image_size**2 * bytes_per_pixel <= parameters.memory_budget * 1e6

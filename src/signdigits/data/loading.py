@@ -37,7 +37,7 @@ class Images:
 class Data:
     """The data of a training or a search: `fitting` holds the training images, then the validation images.
 
-    The test images are not decoded here: only the final evaluation may see them, which rules out data leakage.
+    The test images are not kept: only the final evaluation may see them, which rules out data leakage.
     """
 
     dataset: Dataset
@@ -69,6 +69,6 @@ def load_data(parameters: DataParameters) -> Data:
     Raises DataError, naming the path, if the folder cannot be used.
     """
     dataset = scan_dataset(parameters)
-    made = split.split_dataset(dataset, parameters.split)
-    fitting = Images(cache.decode_photographs(dataset, made.fitting, parameters), dataset.labels[made.fitting])
-    return Data(dataset, made, parameters, fitting)
+    parts = split.split_dataset(dataset, parameters.split)
+    fitting = Images(cache.decode_photographs(dataset, parts.fitting, parameters), dataset.labels[parts.fitting])
+    return Data(dataset.without_pixels(), parts, parameters, fitting)

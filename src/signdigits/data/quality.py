@@ -7,14 +7,12 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import imagehash
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from signdigits import plots, threads
+from signdigits import plots
 from signdigits.data import images
-from signdigits.data.dataset import Dataset, Photograph
+from signdigits.data.dataset import Dataset
 from signdigits.data.loading import Data
 
 MAX_HASH_DISTANCE = 4  # differing bits, of 64, of near-duplicates
@@ -40,14 +38,15 @@ class Finding:
 def find_issues(data: Data) -> pd.DataFrame:
     """Return a row per finding: its kind, its one or two photographs with their parts of the split, and the detail."""
     dataset, parts = data.dataset, part_names(data)
-    hashes, colours = _hash_photographs(dataset)
-    found = [
+    hashes = np.array([photograph.perceptual_hash for photograph in dataset.photographs], np.uint64)
+    colours = np.array([photograph.mean_colour for photograph in dataset.photographs])
+    findings = [
         *_find_imbalance(dataset),
         *_find_odd_sizes(dataset, parts),
         *_find_odd_colours(dataset, parts, colours),
         *_find_near_duplicates(dataset, parts, hashes),
     ]
-    return pd.DataFrame(found, columns=list(Finding.__dataclass_fields__))
+    return pd.DataFrame(findings, columns=list(Finding.__dataclass_fields__))
 
 
 def part_names(data: Data) -> np.ndarray:
@@ -56,21 +55,6 @@ def part_names(data: Data) -> np.ndarray:
     for part, indices in data.split.parts.items():
         names[indices] = part
     return names
-
-
-def _hash_photographs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return a perceptual hash (uint64, of shape (n,)) and the mean colour (0 to 255, of shape (n, 3)) of each photograph.
-
-    The hash is pHash, from the lowest frequencies of a cosine transform; similar pictures differ in few of its bits.
-    """
-
-    def one(photograph: Photograph) -> tuple[np.ndarray, np.ndarray]:
-        pixels = images.decode_image(dataset.read(photograph), 100, "rgb")
-        bits = imagehash.phash(Image.fromarray(pixels)).hash
-        return np.packbits(bits).view(">u8")[0], pixels.mean(axis=(0, 1))
-
-    hashes, colours = zip(*threads.map_in_threads(one, dataset.photographs, "comparing"), strict=True)
-    return np.array(hashes, np.uint64), np.array(colours)
 
 
 def _find_imbalance(dataset: Dataset) -> Iterator[Finding]:
