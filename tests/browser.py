@@ -1,4 +1,4 @@
-"""Drives Debian's Chromium through the page and the MLflow UI: for the tests, and for the pictures in docs/.
+"""Debian's Chromium on the page and the MLflow UI, for the tests and the pictures in docs/.
 
 What it waits for is text, never time.
 """

@@ -1,4 +1,4 @@
-"""Tiny data, real parts: generated photographs, a real SQLite store for each test, a real server on a free port."""
+"""Fixtures: generated photographs, a SQLite store per test, trained models, real servers on free ports."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ SIZE = 16  # pixels: the smallest network that still has its three poolings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", type=int, default=1, help="how often each part of a cluster is made to fail")
+    parser.addoption("--faults", type=int, default=1, help="repetitions of the injected faults")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def environment() -> Iterator[None]:
-    """The environment that an activated .venv gives, and TensorFlow imported as the command line does."""
+    """Use the environment of an activated .venv, and import TensorFlow as the command line does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         startup.import_tensorflow()
@@ -47,7 +47,7 @@ def environment() -> Iterator[None]:
 
 
 def write_photographs(folder: Path, classes: int = 3, each: int = 20) -> Path:
-    """Class folders `0`, `1`, ... of JPEG files: a bright bar in another place for each class, with noise."""
+    """Write class folders `0`, `1`, ... of JPEG files: a bright bar at a place per class, with noise."""
     random = np.random.default_rng(0)
     for label in range(classes):
         (folder / str(label)).mkdir(parents=True)
@@ -60,7 +60,7 @@ def write_photographs(folder: Path, classes: int = 3, each: int = 20) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 60 photographs in 3 classes. Not to be changed: make another with `write_photographs`."""
+    """A read-only folder of 60 photographs in 3 classes; `write_photographs` makes others."""
     return write_photographs(tmp_path_factory.mktemp("photographs") / "bars")
 
 
@@ -76,7 +76,7 @@ def loaded(source: DataParameters) -> loading.Data:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables made, to copy: making them takes two seconds."""
+    """An empty MLflow database, to copy: creating its tables takes two seconds."""
     folder = tmp_path_factory.mktemp("store")
     with use_store(folder):
         mlflow.search_experiments()
@@ -101,7 +101,7 @@ def use_store(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def store_like(database: Path, folder: Path) -> Iterator[str]:
-    """As `use_store`, begun with a copy of `database`, and with nothing else of MLflow in the environment."""
+    """Use a store that starts as a copy of `database`, without MLFLOW_ variables in the environment."""
     shutil.copy(database, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch, use_store(folder) as uri:
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
@@ -113,14 +113,14 @@ def store_like(database: Path, folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def store(tmp_path: Path, empty_store: Path) -> Iterator[str]:
-    """A tracking store and a working directory of the test's own; yields the store's address."""
+    """Yield the URI of a tracking store; the test also has its own working directory."""
     with store_like(empty_store, tmp_path) as uri:
         yield uri
 
 
 @pytest.fixture(scope="session")
 def champion_store(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Path:
-    """An MLflow database, to copy, with a network that was trained for a few epochs, evaluated and registered."""
+    """An MLflow database, to copy, with a trained, evaluated and registered model."""
     folder = tmp_path_factory.mktemp("champion")
     shutil.copy(empty_store, folder / "mlflow.db")
     with use_store(folder):
@@ -133,14 +133,14 @@ def champion_store(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Dat
 
 @pytest.fixture
 def champion(tmp_path: Path, champion_store: Path) -> Iterator[str]:
-    """As `store`, with version 1 of the registered model, the champion, in it."""
+    """Yield a store with version 1 of the registered model as the champion."""
     with store_like(champion_store, tmp_path) as uri:
         yield uri
 
 
 @pytest.fixture
 def log_model(store: str, loaded: loading.Data) -> Callable[..., Any]:
-    """A function that logs a network, untrained, and returns the logged model; its arguments become tags."""
+    """Return a function that logs an untrained network with its arguments as tags, and returns the logged model."""
     import keras
 
     from signdigits.model import architecture
@@ -157,7 +157,7 @@ def log_model(store: str, loaded: loading.Data) -> Callable[..., Any]:
 
 
 def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `python -m signdigits` in a process of its own."""
+    """Run `python -m signdigits` in a subprocess."""
     line = [sys.executable, "-m", "signdigits", *arguments]
     return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)
 
@@ -170,7 +170,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(model_uri: str, log: Path) -> Iterator[str]:
-    """`mlflow models serve` as a user would start it, with unpickling forbidden; yields its address."""
+    """Run `mlflow models serve` with unpickling forbidden, and yield its URL."""
     url = f"http://127.0.0.1:{free_port()}"
     line = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model_uri, "--env-manager", "local"]
     environment = os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
@@ -206,7 +206,7 @@ def wait_until(condition: Callable[[], Any], seconds: float) -> None:
 
 @pytest.fixture(scope="session")
 def sign_digits() -> Path:
-    """The folder of the real photographs; tests that want it are skipped where SIGN_DIGITS_DATA does not name it."""
+    """The folder of the real photographs; without SIGN_DIGITS_DATA the test is skipped."""
     folder = os.environ.get("SIGN_DIGITS_DATA")
     if not folder:
         pytest.skip("SIGN_DIGITS_DATA does not point at the real photographs")

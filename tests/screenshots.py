@@ -1,4 +1,4 @@
-"""Make the pictures in docs/ from a store and a model that are shown at this moment.
+"""Take the pictures in docs/ of the running MLflow UI and server.
 
 scripts/ui                             # in one terminal
 scripts/serve                          # in another

@@ -1,4 +1,4 @@
-"""What can be said of the benchmark without asserting a time."""
+"""The benchmarks, without assertions on times."""
 
 import importlib
 

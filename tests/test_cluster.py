@@ -1,4 +1,4 @@
-"""The cluster for real: PostgreSQL, an MLflow server behind nginx, Ray, and what survives when parts of it die."""
+"""A distributed search with injected faults: PostgreSQL, an MLflow server behind nginx, and Ray."""
 
 import os
 import random

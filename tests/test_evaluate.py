@@ -72,7 +72,7 @@ def test_other_dataset_is_refused(
 
 
 def test_uncalibrated_error_is_logged(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
-    """Of the same network, once with its probabilities as they are, and once served at a temperature of 3."""
+    """The same network at a temperature of 1 and of 3."""
     plain, cooled = (
         evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model(temperature=t).model_uri))
         for t in (1.0, 3.0)

@@ -1,4 +1,4 @@
-"""What others do to files, stores and terminals meanwhile: the rows of docs/what-happens-if.md."""
+"""Interference with files, stores and terminals: the rows of docs/what-happens-if.md."""
 
 import dataclasses
 import os
@@ -119,7 +119,7 @@ def test_changed_photograph_is_named(store: str, tmp_path: Path, when: str) -> N
 
 @pytest.mark.parametrize("statement", ["DROP TABLE runs", "ALTER TABLE runs RENAME TO _alembic_tmp_runs"])
 def test_incomplete_store_is_reported(tmp_path: Path, statement: str) -> None:
-    """As a start leaves it that is killed while MLflow makes its tables."""
+    """A store as a start leaves it that is killed while MLflow creates its tables."""
     with use_store(tmp_path):
         mlflow.search_experiments()
     with sqlite3.connect(tmp_path / "mlflow.db") as connection:
@@ -259,7 +259,7 @@ def test_class_names_stay_text(store: str, tmp_path: Path, classes: tuple[str, s
 
 
 def test_every_format_is_accepted(store: str, tmp_path: Path) -> None:
-    """Whatever the reader takes, the served model takes."""
+    """The served model accepts every format of the data set."""
     folder = write_photographs(tmp_path / "bars")
     for number, suffix in enumerate((".webp", ".bmp", ".gif", ".tif", ".png")):
         for path in sorted((folder / "0").glob("*.JPG"))[: 4 if number < 4 else None]:

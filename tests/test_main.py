@@ -1,4 +1,4 @@
-"""The whole job as a user starts it, and then the served champion asked."""
+"""The whole job with `mlflow run`, and a request to the served champion."""
 
 import base64
 import dataclasses

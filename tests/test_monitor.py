@@ -1,4 +1,4 @@
-"""Drift, from the real command line, in logs that a served model wrote."""
+"""Drift in prediction logs of a served model, with the command line."""
 
 import io
 import json

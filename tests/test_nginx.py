@@ -1,4 +1,4 @@
-"""The front for real: nginx before one model process, with one configuration after the other."""
+"""nginx in front of one worker, with different configurations."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""The page in a real Chromium, before a real model: a network trained for a few epochs on the generated bars."""
+"""The page in Chromium, with a model trained for a few epochs."""
 
 import base64
 import io
@@ -346,7 +346,7 @@ def test_limits_are_reported(window: Browser, made: Made) -> None:
 
 
 def refused_as_too_many(page: Page, photograph: Path) -> bool:
-    """Whether the photograph was; now and then, one is let through beside the flood."""
+    """Tell whether the photograph was rejected; beside the flood one may pass."""
     choose(page, photograph)
     expect(page.get_by_role("status")).not_to_have_text("Reading …")
     return page.get_by_text("Too many photographs in a short time.").is_visible()

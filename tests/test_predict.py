@@ -1,4 +1,4 @@
-"""A prediction, from the real command line and in this process, with a registered model on generated photographs."""
+"""Batch prediction, with the command line and in this process."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The endpoint's log of answers: in this process, in processes with a limit on what they may write, and behind HTTP."""
+"""The prediction log: in this process, in processes with limited files, and behind HTTP."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_entry_holds_no_picture(tmp_path: Path) -> None:
 
 
 def test_statistics_match_picture() -> None:
-    """Of known pictures, worked out by hand; gray ones are inverted as the network sees them."""
+    """Statistics of known images, computed by hand; grayscale is inverted."""
     half = np.zeros((10, 10, 3), np.uint8)
     half[:, 5:] = 255
     assert image_statistics((1, 2), half) == {

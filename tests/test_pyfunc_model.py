@@ -1,4 +1,4 @@
-"""One server for the whole file: a network trained for a few epochs on the generated bars."""
+"""The served model, behind one server for the whole file."""
 
 import base64
 import io

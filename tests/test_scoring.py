@@ -84,7 +84,7 @@ def kill_a_worker() -> None:
 
 
 def is_ours(process: int) -> bool:
-    """Whether this process is among its ancestors: another search or prediction may run on the same machine."""
+    """Tell whether this process is an ancestor: another search or prediction may run on the machine."""
     while process > 1 and process != os.getpid():
         try:
             process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])

@@ -270,7 +270,7 @@ def test_killed_search_completes_n_trials(store: str, loaded: loading.Data, phot
 
 
 def running_after_a_finished_one() -> bool:
-    """Whether the search in this folder has a finished trial and a running one, in both stores.
+    """Tell whether the search in this folder has a finished trial and a running one, in both stores.
 
     Reads the files themselves: a client needs a second, in which the trial may end, and makes the tables that it misses
     while the search makes them too.
@@ -281,7 +281,7 @@ def running_after_a_finished_one() -> bool:
 
 
 def column(file: str, query: str) -> set[str]:
-    """What a query of one column finds; nothing while the file or the table is not there yet."""
+    """Return the result of a query of one column; empty while the file or the table is missing."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
             return {value for (value,) in connection.execute(query)}

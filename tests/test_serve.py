@@ -1,4 +1,4 @@
-"""The supervisor for real: nginx, `mlflow models serve`, versions that follow each other, and what survives a kill."""
+"""The supervisor with nginx and `mlflow models serve`: promotions, refusals and kills."""
 
 import base64
 import http.client

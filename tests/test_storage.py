@@ -26,7 +26,7 @@ def test_password_in_url_is_refused() -> None:
 
 
 class Dialect:
-    """What SQLAlchemy hands to a listener of `do_connect`, of a database that is away for some attempts."""
+    """A dialect as SQLAlchemy passes it to `do_connect`, of a database that is down for some attempts."""
 
     loaded_dbapi = sqlite3
 

@@ -1,4 +1,4 @@
-"""Figures of the code's words that stay true: names, docstrings, test names, the length of the README."""
+"""Figures of names, docstrings, test names and the README."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The MLflow UI on a finished study, in a real Chromium: what `python -m signdigits links` leads to."""
+"""The MLflow UI of a finished study in Chromium, by the links of `python -m signdigits links`."""
 
 import os
 import signal
