@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, NoReturn
 
+import signdigits
 from signdigits import config
 from signdigits.errors import ParameterError, SignDigitsError, escape_undecodable
 from signdigits.serving.options import ServeParameters
@@ -175,7 +176,7 @@ def _refuse_renamed(arguments: Sequence[str]) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="signdigits", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="signdigits", description=signdigits.__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         options = subparsers.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)

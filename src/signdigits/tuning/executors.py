@@ -201,12 +201,12 @@ class RayExecutor:
         excluded = ",".join(host for host, failures in self.failures.items() if failures >= MAX_FAILURES)
         options = self.resources | ({"label_selector": {"ray.io/node-id": f"!in({excluded})"}} if excluded else {})
         self.n_started += 1
-        member = WorkerHandle(f"worker-{self.n_started}", self.actor_class.options(**options).remote(self.config))
-        self.starting[member.actor.get_ready.remote()] = member
+        worker = WorkerHandle(f"worker-{self.n_started}", self.actor_class.options(**options).remote(self.config))
+        self.starting[worker.actor.get_ready.remote()] = worker
 
-    def start_trial(self, member: WorkerHandle) -> None:
-        member.started = time.monotonic()
-        self.busy[member.actor.run.remote(self.n_dispatched, member.name)] = member
+    def start_trial(self, worker: WorkerHandle) -> None:
+        worker.started = time.monotonic()
+        self.busy[worker.actor.run.remote(self.n_dispatched, worker.name)] = worker
         self.n_dispatched += 1
 
     def wait(self) -> list[int]:
@@ -228,37 +228,37 @@ class RayExecutor:
         import ray
         from ray.exceptions import RayActorError
 
-        member = self.starting.pop(reference)
+        worker = self.starting.pop(reference)
         try:
-            member.host, error = ray.get(reference)
+            worker.host, error = ray.get(reference)
         except RayActorError:
             self.start_worker()
         else:
             if error:
-                self.exclude_host(member.host, error)
+                self.exclude_host(worker.host, error)
             else:
-                self.free.append(member)
+                self.free.append(worker)
         return []
 
     def collect_trial(self, reference: Any) -> list[int]:
         import ray
         from ray.exceptions import RayActorError
 
-        member = self.busy.pop(reference)
+        worker = self.busy.pop(reference)
         try:
             number = ray.get(reference)
         except RayActorError:
-            log.warning("%s died", member.name)
-            self.fail_trials(member)
+            log.warning("%s died", worker.name)
+            self.fail_trials(worker)
             self.start_worker()
             return []
-        self.free.append(member)
+        self.free.append(worker)
         reason = self.study.get_trials(deepcopy=False)[number].user_attrs.get(FAILURE_REASON)
-        self.failures[member.host] = self.failures[member.host] + 1 if reason else 0
+        self.failures[worker.host] = self.failures[worker.host] + 1 if reason else 0
         if reason:
             _check_not_deleted(self.study)
-        if self.failures[member.host] >= MAX_FAILURES:
-            self.exclude_host(member.host, reason)
+        if self.failures[worker.host] >= MAX_FAILURES:
+            self.exclude_host(worker.host, reason)
         return [number]
 
     def exclude_host(self, host: str, reason: str) -> None:
@@ -267,16 +267,16 @@ class RayExecutor:
 
         log.warning("host %s is excluded: %s", host, reason)
         self.failures[host], self.reason = MAX_FAILURES, reason
-        for member in [member for member in [*self.free, *self.busy.values()] if member.host == host]:
-            ray.kill(member.actor)
-        self.free = [member for member in self.free if member.host != host]
-        for reference in [reference for reference, member in self.busy.items() if member.host == host]:
+        for worker in [worker for worker in [*self.free, *self.busy.values()] if worker.host == host]:
+            ray.kill(worker.actor)
+        self.free = [worker for worker in self.free if worker.host != host]
+        for reference in [reference for reference, worker in self.busy.items() if worker.host == host]:
             self.fail_trials(self.busy.pop(reference))
 
-    def fail_trials(self, member: WorkerHandle) -> None:
+    def fail_trials(self, worker: WorkerHandle) -> None:
         """Mark the trial of a dead worker as failed, so that it is retried."""
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if trial.user_attrs.get("worker") == member.name:
+            if trial.user_attrs.get("worker") == worker.name:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         retry_interrupted(self.study)
 
@@ -288,9 +288,9 @@ class RayExecutor:
             fail_stale_trials(self.study)
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         alive = {trial.user_attrs.get("worker") for trial in running}
-        for member in self.busy.values():
-            if member.name not in alive and time.monotonic() - member.started > storage.GRACE_PERIOD:
-                ray.kill(member.actor)
+        for worker in self.busy.values():
+            if worker.name not in alive and time.monotonic() - worker.started > storage.GRACE_PERIOD:
+                ray.kill(worker.actor)
 
 
 class TrialWorker:
