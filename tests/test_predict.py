@@ -253,7 +253,7 @@ def test_output_folder_is_not_input(champion: str, photographs: Path, tmp_path: 
             "list.txt: neither a folder nor a table; the name of a table ends in .csv, .parquet",
         ),
         (["--images", "bad.parquet"], "bad.parquet: cannot be read"),
-        (["--images", "names.csv"], "names.csv: no column path among name; add one"),
+        (["--images", "names.csv"], "names.csv: no column path (columns: name); add one"),
         (["--images", "gap.csv"], "gap.csv: row 1: path='' is not a path"),
         (["--images", "empty", "--output", "."], "lies inside the output folder"),
         (["--images", "bars", "--output", "list.txt/out"], "list.txt/out: Not a directory; free some space"),

@@ -221,13 +221,13 @@ def test_client_prints_a_table(served: Served, tmp_path: Path) -> None:
     bad.write_text("five fingers")
     refused = ask(str(bad), "--url", served.url)
     assert refused.returncode == 2
-    assert refused.stderr.strip().endswith(f"refused: {bad}: not an image")
+    assert refused.stderr.strip().endswith(f"rejected the request: {bad}: not an image")
     missing = ask(str(tmp_path / "missing.jpg"), "--url", served.url)
     assert missing.returncode == 2
     assert "missing.jpg: No such file or directory" in missing.stderr
     nobody = ask(str(bad), "--url", "http://127.0.0.1:9")
     assert nobody.returncode == 2
-    assert "does not answer" in nobody.stderr
+    assert "does not reply" in nobody.stderr
     assert "start scripts/serve" in nobody.stderr
     nonsense = ask(str(bad), "--url", "localhost")
     assert (nonsense.returncode, "Traceback" in nonsense.stderr) == (2, False)

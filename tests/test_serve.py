@@ -24,11 +24,12 @@ from benchmarks.load import JSON, Load
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
-from signdigits import register, serve, train
+from signdigits import serve, train
 from signdigits.config import Hyperparameters
 from signdigits.data import loading
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.supervisor import REASON, STATE, Supervisor, is_listening
+from signdigits.tracking import registry as tracking_registry
 from signdigits.tracking.registry import REGISTERED_MODEL
 
 from .conftest import free_port, store_like, wait_until
@@ -266,7 +267,8 @@ def test_broken_version_is_refused(first: Server, registry: Registry, version: i
     assert reason in tags(version)[REASON]
     assert {reply.version for reply in load.replies} == {"1"}
     assert statuses(load) == {200}
-    assert first.said().count(f"starting version {version}\n") == 1, "it is not tried again and again"
+    starts = 1 if version == 3 else 2  # one that does not start is retried once
+    assert first.said().count(f"starting version {version}\n") == starts
 
 
 def test_killed_worker_is_restarted(first: Server, registry: Registry) -> None:
@@ -312,7 +314,7 @@ def test_slow_registry_blocks_nothing(
         if answer:
             raise answer
 
-    monkeypatch.setattr(register, "find_alias", find_alias)
+    monkeypatch.setattr(tracking_registry, "find_alias", find_alias)
     supervisor = Supervisor(ServeParameters(poll_interval=0.01), "nginx", tmp_path)
     supervisor.live = object()  # type: ignore[assignment]  # somebody answers, and is not asked
     started_at = time.monotonic()

@@ -146,4 +146,5 @@ def disable_log() -> Iterator[None]:
 
 def list_log_files(folder: Path) -> list[Path]:
     """Return the files of the log, oldest first."""
-    return sorted(folder.glob("*.jsonl"), key=lambda path: path.name.partition("-")[2])
+    own = [*folder.glob("predictions-*.jsonl"), *folder.glob("answers-*.jsonl")]  # the second: of models logged by 0.1
+    return sorted(own, key=lambda path: path.name.partition("-")[2])
