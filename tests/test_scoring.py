@@ -23,8 +23,8 @@ def scorer(champion: str) -> Scorer:
 
 def test_bad_photograph_is_isolated(scorer: Scorer, photographs: Path) -> None:
     good = (photographs / "1" / "IMG_0000.JPG").read_bytes()
-    alone = scorer.answer([good])[0]
-    mixed = scorer.answer([good, b"five fingers", good, "cannot be read (gone)", good[:-100], good])
+    alone = scorer.predict([good])[0]
+    mixed = scorer.predict([good, b"five fingers", good, "cannot be read (gone)", good[:-100], good])
     assert [mixed[index] for index in (0, 2, 5)] == [alone] * 3
     assert mixed[1] == "not an image"
     assert mixed[3] == "cannot be read (gone)"
@@ -32,7 +32,7 @@ def test_bad_photograph_is_isolated(scorer: Scorer, photographs: Path) -> None:
 
 
 def test_many_bad_photographs_have_reasons(scorer: Scorer) -> None:
-    assert scorer.answer([b"five fingers"] * 32) == ["not an image"] * 32
+    assert scorer.predict([b"five fingers"] * 32) == ["not an image"] * 32
 
 
 def test_special_files_are_not_read(tmp_path: Path) -> None:

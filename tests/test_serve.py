@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -316,7 +317,8 @@ def test_slow_registry_blocks_nothing(
 
     monkeypatch.setattr(tracking_registry, "find_alias", find_alias)
     supervisor = Supervisor(ServeParameters(poll_interval=0.01), "nginx", tmp_path)
-    supervisor.live = object()  # type: ignore[assignment]  # somebody answers, and is not asked
+    version = SimpleNamespace(version="1")
+    supervisor.live = SimpleNamespace(version=version, restart_dead_workers=lambda: None)  # type: ignore[assignment]
     started_at = time.monotonic()
     for _ in range(3):
         time.sleep(0.02)

@@ -29,14 +29,14 @@ from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
-CHUNK = 256  # photographs; an interruption repeats one chunk per worker at most
+CHUNK_SIZE = 256  # photographs; an interruption repeats one chunk per worker at most
 MAX_PICTURES = 12
-MAX_LOGGED_CSV = 5_000_000  # bytes; a larger table is not copied into the run
-PROGRESS_INTERVAL = 60  # seconds between log lines where there is no terminal
+MAX_LOGGED_CSV_BYTES = 5_000_000  # a larger table is not copied into the run
+PROGRESS_INTERVAL = 60  # seconds between log lines without a terminal
 
 
 def predict(parameters: PredictParameters) -> Output:
-    """Write the tables, in a run of its own, which the same command continues after an interruption.
+    """Write the tables in a separate MLflow run, which the same command resumes after an interruption.
 
     Does nothing if the tables exist. Raises DataError if there are no photographs, ModelError if there is no such model,
     and OutputError if the folder is in use or belongs to another job.
@@ -77,9 +77,9 @@ def _score_job(output: Output, photographs: BatchInput, model: LoggedModel, para
 
 
 def split_into_chunks(photographs: BatchInput) -> list[Chunk]:
-    starts = range(0, len(photographs.paths), CHUNK)
+    starts = range(0, len(photographs.paths), CHUNK_SIZE)
     return [
-        Chunk(number, str(photographs.folder), photographs.paths[start : start + CHUNK])
+        Chunk(number, str(photographs.folder), photographs.paths[start : start + CHUNK_SIZE])
         for number, start in enumerate(starts)
     ]
 
@@ -89,19 +89,19 @@ def score_missing(output: Output, chunks: Sequence[Chunk], model: LoggedModel, p
     missing = [chunk for chunk in chunks if not output.part(chunk.number).exists()]
     if not missing:
         return 0
-    total, left = _count_paths(chunks), _count_paths(missing)
+    n_total, n_left = _count_paths(chunks), _count_paths(missing)
     model_folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
     logged = started = time.monotonic()
-    with tqdm(total=total, initial=total - left, unit=" images", disable=None) as bar:
+    with tqdm(total=n_total, initial=n_total - n_left, unit=" images", disable=None) as bar:
         for chunk, rows in scoring.score_chunks(model_folder, missing, parameters):
             output.keep(chunk.number, rows.assign(model_version=output.job.version)[_order_columns(rows)])
             bar.update(len(rows))
-            left -= len(rows)
+            n_left -= len(rows)
             if bar.disable and time.monotonic() - logged > PROGRESS_INTERVAL:
                 logged = time.monotonic()
-                rate = (_count_paths(missing) - left) / (logged - started)
-                time_left = tqdm.format_interval(left / rate)
-                log.info("%d of %d images, %.0f a second, about %s left", total - left, total, rate, time_left)
+                rate = (_count_paths(missing) - n_left) / (logged - started)
+                time_left = tqdm.format_interval(n_left / rate)
+                log.info("%d of %d images, %.0f a second, about %s left", n_total - n_left, n_total, rate, time_left)
     return _count_paths(missing)
 
 
@@ -122,14 +122,14 @@ def _log_summary(output: Output, photographs: BatchInput, scored: int, seconds: 
     parquet, csv = output.tables
     table = pd.read_parquet(parquet, columns=["path", "label", "probability", "reason"])
     unreadable = table[table["label"].isna()]
-    facts = {
+    metrics = {
         "images": len(table), "readable": len(table) - len(unreadable), "unreadable": len(unreadable),
         "repeated_paths": photographs.repeated, "resumed_images": len(table) - scored, "seconds": seconds,
     }  # fmt: skip
     if scored:
-        facts["images_per_second"] = scored / seconds
-    mlflow.log_metrics(facts)
-    if csv.stat().st_size <= MAX_LOGGED_CSV:
+        metrics["images_per_second"] = scored / seconds
+    mlflow.log_metrics(metrics)
+    if csv.stat().st_size <= MAX_LOGGED_CSV_BYTES:
         mlflow.log_artifact(str(csv))
     runs.log_figure("least_certain.png", lambda: _plot_least_certain(table, photographs))
     runs.set_description(_describe_tables(output, photographs, table, unreadable))

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(data: Data) -> str:
-    """Report on `data` in a run of its own, and return the run's id."""
+    """Report on `data` in a separate run, and return the run's id."""
     with runs.start_run("prepare", f"prepare {data.dataset.name}") as run:
         runs.log_params(asdict(data.parameters))
         mlflow.log_input(runs.dataset_input(data.dataset), context="all")
@@ -57,14 +57,14 @@ def _build_report(data: Data) -> dict[str, Any]:
     """Return counts, sizes and modes, the unreadable files, and the digests of the data set and the parts of its split."""
     dataset, split = data.dataset, data.split
     sizes = Counter(f"{width}x{height}" for width, height in (photograph.size for photograph in dataset.photographs))
-    turned = [photograph.path for photograph in dataset.photographs if photograph.orientation != 1]
+    rotated = [photograph.path for photograph in dataset.photographs if photograph.orientation != 1]
     return {
         "dataset": dataset.name,
         "digest": dataset.digest,
         "classes": dataset.counts(),
         "sizes": dict(sizes.most_common()),
         "modes": dict(Counter(photograph.mode for photograph in dataset.photographs).most_common()),
-        "turned upright": turned,
+        "turned upright": rotated,
         "unreadable": dataset.unreadable,
         "split": {
             name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in split.parts.items()
@@ -76,10 +76,10 @@ def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) ->
     """Summarize the report for the terminal."""
     dataset = data.dataset
     sizes = list(report["sizes"].items())
-    shown = ", ".join(f"{count} of {size}" for size, count in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
+    size_summary = ", ".join(f"{count} of {size}" for size, count in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
     parts = ", ".join(f"{part['images']} {name}" for name, part in report["split"].items())
     lines = [
-        f"{dataset.folder}: {len(dataset.photographs)} photographs in {len(dataset.class_names)} classes, {shown}",
+        f"{dataset.folder}: {len(dataset.photographs)} photographs in {len(dataset.class_names)} classes, {size_summary}",
         f"classes: {', '.join(f'{name} {count}' for name, count in report['classes'].items())}",
         f"split {data.split.name}: {parts}; digest {dataset.digest}",
     ]

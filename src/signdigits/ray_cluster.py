@@ -24,7 +24,7 @@ def is_distributed(parameters: ClusterParameters) -> bool:
 
 
 def describe_cluster(parameters: ClusterParameters) -> str:
-    """Return the given parameter as messages name it."""
+    """Return the name and value of the cluster's parameter, for messages."""
     return f"ray_address={parameters.ray_address}" if parameters.ray_address else f"workers={parameters.workers}"
 
 
@@ -38,19 +38,19 @@ def connect_ray(parameters: ClusterParameters, cpus: int) -> Iterator[None]:
         import ray
     except ImportError as error:
         raise ClusterError(f"workers={parameters.workers}: needs Ray; uv pip install -e '.[cluster]'") from error
-    here = {
-        "address": "local",  # else Ray would look for one that somebody has started on this machine, and want its token
+    local_options = {
+        "address": "local",  # else Ray would look for a cluster already running on this machine, and require its token
         "num_cpus": parameters.workers * cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1",
     }  # fmt: skip
-    place = {"address": parameters.ray_address} if parameters.ray_address else here
-    interrupted = signal.getsignal(signal.SIGTERM)
+    options = {"address": parameters.ray_address} if parameters.ray_address else local_options
+    previous_handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
-        signal.signal(signal.SIGTERM, interrupted)  # Ray takes it for itself, and ends the process by it
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        signal.signal(signal.SIGTERM, previous_handler)  # Ray installs its own handler, which ends the process
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ClusterError(
-            f"{describe_cluster(parameters)}: {reason}; is it up, and is its token in RAY_AUTH_TOKEN_PATH?"
+            f"{describe_cluster(parameters)}: {reason}; check that it is up and that its token is in RAY_AUTH_TOKEN_PATH"
         ) from error
     try:
         yield

@@ -52,9 +52,9 @@ def import_tensorflow(threads: int = 0) -> None:
     """
     if "tensorflow" in sys.modules:
         return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # leaves out information, keeps warnings and errors
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides information, keeps warnings and errors
     with filtered_stderr():
-        import tensorflow as tf  # ten seconds that most commands do not need
+        import tensorflow as tf  # takes ten seconds, and most commands do not need it
 
         if threads:
             tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -73,14 +73,14 @@ def filtered_stderr() -> Iterator[None]:
         return
     sys.stderr.flush()
     terminal = os.dup(2)
-    sieve = subprocess.Popen([grep, "-vE", "--line-buffered", NOISE], stdin=subprocess.PIPE, stdout=terminal)
-    assert sieve.stdin is not None
-    os.dup2(sieve.stdin.fileno(), 2)
+    filter_process = subprocess.Popen([grep, "-vE", "--line-buffered", NOISE], stdin=subprocess.PIPE, stdout=terminal)
+    assert filter_process.stdin is not None
+    os.dup2(filter_process.stdin.fileno(), 2)
     try:
         yield
     finally:
         sys.stderr.flush()
         os.dup2(terminal, 2)
         os.close(terminal)
-        sieve.stdin.close()
-        sieve.wait()
+        filter_process.stdin.close()
+        filter_process.wait()

@@ -12,7 +12,7 @@ import pandas as pd
 
 
 def read_csv(source: Path | str, is_number: Callable[[str], bool] = lambda column: False) -> pd.DataFrame:
-    """Read a CSV file, or the text of one. Columns are text, but for those that `is_number` selects by name.
+    """Read a CSV file, or the text of one. Columns are text, except those that `is_number` selects by name.
 
     Raises OSError or ValueError if it cannot be read.
     """
@@ -23,10 +23,10 @@ def read_csv(source: Path | str, is_number: Callable[[str], bool] = lambda colum
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """Return the table as CSV text, without its index; what is missing is empty."""
+    """Return the table as CSV text, without its index; missing values are empty."""
     return table.to_csv(index=False, lineterminator="\n")
 
 
 def is_probability(column: str) -> bool:
-    """Tell the columns that hold probabilities: `probability`, and `p(CLASS)` of each class."""
+    """Return whether a column holds probabilities: `probability`, and `p(CLASS)` of each class."""
     return column == "probability" or column.startswith("p(")

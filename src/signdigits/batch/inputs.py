@@ -28,39 +28,39 @@ class BatchInput:
     @cached_property
     def digest(self) -> str:
         """A digest of the photographs: their paths in order, and the size and modification time of each file."""
-        total = hashlib.sha256(os.fsencode(self.folder))
+        sha256 = hashlib.sha256(os.fsencode(self.folder))
         for path in self.paths:
             try:
                 status = (self.folder / path).stat()
                 state = f"{status.st_size} {status.st_mtime_ns}"
             except OSError:
                 state = "no status"
-            total.update(os.fsencode(path) + b"\0" + state.encode() + b"\n")
-        return total.hexdigest()[:32]
+            sha256.update(os.fsencode(path) + b"\0" + state.encode() + b"\n")
+        return sha256.hexdigest()[:32]
 
 
 def find_inputs(images: str, output: Path) -> BatchInput:
     """Return the photographs of a folder, without those below `output`, or of a table with a column `path`.
 
-    All files of the folder that are not hidden count, sorted by folder and name; the paths of a table keep their order and
+    The files of the folder, without hidden ones, are sorted by folder and name; the paths of a table keep their order and
     are relative to the table's folder. Raises DataError if there are none.
     """
-    place = Path(images)
-    listing = _find_in_folder(place, output.resolve()) if place.is_dir() else read_table(place)
-    if not listing.paths:
-        raise DataError(f"{place}: no photographs; pass --images a folder with photographs, or a table of paths")
-    return listing
+    source = Path(images)
+    photographs = _find_in_folder(source, output.resolve()) if source.is_dir() else read_table(source)
+    if not photographs.paths:
+        raise DataError(f"{source}: no photographs; pass --images a folder with photographs, or a table of paths")
+    return photographs
 
 
 def _find_in_folder(folder: Path, output: Path) -> BatchInput:
-    whole = folder.resolve()
-    if whole.is_relative_to(output):
+    root = folder.resolve()
+    if root.is_relative_to(output):
         raise DataError(f"{folder}: lies inside the output folder {output}; pass another --output")
     try:
-        files = [path for path in find_files(whole) if not path.is_relative_to(output)]
+        files = [path for path in find_files(root) if not path.is_relative_to(output)]
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
-    return BatchInput(whole.name, whole, tuple(path.relative_to(whole).as_posix() for path in files))
+    return BatchInput(root.name, root, tuple(path.relative_to(root).as_posix() for path in files))
 
 
 def read_table(table: Path) -> BatchInput:
@@ -69,12 +69,12 @@ def read_table(table: Path) -> BatchInput:
     if table.suffix.lower() not in READERS:
         raise DataError(f"{table}: neither a folder nor a table; the name of a table ends in {', '.join(READERS)}")
     try:
-        found = READERS[table.suffix.lower()](table)
+        frame = READERS[table.suffix.lower()](table)
     except Exception as error:  # pandas and pyarrow raise many types for damaged files
         raise DataError(f"{table}: cannot be read ({str(error).splitlines()[0]})") from error
-    if "path" not in found:
-        raise DataError(f"{table}: no column path (columns: {', '.join(map(str, found.columns)) or 'none'}); add one")
-    paths = found["path"]
+    if "path" not in frame:
+        raise DataError(f"{table}: no column path (columns: {', '.join(map(str, frame.columns)) or 'none'}); add one")
+    paths = frame["path"]
     for row, path in enumerate(paths):
         if not isinstance(path, str) or not path or "\0" in path:
             raise DataError(f"{table}: row {row}: path={path!r} is not a path; remove or correct the row")

@@ -1,7 +1,7 @@
-"""The output folder of a batch prediction: a part file per finished chunk, and two tables in the end, written atomically.
+"""The output folder of a batch prediction: a part file per finished chunk, and two tables at the end, written atomically.
 
 OUTPUT/job.json              model, photographs and MLflow run of the tables
-OUTPUT/parts/000000.parquet  the rows of a chunk; removed in the end
+OUTPUT/parts/000000.parquet  the rows of a chunk; removed at the end
 OUTPUT/predictions.parquet   all rows, in the order of the photographs
 OUTPUT/predictions.csv       the same
 """
@@ -103,21 +103,21 @@ def _join_csv(parts: Sequence[Path], target: Path) -> None:
             pd.read_parquet(part).to_csv(file, index=False, header=part is parts[0], lineterminator="\n")
 
 
-def _write_atomically(target: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a file, and rename it when it is complete on disk. Raises OutputError if that fails."""
-    unfinished = target.with_name(f".{target.name}.unfinished")
+def _write_atomically(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file atomically: `write` fills a temporary file, renamed once on disk. Raises OutputError on failure."""
+    partial_file = target.with_name(f".{target.name}.unfinished")
     try:
-        fill(unfinished)
-        with unfinished.open("rb+") as file:
+        write(partial_file)
+        with partial_file.open("rb+") as file:
             os.fsync(file.fileno())
-        unfinished.replace(target)
+        partial_file.replace(target)
     except OSError as error:
         raise _not_writable(target, error) from error
 
 
 @contextlib.contextmanager
 def lock_output(folder: Path, job: BatchJob) -> Iterator[Output]:
-    """Lock the output folder for `job`, new or left by an interrupted start.
+    """Lock the output folder for `job`, new or left by an interrupted run.
 
     Raises OutputError if it belongs to another job, holds tables of unknown origin, or is locked by another process.
     """
@@ -132,12 +132,12 @@ def lock_output(folder: Path, job: BatchJob) -> Iterator[Output]:
     except OSError as error:
         raise _not_writable(folder, error) from error
     with lock:
-        found = find_job(folder)
-        if found is not None and not found.is_of(job):
+        existing = find_job(folder)
+        if existing is not None and not existing.is_of(job):
             raise OutputError(
-                f"output={folder}: {_describe_difference(found, job)}; pass another --output, or remove the folder"
+                f"output={folder}: {_describe_difference(existing, job)}; pass another --output, or remove the folder"
             )
-        yield Output(folder, found or job)
+        yield Output(folder, existing or job)
 
 
 def find_job(folder: Path) -> BatchJob | None:
@@ -156,13 +156,13 @@ def find_job(folder: Path) -> BatchJob | None:
         ) from error
 
 
-def _describe_difference(found: BatchJob, job: BatchJob) -> str:
-    """Return the difference of two jobs in words."""
-    if found.model != job.model:
+def _describe_difference(other: BatchJob, job: BatchJob) -> str:
+    """Describe the difference between two jobs, for a message."""
+    if other.model != job.model:
         return (
-            f"started with version {found.version}, not {job.version} (--model_uri models:/{found.model} continues it)"
+            f"started with version {other.version}, not {job.version} (--model_uri models:/{other.model} continues it)"
         )
-    return f"started with {found.count} other images, from {found.images}"
+    return f"started with {other.count} other images, from {other.images}"
 
 
 def _not_writable(path: Path, error: OSError) -> OutputError:

@@ -20,7 +20,7 @@ from signdigits.errors import ClusterError, DataError, SignDigitsError, escape_u
 from signdigits.packaging import prediction_log
 from signdigits.ray_cluster import connect_ray, is_distributed
 
-BATCH = 32  # photographs that one thread holds in memory
+BATCH_SIZE = 32  # photographs that one thread holds in memory
 MAX_RETRIES = 3  # of a chunk whose worker died
 
 
@@ -56,31 +56,32 @@ class Scorer:
             raise DataError(
                 f"{folder}: no such folder on host {os.uname().nodename}; every worker needs it at the same path"
             )
-        found: list[dict[str, Any] | str] = []
-        for start in range(0, len(chunk.paths), BATCH):
-            found += self.answer([read_photograph(folder / path) for path in chunk.paths[start : start + BATCH]])
-        rows = [_make_row(path, answer) for path, answer in zip(chunk.paths, found, strict=True)]
+        predictions: list[dict[str, Any] | str] = []
+        for start in range(0, len(chunk.paths), BATCH_SIZE):
+            batch = chunk.paths[start : start + BATCH_SIZE]
+            predictions += self.predict([read_photograph(folder / path) for path in batch])
+        rows = [_make_row(path, prediction) for path, prediction in zip(chunk.paths, predictions, strict=True)]
         columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), "reason"]
         return pd.DataFrame(rows, columns=columns)
 
-    def answer(self, contents: Sequence[bytes | str]) -> list[dict[str, Any] | str]:
+    def predict(self, contents: Sequence[bytes | str]) -> list[dict[str, Any] | str]:
         """Return the prediction of each photograph, or the reason for which it is unreadable."""
         readable = [content for content in contents if isinstance(content, bytes)]
-        given = iter(self.ask(readable) if readable else [])
-        return [next(given) if isinstance(content, bytes) else content for content in contents]
+        predictions = iter(self._predict_readable(readable) if readable else [])
+        return [next(predictions) if isinstance(content, bytes) else content for content in contents]
 
-    def ask(self, contents: list[bytes]) -> list[dict[str, Any] | str]:
-        """Predict; the model rejects a table for a single bad row, and then its halves are predicted, down to the row at fault."""
+    def _predict_readable(self, contents: list[bytes]) -> list[dict[str, Any] | str]:
+        """Predict; if the model rejects the table for a bad row, predict its halves, down to that row."""
         try:
-            given: list[dict[str, Any] | str] = self.served.predict(pd.DataFrame({"image": contents})).to_dict(
+            predictions: list[dict[str, Any] | str] = self.served.predict(pd.DataFrame({"image": contents})).to_dict(
                 "records"
             )
-            return given
+            return predictions
         except MlflowException as error:
             if len(contents) == 1:
                 return [error.message.removeprefix("row 0: ")]
             half = len(contents) // 2
-            return self.ask(contents[:half]) + self.ask(contents[half:])
+            return self._predict_readable(contents[:half]) + self._predict_readable(contents[half:])
 
 
 def read_photograph(path: Path) -> bytes | str:
@@ -94,12 +95,12 @@ def read_photograph(path: Path) -> bytes | str:
     return content or "empty"
 
 
-def _make_row(path: str, answer: dict[str, Any] | str) -> dict[str, Any]:
-    told = escape_undecodable(path)
-    if isinstance(answer, str):
-        return {"path": told, "reason": answer}
-    each = {f"p({name})": value for name, value in answer["probabilities"].items()}
-    return {"path": told, "label": answer["label"], "probability": answer["probability"], **each}
+def _make_row(path: str, prediction: dict[str, Any] | str) -> dict[str, Any]:
+    escaped = escape_undecodable(path)
+    if isinstance(prediction, str):
+        return {"path": escaped, "reason": prediction}
+    probabilities = {f"p({name})": value for name, value in prediction["probabilities"].items()}
+    return {"path": escaped, "label": prediction["label"], "probability": prediction["probability"], **probabilities}
 
 
 def score_chunks(
@@ -115,16 +116,16 @@ def score_chunks(
 
 def _score_in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     """Run a thread per scorer; decoder and network release the GIL."""
-    free = queue.SimpleQueue[Scorer]()
+    idle = queue.SimpleQueue[Scorer]()
     for scorer in scorers:
-        free.put(scorer)
+        idle.put(scorer)
 
     def score(chunk: Chunk) -> pd.DataFrame:
-        scorer = free.get()
+        scorer = idle.get()
         try:
             return scorer.score(chunk)
         finally:
-            free.put(scorer)
+            idle.put(scorer)
 
     with ThreadPoolExecutor(len(scorers)) as threads:
         try:
@@ -141,9 +142,9 @@ def _score_on_workers(
     from ray.util import ActorPool
 
     files = {path.relative_to(model_folder).as_posix(): path.read_bytes() for path in _files_in(model_folder)}
-    hire = ray.remote(ScoringWorker).options(num_cpus=1, max_restarts=-1, max_task_retries=MAX_RETRIES).remote
-    sent = ray.put(files)
-    pool = ActorPool([hire(sent) for _ in range(min(workers, len(chunks)))])
+    start_worker = ray.remote(ScoringWorker).options(num_cpus=1, max_restarts=-1, max_task_retries=MAX_RETRIES).remote
+    files_ref = ray.put(files)
+    pool = ActorPool([start_worker(files_ref) for _ in range(min(workers, len(chunks)))])
     try:
         yield from pool.map_unordered(lambda worker, chunk: worker.score.remote(chunk), chunks)
     except RayTaskError as error:

@@ -42,13 +42,13 @@ class DiskArray:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        numbers = np.arange(len(self))[rows]
-        found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
-        count = found[:1].size
-        for place, number in zip(found, numbers.tolist(), strict=True):
-            start = self.offset + number * count * self.dtype.itemsize
-            place.flat = np.fromfile(self.path, self.dtype, count, offset=start)
-        return found
+        row_numbers = np.arange(len(self))[rows]
+        array = np.empty((len(row_numbers), *self.shape[1:]), self.dtype)
+        row_size = array[:1].size
+        for row, row_number in zip(array, row_numbers.tolist(), strict=True):
+            start = self.offset + row_number * row_size * self.dtype.itemsize
+            row.flat = np.fromfile(self.path, self.dtype, row_size, offset=start)
+        return array
 
     def part(self, start: int, stop: int) -> "DiskArray":
         """Return the rows from `start` up to `stop`, still on disk."""
@@ -61,13 +61,13 @@ def decode_photographs(dataset: Dataset, indices: np.ndarray, parameters: DataPa
 
     Raises DataError if the file cannot be written.
     """
-    channels, kind = (3, np.uint8) if parameters.color_mode == "rgb" else (1, np.float32)
-    shape, dtype = (len(indices), parameters.image_size, parameters.image_size, channels), np.dtype(kind)
+    channels, scalar_type = (3, np.uint8) if parameters.color_mode == "rgb" else (1, np.float32)
+    shape, dtype = (len(indices), parameters.image_size, parameters.image_size, channels), np.dtype(scalar_type)
     arrays = _decode_each(dataset, indices, parameters)
     if fits_budget(len(indices), parameters):
         decoded = np.empty(shape, dtype)
-        for place, array in zip(decoded, arrays, strict=True):
-            place[...] = array
+        for row, array in zip(decoded, arrays, strict=True):
+            row[...] = array
         return decoded
     path = FOLDER / f"{_cache_key(dataset, indices, parameters)}.npy"
     try:
@@ -91,29 +91,29 @@ def _decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParamete
 
 def _cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:
     """Return a digest of everything that the decoded bytes depend on: photographs, order, decoder and settings."""
-    told = hashlib.sha256(f"{parameters.image_size} {parameters.color_mode} {PIL.__version__}\n".encode())
-    told.update(Path(images.__file__).read_bytes())
+    sha256 = hashlib.sha256(f"{parameters.image_size} {parameters.color_mode} {PIL.__version__}\n".encode())
+    sha256.update(Path(images.__file__).read_bytes())
     for index in indices.tolist():
-        told.update(dataset.photographs[index].checksum.encode())
-    return told.hexdigest()[:32]
+        sha256.update(dataset.photographs[index].checksum.encode())
+    return sha256.hexdigest()[:32]
 
 
 def _write_cache(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Write the file unless it exists; wait if another process is writing it."""
+    """Write the file atomically unless it exists; wait if another process is writing it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
+    partial_file = path.with_suffix(".part")
     with filelock.FileLock(path.with_suffix(".lock")):
         if path.exists():
             return
         log.info("decoding %d photographs into the cache %s", shape[0], path)
-        with unfinished.open("wb") as file:
+        with partial_file.open("wb") as file:
             header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for array in arrays:
                 file.write(array.tobytes())
             file.flush()
             os.fsync(file.fileno())  # complete on disk before it gets its name
-        unfinished.replace(path)
+        partial_file.replace(path)
 
 
 def _open_cache(path: Path) -> DiskArray:

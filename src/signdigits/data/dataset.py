@@ -17,9 +17,9 @@ from signdigits.errors import DataError, escape_undecodable
 from signdigits.files import compute_digest
 from signdigits.threads import map_in_threads
 
-JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
-HASHED_SIZE = 100  # pixels of the image that the perceptual hash and the mean colour are of
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+JUNK_NAMES = ("__MACOSX", "Thumbs.db", "desktop.ini")
+HASHED_SIZE = 100  # pixels; side of the image behind the perceptual hash and the mean colour
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +118,9 @@ def _read_folder(folder: Path, parameters: SourceParameters) -> Dataset:
             unreadable[escape_undecodable(path.relative_to(folder).as_posix())] = str(result)
         else:
             raise DataError(f"{path}: {result}; remove it, or pass --skip_unreadable true") from result
-    present = {photograph.label for photograph in photographs}
+    labels = {photograph.label for photograph in photographs}
     for label, name in enumerate(class_names):
-        if label not in present:
+        if label not in labels:
             raise DataError(f"{folder / name}: no photographs in this class folder; add some, or remove it")
     return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
 
@@ -140,7 +140,7 @@ def _find_classes(folder: Path) -> tuple[str, ...]:
     if len(names) == 1:
         raise DataError(f"{folder}: only one class folder, {names[0]!r}; a classifier needs two or more")
     for name in names:
-        if not _is_text(Path(name)):
+        if not _is_utf8(Path(name)):
             raise DataError(f"{folder / name}: the name is not UTF-8; rename it")
     _check_layout(folder, names)
     return names
@@ -160,54 +160,54 @@ def find_files(folder: Path) -> Iterator[Path]:
 
     A symbolic link to a file inside the folder is skipped: the file is listed anyway.
     """
-    whole = folder.resolve()
+    root = folder.resolve()
     for directory in _find_folders(folder):
         for path in sorted(directory.iterdir()):
-            again = path.is_symlink() and path.exists() and path.resolve().is_relative_to(whole)
-            if is_file(path) and not _is_junk(path) and not again:
+            is_duplicate = path.is_symlink() and path.exists() and path.resolve().is_relative_to(root)
+            if is_file(path) and not _is_junk(path) and not is_duplicate:
                 yield path
 
 
 def _find_folders(folder: Path) -> list[Path]:
     """Return `folder` and its subfolders, each once, however many symbolic links lead to it."""
-    found: dict[Path, Path] = {}
-    waiting, links = [folder], list[Path]()
-    while waiting or links:
-        directory = waiting.pop() if waiting else links.pop(0)
-        if directory.resolve() in found:
+    folders: dict[Path, Path] = {}
+    pending, links = [folder], list[Path]()
+    while pending or links:
+        directory = pending.pop() if pending else links.pop(0)
+        if directory.resolve() in folders:
             continue
-        found[directory.resolve()] = directory
+        folders[directory.resolve()] = directory
         for entry in sorted(directory.iterdir()):
             if entry.is_dir() and not _is_junk(entry):
-                (links if entry.is_symlink() else waiting).append(entry)
-    return sorted(found.values(), key=str)
+                (links if entry.is_symlink() else pending).append(entry)
+    return sorted(folders.values(), key=str)
 
 
-def _is_text(path: Path) -> bool:
-    """Tell whether a name is UTF-8; old archives hold names in other encodings."""
+def _is_utf8(path: Path) -> bool:
+    """Return whether a path is UTF-8; old archives hold names in other encodings."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def is_file(path: Path) -> bool:
-    """Tell whether the path is a file, or a broken symbolic link, which is reported as unreadable."""
+    """Return whether the path is a file, or a broken symbolic link, which is reported as unreadable."""
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _is_junk(path: Path) -> bool:
-    """Tell hidden files and folders, and those that operating systems and archivers leave beside photographs."""
-    return path.name.startswith(".") or path.name in JUNK
+    """Return whether a file or folder is hidden, or left behind by an operating system or an archiver."""
+    return path.name.startswith(".") or path.name in JUNK_NAMES
 
 
 def _check_layout(folder: Path, names: Sequence[str]) -> None:
-    """Raise DataError if the class folders hold nothing but the same subfolders, as in train/CLASS and test/CLASS."""
-    inside = []
+    """Raise DataError if the class folders contain only the same subfolders, as in train/CLASS and test/CLASS."""
+    subfolders = []
     for name in names:
         entries = [entry for entry in (folder / name).iterdir() if not _is_junk(entry)]
         if not all(entry.is_dir() for entry in entries):
             return
-        inside.append({entry.name for entry in entries})
-    shared = set.intersection(*inside)
-    if len(shared) > 1 and not all(name.lower() in SPLITS for name in shared):
+        subfolders.append({entry.name for entry in entries})
+    shared = set.intersection(*subfolders)
+    if len(shared) > 1 and not all(name.lower() in SPLIT_NAMES for name in shared):
         raise DataError(
             f"{folder}: {_join_names(names)} all contain {_join_names(sorted(shared))}, which look like the classes; pass "
             f"--data {folder / names[0]}, or move the photographs of each class into one folder"
@@ -220,7 +220,7 @@ def _join_names(names: Sequence[str]) -> str:
 
 def _examine_file(path: Path, label: int, folder: Path, kept: DataParameters | None) -> Photograph | ImageError:
     """Read and preprocess one file, and return its properties, or the error."""
-    if not _is_text(path):
+    if not _is_utf8(path):
         return ImageError("the name of the file or its folder is not UTF-8; rename it")
     try:
         content = read_file(path)
@@ -241,13 +241,13 @@ def _examine_file(path: Path, label: int, folder: Path, kept: DataParameters | N
 
 def _hash_image(rgb: np.ndarray) -> int:
     """Return the pHash of an image, from the lowest frequencies of its cosine transform."""
-    import imagehash  # half a second that batch prediction does not need
+    import imagehash  # takes half a second, and batch prediction does not need it
 
     bits = imagehash.phash(Image.fromarray(rgb)).hash
     return int(np.packbits(bits).view(">u8")[0])
 
 
 def fits_budget(n: int, parameters: DataParameters) -> bool:
-    """Tell whether `n` preprocessed photographs fit into `memory_budget`."""
+    """Return whether `n` preprocessed photographs fit into `memory_budget`."""
     bytes_per_pixel = 3 if parameters.color_mode == "rgb" else 4
     return n * parameters.image_size**2 * bytes_per_pixel <= parameters.memory_budget * 1e6

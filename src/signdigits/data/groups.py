@@ -34,17 +34,17 @@ def read_groups(dataset: Dataset) -> np.ndarray:
         raise DataError(
             f"{file}: needed by split=grouped, with the columns path and group ({error}); create it, or pass --split random"
         ) from error
-    known = {path: group for path, group in zip(table["path"], table["group"], strict=True) if group}
-    missing = [photograph.path for photograph in dataset.photographs if photograph.path not in known]
+    group_by_path = {path: group for path, group in zip(table["path"], table["group"], strict=True) if group}
+    missing = [photograph.path for photograph in dataset.photographs if photograph.path not in group_by_path]
     if missing:
         raise DataError(f"{file}: no group for {len(missing)} photographs, the first of them {missing[0]}; add them")
-    return np.array([known[photograph.path] for photograph in dataset.photographs])
+    return np.array([group_by_path[photograph.path] for photograph in dataset.photographs])
 
 
 def write_groups(dataset: Dataset) -> None:
     """Write groups.csv for the sign language digits, whose groups can be inferred; do nothing for other photographs.
 
-    A read-only folder is respected, also by root.
+    A read-only folder is left unchanged, even by root.
     """
     file = dataset.folder / FILE
     if file.exists() or not _is_sign_language_digits(dataset):
@@ -56,8 +56,8 @@ def write_groups(dataset: Dataset) -> None:
         return
     table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": _infer_students(dataset)})
     try:
-        with files.atomic_file(file) as workshop:
-            workshop.write_text(tables.to_csv(table))
+        with files.atomic_file(file) as partial_file:
+            partial_file.write_text(tables.to_csv(table))
     except OSError as error:
         log.info("%s: not written (%s); the groups are inferred from the file names each time", file, error.strerror)
     else:
@@ -71,12 +71,12 @@ def _is_sign_language_digits(dataset: Dataset) -> bool:
 def _infer_students(dataset: Dataset) -> np.ndarray:
     """Infer the student on each of the sign language digits from the numbers in the file names.
 
-    Each of the 218 students gave about ten photographs in a row, one per digit: sorted by number, the label rises, and
-    does not rise where the next student begins. That makes 220 groups.
+    Each of the 218 students posed for about ten consecutive photographs, one per digit. Sorted by number, the label rises
+    within a student and does not rise at the next one, which yields 220 groups.
     """
     numbers = [int(re.findall(r"\d+", photograph.path)[-1]) for photograph in dataset.photographs]
     order = np.argsort(numbers)
-    begins = np.diff(dataset.labels[order], prepend=-1) <= 0
-    found = np.empty(len(order), dtype=object)
-    found[order] = [f"student {number:03d}" for number in np.cumsum(begins)]
-    return found.astype(str)
+    is_first = np.diff(dataset.labels[order], prepend=-1) <= 0
+    students = np.empty(len(order), dtype=object)
+    students[order] = [f"student {number:03d}" for number in np.cumsum(is_first)]
+    return students.astype(str)

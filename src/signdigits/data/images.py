@@ -22,7 +22,7 @@ FORMATS = {
     "WEBP": "image/webp",
 }
 
-# A photograph of 12,000 x 9,000 pixels passes; a small file that unfolds to gigabytes does not.
+# A photograph of 12,000 x 9,000 pixels passes; a decompression bomb, a small file that decodes to gigabytes, does not.
 MAX_PIXELS = 120_000_000
 MAX_BYTES = 40_000_000  # of a file; as base64 text, 53 megabytes, it fits into the request body that `serve` allows
 
@@ -34,7 +34,7 @@ class ImageError(ValueError):
 
 
 # The transposition that turns an image upright, by its EXIF orientation (Exif 2.3, tag 274).
-TURNS = {
+TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -65,7 +65,7 @@ def open_image(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise ImageError("not an image") from None
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
+    except Exception as error:  # Pillow raises many types for damaged files
         raise ImageError(f"not a readable image ({error})") from error
     if image.format not in FORMATS:
         raise ImageError(f"format {image.format} is not one of {', '.join(FORMATS)}")
@@ -96,23 +96,23 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     cannot be converted.
     """
     try:
-        sized = (
+        resized = (
             _flatten_on_white(_apply_orientation(image))
             .convert("RGB" if color_mode == "rgb" else "L")
             .resize((image_size, image_size), Image.Resampling.BILINEAR)
         )
     except ImageError:
         raise
-    except Exception as error:  # again whatever Pillow raises
+    except Exception as error:  # Pillow raises many types here too
         raise ImageError(f"cannot be converted ({error})") from error
     if color_mode == "rgb":
-        return np.array(sized)
-    return (1 - np.asarray(sized, np.float32) / 255)[..., np.newaxis]
+        return np.array(resized)
+    return (1 - np.asarray(resized, np.float32) / 255)[..., np.newaxis]
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
-    turn = TURNS.get(read_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    transposition = TRANSPOSITIONS.get(read_orientation(image))
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _flatten_on_white(image: Image.Image) -> Image.Image:
@@ -124,13 +124,13 @@ def _flatten_on_white(image: Image.Image) -> Image.Image:
         raise ImageError("32 bits per channel, with an unknown value of white; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         gray = (np.asarray(image) / 257).astype(np.uint8)
-        # Pillow turns white-is-zero TIFFs around with 8 bits a channel, but not with 16.
+        # Pillow inverts white-is-zero TIFFs with 8 bits per channel, but not with 16.
         inverted = getattr(image, "tag_v2", {}).get(262) == WHITE_IS_ZERO
         return Image.fromarray(255 - gray if inverted else gray)
     if not image.has_transparency_data:
         return image
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
 
 
 def decode_image(data: bytes, image_size: int, color_mode: str) -> np.ndarray:

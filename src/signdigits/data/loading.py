@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from signdigits.config import DataParameters
-from signdigits.data import cache, split
+from signdigits.data import cache
 from signdigits.data.cache import DiskArray
 from signdigits.data.dataset import Dataset, scan_dataset
-from signdigits.data.split import Split
+from signdigits.data.split import Split, split_dataset
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Images:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of each."""
+        """Height, width and channels of an image."""
         _, height, width, channels = self.x.shape
         return height, width, channels
 
@@ -37,7 +37,7 @@ class Images:
 class Data:
     """The data of a training or a search: `fitting` holds the training images, then the validation images.
 
-    The test images are not kept: only the final evaluation may see them, which rules out data leakage.
+    The test images are left out: only the final evaluation uses them, which rules out data leakage.
     """
 
     dataset: Dataset
@@ -69,6 +69,6 @@ def load_data(parameters: DataParameters) -> Data:
     Raises DataError, naming the path, if the folder cannot be used.
     """
     dataset = scan_dataset(parameters)
-    parts = split.split_dataset(dataset, parameters.split)
-    fitting = Images(cache.decode_photographs(dataset, parts.fitting, parameters), dataset.labels[parts.fitting])
-    return Data(dataset.without_pixels(), parts, parameters, fitting)
+    split = split_dataset(dataset, parameters.split)
+    fitting = Images(cache.decode_photographs(dataset, split.fitting, parameters), dataset.labels[split.fitting])
+    return Data(dataset.without_pixels(), split, parameters, fitting)

@@ -1,4 +1,4 @@
-"""Data quality: near-duplicates across the split (data leakage), odd sizes and colours, class imbalance.
+"""Data quality: near-duplicates across the split (data leakage), outliers in size and colour, class imbalance.
 
 Findings are reported for people to judge; nothing is removed.
 """
@@ -42,8 +42,8 @@ def find_issues(data: Data) -> pd.DataFrame:
     colours = np.array([photograph.mean_colour for photograph in dataset.photographs])
     findings = [
         *_find_imbalance(dataset),
-        *_find_odd_sizes(dataset, parts),
-        *_find_odd_colours(dataset, parts, colours),
+        *_find_size_outliers(dataset, parts),
+        *_find_colour_outliers(dataset, parts, colours),
         *_find_near_duplicates(dataset, parts, hashes),
     ]
     return pd.DataFrame(findings, columns=list(Finding.__dataclass_fields__))
@@ -59,50 +59,51 @@ def part_names(data: Data) -> np.ndarray:
 
 def _find_imbalance(dataset: Dataset) -> Iterator[Finding]:
     counts = dataset.counts()
-    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-    if counts[most] > MAX_IMBALANCE * counts[least]:
-        yield Finding("imbalance", least, f"{counts[least]} photographs, but {counts[most]} in class {most}")
+    largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    if counts[largest] > MAX_IMBALANCE * counts[smallest]:
+        detail = f"{counts[smallest]} photographs, but {counts[largest]} in class {largest}"
+        yield Finding("imbalance", smallest, detail)
 
 
-def _find_odd_sizes(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
+def _find_size_outliers(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
     """Yield photographs whose size differs from the median of their class."""
     sizes = np.array([photograph.size for photograph in dataset.photographs], float)
     for label in range(len(dataset.class_names)):
         (members,) = np.nonzero(dataset.labels == label)
-        usual = np.median(sizes[members], axis=0)
-        ratio = np.maximum(sizes[members] / usual, usual / sizes[members]).max(axis=1)
+        median = np.median(sizes[members], axis=0)
+        ratio = np.maximum(sizes[members] / median, median / sizes[members]).max(axis=1)
         for i in members[ratio > MAX_SIZE_RATIO]:
-            detail = f"{sizes[i, 0]:.0f}x{sizes[i, 1]:.0f} pixels; its class {usual[0]:.0f}x{usual[1]:.0f}"
+            detail = f"{sizes[i, 0]:.0f}x{sizes[i, 1]:.0f} pixels; its class {median[0]:.0f}x{median[1]:.0f}"
             yield Finding("size", dataset.photographs[i].path, detail, parts[i])
 
 
-def _find_odd_colours(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Iterator[Finding]:
+def _find_colour_outliers(dataset: Dataset, parts: np.ndarray, colours: np.ndarray) -> Iterator[Finding]:
     """Yield photographs whose mean colour is far from the median of their class, farthest first."""
-    score = np.zeros(len(colours))
+    scores = np.zeros(len(colours))
     for label in range(len(dataset.class_names)):
         members = dataset.labels == label
         distance = np.abs(colours[members] - np.median(colours[members], axis=0))
         spread = np.maximum(np.median(distance, axis=0), 1e-9)
-        score[members] = (0.6745 * distance / spread).max(axis=1)
-    for i in np.argsort(-score):
-        if score[i] <= MAX_Z_SCORE:
+        scores[members] = (0.6745 * distance / spread).max(axis=1)
+    for i in np.argsort(-scores):
+        if scores[i] <= MAX_Z_SCORE:
             return
         red, green, blue = colours[i]
-        detail = f"mean colour ({red:.0f}, {green:.0f}, {blue:.0f}); {score[i]:.1f} spreads from its class"
+        detail = f"mean colour ({red:.0f}, {green:.0f}, {blue:.0f}); {scores[i]:.1f} spreads from its class"
         yield Finding("colour", dataset.photographs[i].path, detail, parts[i])
 
 
 def _find_near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
     """Yield photographs that look like one in another part of the split, each with its nearest, most similar first."""
-    _, part = np.unique(parts.astype(str), return_inverse=True)
+    _, part_numbers = np.unique(parts.astype(str), return_inverse=True)
     pairs = set()
     chunk = max(1, MAX_PAIRS // len(hashes))
     for start in range(0, len(hashes), chunk):
         rows = slice(start, start + chunk)
-        differing = np.bitwise_count(hashes[rows, None] ^ hashes)
-        differing[part[rows, None] == part] = 64
-        nearest = differing.argmin(axis=1)
-        bits = differing[np.arange(len(nearest)), nearest]
+        distances = np.bitwise_count(hashes[rows, None] ^ hashes)
+        distances[part_numbers[rows, None] == part_numbers] = 64
+        nearest = distances.argmin(axis=1)
+        bits = distances[np.arange(len(nearest)), nearest]
         for row in np.flatnonzero(bits <= MAX_HASH_DISTANCE).tolist():
             pairs.add((int(bits[row]), *sorted((start + row, int(nearest[row])))))
     for bits, i, j in sorted(pairs):
@@ -110,14 +111,14 @@ def _find_near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarra
         yield Finding("near-duplicate", path, f"{bits} of 64 bits differ", parts[i], other, parts[j])
 
 
-def plot_findings(data: Data, found: pd.DataFrame) -> plots.Figure:
+def plot_findings(data: Data, findings: pd.DataFrame) -> plots.Figure:
     """Plot the first findings of each kind; imbalance has no picture."""
-    found = found.assign(caption=[textwrap.fill(detail, 34) for detail in found["detail"]])
-    kinds = found[found["finding"] != "imbalance"].groupby("finding", sort=False)
+    findings = findings.assign(caption=[textwrap.fill(detail, 34) for detail in findings["detail"]])
+    kinds = findings[findings["finding"] != "imbalance"].groupby("finding", sort=False)
     captions: list[tuple[str, str]] = []
     for row in kinds.head(MAX_PICTURES // max(kinds.ngroups, 1)).to_dict("records"):
         captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['caption']}\n{row['part']}"))
         if row["other"]:
             captions.append((row["other"], f"looks like\n{row['other']}\n{row['other_part']}"))
-    shown = [images.decode_image(images.read_file(data.dataset.folder / path), 150, "rgb") for path, _ in captions]
-    return plots.plot_photographs(shown, [caption for _, caption in captions], "Findings", columns=4)
+    pictures = [images.decode_image(images.read_file(data.dataset.folder / path), 150, "rgb") for path, _ in captions]
+    return plots.plot_photographs(pictures, [caption for _, caption in captions], "Findings", columns=4)

@@ -19,7 +19,7 @@ SIGN_LANGUAGE_DIGITS = "sign-language-digits"
 
 # Zeynep Dikle, Arda Mavi and the students of Turkey Ankara Ayrancı Anadolu High School; Apache-2.0; arXiv:2011.08927.
 SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dataset/archive/4b09433.zip"
-# `_folder_digest` of the 2,062 photographs in their class folders: GitHub generates the archive on request, and its bytes vary.
+# `folder_digest` of the 2,062 photographs in their class folders: GitHub generates the archive on request, and its bytes vary.
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
 
@@ -40,7 +40,7 @@ def _write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
     """
     if target.exists():
         return target
-    from sklearn.datasets import load_digits  # one second that only the first start needs
+    from sklearn.datasets import load_digits  # takes a second, only on the first run
 
     digits = load_digits()
     log.info("Writing scikit-learn's %d handwritten digits to %s", len(digits.images), target)
@@ -64,32 +64,32 @@ def download_sign_language_digits(
     """
     if target.exists():
         return target
-    startup.import_tensorflow()  # ten seconds that only the first start needs
+    startup.import_tensorflow()  # takes ten seconds, only on the first run
     from keras.utils import get_file
 
     log.info("Downloading the sign language digits, about 25 MB, from %s", url)
     with atomic_folder(target) as folder:
         try:
-            # zipfile, which does the unpacking, drops drive letters, leading slashes and ".." from names.
-            unpacked = Path(get_file("photographs.zip", url, extract=True, cache_dir=str(folder), cache_subdir=""))
-        except Exception as error:  # get_file raises a bare Exception where the server says no
+            # zipfile, which extracts, drops drive letters, leading slashes and ".." from names.
+            extracted = Path(get_file("photographs.zip", url, extract=True, cache_dir=str(folder), cache_subdir=""))
+        except Exception as error:  # get_file raises a bare Exception for an HTTP error
             raise DownloadError(
                 f"{url}: {error}; check the connection and retry, or pass --data a folder of class folders"
             ) from error
-        photographs = next(unpacked.glob("*/Dataset"), None)
-        found = folder_digest(photographs) if photographs else "no folder Dataset"
-        if photographs is None or found != digest:
-            raise DownloadError(f"{url}: the archive holds other files than expected (digest {found}, not {digest})")
+        photographs = next(extracted.glob("*/Dataset"), None)
+        checksum = folder_digest(photographs) if photographs else "no folder Dataset"
+        if photographs is None or checksum != digest:
+            raise DownloadError(f"{url}: the archive holds other files than expected (digest {checksum}, not {digest})")
         _move_up(photographs, folder)
     return target
 
 
 def _move_up(inner: Path, folder: Path) -> None:
-    """Replace the content of `folder` with that of `inner`, deep inside it."""
-    keep = folder.with_name(folder.name + ".keep")
-    inner.rename(keep)
+    """Replace the content of `folder` with that of `inner`, a folder below it."""
+    sibling = folder.with_name(folder.name + ".keep")
+    inner.rename(sibling)
     shutil.rmtree(folder)
-    keep.rename(folder)
+    sibling.rename(folder)
 
 
 def folder_digest(folder: Path) -> str:

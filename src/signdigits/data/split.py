@@ -51,11 +51,11 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
         _require_each_class(dataset, rest, least=2, part="training and validation")
         _require_each_class(dataset, testing, least=1, part="test")
         training, validation = _split_evenly(dataset, rest)
-    found = _split_digest(dataset, training=training, validation=validation, testing=testing)
-    made = Split(name, training, validation, testing, found, dataset.part_digest(testing))
-    for part, indices in made.parts.items():
+    digest = _split_digest(dataset, training=training, validation=validation, testing=testing)
+    split = Split(name, training, validation, testing, digest, dataset.part_digest(testing))
+    for part, indices in split.parts.items():
         _require_each_class(dataset, indices, least=1, part=part.replace("testing", "test"))
-    return made
+    return split
 
 
 def _split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,13 +86,13 @@ def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
     groups allow.
     """
-    found = groups.read_groups(dataset)
+    group_names = groups.read_groups(dataset)
 
     def cut(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=SPLIT_SEED)
         try:
-            first, second = next(folds.split(indices, dataset.labels[indices], found[indices]))
-        except ValueError as error:  # fewer photographs of a class than folds
+            first, second = next(folds.split(indices, dataset.labels[indices], group_names[indices]))
+        except ValueError as error:  # a class has fewer photographs than folds
             raise DataError(f"{dataset.folder}: too few photographs to split ({error}); add more") from error
         return indices[first], indices[second]
 
@@ -101,8 +101,8 @@ def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 
 
 def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: str) -> None:
-    found = np.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
-    for name, count in zip(dataset.class_names, found.tolist(), strict=True):
+    counts = np.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
+    for name, count in zip(dataset.class_names, counts.tolist(), strict=True):
         if count < least:
             raise DataError(
                 f"{dataset.folder / name}: too few photographs to split: {dataset.counts()[name]} in the class leave "
