@@ -25,19 +25,11 @@ from signdigits.packaging import package
 from signdigits.tracking import runs
 
 PROJECT = Path(__file__).parents[1]
-LONGEST = [
-    "test_cluster", "test_search", "test_serve", "test_faults", "test_main", "test_page", "test_train", "test_predict",
-]  # fmt: skip
 SIZE = 16  # pixels: the smallest network that still has its three poolings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", type=int, default=1, help="repetitions of the injected faults")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, so that none of them is left alone at the end of a parallel run."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
