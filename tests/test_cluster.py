@@ -192,12 +192,15 @@ def test_faults_lose_no_finished_trial(
     cluster("up")
     search = Search(f"{faults[0].__name__}-{repetition}", photographs, settings, N_TRIALS + 3 * (len(faults) - 1))
     driver = search.start()
-    for fault in faults:
-        wait_for_work(search, driver, seconds=300)
-        time.sleep(random.uniform(0, LATEST))
-        wait_for_work(search, driver, seconds=60)
-        driver = fault(search, cluster, driver)
-    output, _ = driver.communicate(timeout=300)
+    try:
+        for fault in faults:
+            wait_for_work(search, driver, seconds=600)
+            time.sleep(random.uniform(0, LATEST))
+            wait_for_work(search, driver, seconds=120)
+            driver = fault(search, cluster, driver)
+        output, _ = driver.communicate(timeout=600)
+    finally:
+        driver.kill()  # or its workers would keep the cluster's CPUs from the next test
     assert driver.returncode == 0, output
     check(search, output)
 
