@@ -4,13 +4,11 @@ python -m signdigits evaluate --data FOLDER --run_id RUN
 mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champion
 """
 
-import base64
 import logging
 from dataclasses import asdict, dataclass
 
 import matplotlib
 import mlflow
-import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 from mlflow.entities import LoggedModel
@@ -18,18 +16,17 @@ from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support
 
 from signdigits import plots, tables
-from signdigits.batch import scoring
+from signdigits.batch.scoring import Scorer
 from signdigits.config import ModelParameters, SourceParameters
 from signdigits.data import images, split
 from signdigits.data.dataset import Dataset, scan_dataset
-from signdigits.errors import ModelError
+from signdigits.errors import DataError, ModelError
 from signdigits.model import calibration
 from signdigits.packaging import prediction_log
 from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
-CHUNK = 256  # photographs in memory at once
 MAX_MISTAKES = 12  # in the picture
 
 
@@ -77,10 +74,10 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     tags = runs.data_tags(dataset, parts)
     mlflow.set_tags(tags)
     mlflow.log_input(runs.dataset_input(dataset, parts.testing), context="testing")
-    served = scoring.load_served_model(model.model_uri)
-    table = _predict_photographs(served, dataset, parts.testing)
+    scorer = Scorer(model.model_uri)
+    table = _predict_photographs(scorer, dataset, parts.testing)
     mlflow.log_text(tables.to_csv(table), runs.PREDICTIONS)
-    mlflow.log_text(tables.to_csv(_make_reference(served, dataset, table)), runs.REFERENCE)
+    mlflow.log_text(tables.to_csv(_make_reference(scorer, dataset, table)), runs.REFERENCE)
     scores = compute_scores(table, dataset.class_names, float(model.tags.get("temperature", "1")))
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
     per_class = _score_classes(table)
@@ -100,31 +97,31 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     return scores
 
 
-def _predict_photographs(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
-    """Return a row per photograph: path, label, prediction, its probability, and `p(class)` of each class."""
-    chunks = []
-    for start in range(0, len(indices), CHUNK):
-        chosen = [dataset.photographs[i] for i in indices[start : start + CHUNK]]
-        encoded = [base64.b64encode(dataset.read(photograph)).decode() for photograph in chosen]
-        reply = served.predict(pd.DataFrame({"image": encoded}))
-        given = {
-            "path": [photograph.path for photograph in chosen],
-            "label": [dataset.class_names[photograph.label] for photograph in chosen],
-            "prediction": reply["label"],
-            "probability": reply["probability"],
-        }
-        each = {f"p({name})": [row[name] for row in reply["probabilities"]] for name in dataset.class_names}
-        chunks.append(pd.DataFrame(given | each))
-    return pd.concat(chunks, ignore_index=True)
+def _predict_photographs(scorer: Scorer, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
+    """Return a row per photograph: path, label, prediction, its probability, and `p(class)` of each class.
+
+    Raises DataError if the model refuses a photograph.
+    """
+    chosen = {dataset.photographs[i].path: dataset.photographs[i] for i in indices}
+    table = scorer.score_photographs(list(chosen), lambda path: dataset.read(chosen[path]))
+    for row in table[table["label"].isna()].itertuples():
+        raise DataError(f"{row.path}: the model refuses it: {row.reason}; replace the file")
+    table = table.drop(columns="reason").rename(columns={"label": "prediction"}).assign(path=list(chosen))
+    table.insert(1, "label", [dataset.class_names[photograph.label] for photograph in chosen.values()])
+    return table
 
 
-def _make_reference(served: mlflow.pyfunc.PyFuncModel, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the drift reference: the test images in the columns of the prediction log."""
-    model = served.unwrap_python_model()
+def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the drift reference: the test images in the columns of the prediction log, by the model's own copy of it."""
+    model = scorer.served.unwrap_python_model()
+    measure = getattr(model, "image_statistics", prediction_log.image_statistics)  # models logged by 0.1 do not show it
 
     def look(path: str) -> dict[str, float]:
-        image = images.open_image(images.read_file(dataset.folder / path))
-        return prediction_log.image_statistics(image.size, images.to_array(image, model.image_size, model.color_mode))
+        image = model.images.open_image(images.read_file(dataset.folder / path))
+        statistics: dict[str, float] = measure(
+            image.size, model.images.to_array(image, model.image_size, model.color_mode)
+        )
+        return statistics
 
     seen = pd.DataFrame(map(look, table["path"]))
     return seen.join(table.filter(regex=r"^p\("))

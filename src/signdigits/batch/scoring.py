@@ -3,7 +3,7 @@
 import os
 import queue
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +33,12 @@ class Chunk:
     paths: tuple[str, ...]
 
 
-def load_served_model(model_uri: str) -> mlflow.pyfunc.PyFuncModel:
-    """Load a model as its endpoint does, but without the prediction log."""
-    with startup.filtered_stderr(), prediction_log.disable_log():
-        return mlflow.pyfunc.load_model(model_uri)
-
-
 class Scorer:
-    """A served model that scores files."""
+    """A model, loaded as its endpoint does but without the prediction log, that scores photographs."""
 
     def __init__(self, model_uri: str) -> None:
-        self.served = load_served_model(model_uri)
+        with startup.filtered_stderr(), prediction_log.disable_log():
+            self.served = mlflow.pyfunc.load_model(model_uri)
         self.class_names: list[str] = self.served.unwrap_python_model().class_names
 
     def score(self, chunk: Chunk) -> pd.DataFrame:
@@ -56,11 +51,14 @@ class Scorer:
             raise DataError(
                 f"{folder}: no such folder on host {os.uname().nodename}; every worker needs it at the same path"
             )
-        predictions: list[dict[str, Any] | str] = []
-        for start in range(0, len(chunk.paths), BATCH_SIZE):
-            batch = chunk.paths[start : start + BATCH_SIZE]
-            predictions += self.predict([read_photograph(folder / path) for path in batch])
-        rows = [_make_row(path, prediction) for path, prediction in zip(chunk.paths, predictions, strict=True)]
+        return self.score_photographs(chunk.paths, lambda path: read_photograph(folder / path))
+
+    def score_photographs(self, paths: Sequence[str], read: Callable[[str], bytes | str]) -> pd.DataFrame:
+        """Return a row per path. `read` returns a photograph's bytes, or the reason for which it is unreadable."""
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch = paths[start : start + BATCH_SIZE]
+            rows += map(_make_row, batch, self.predict([read(path) for path in batch]))
         columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), "reason"]
         return pd.DataFrame(rows, columns=columns)
 

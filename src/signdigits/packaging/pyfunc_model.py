@@ -54,7 +54,9 @@ class SignDigits(PythonModel):
         self.temperature: float = settings["temperature"]
         self.images = _load_module(context.artifacts["images"])
         # Configured by the environment, which is all that `mlflow models serve` passes on.
-        self.prediction_log = _load_module(context.artifacts["prediction_log"]).PredictionLog.from_environ(os.environ)
+        logging_ = _load_module(context.artifacts["prediction_log"])
+        self.prediction_log = logging_.PredictionLog.from_environ(os.environ)
+        self.image_statistics = logging_.image_statistics  # for the drift reference of an evaluation
         # An interpreter has one set of tensors, and is used by one thread at a time.
         self.interpreters = queue.SimpleQueue[Any]()
         for _ in range(INTERPRETERS):
