@@ -22,6 +22,7 @@ from signdigits import search, startup, threads
 from signdigits.config import DataParameters, Hyperparameters, SourceParameters, StudyParameters
 from signdigits.data import dataset, loading, sources
 from signdigits.model import architecture, input_pipeline
+from signdigits.model.augmentation import Augmentation
 from signdigits.tuning.space import Space
 
 FACTORS = (10, 100)
@@ -102,7 +103,7 @@ def measure_here(photographs: Path, epochs: int) -> dict[str, float]:
         loaded.fitting.shape, len(loaded.dataset.class_names), precision=architecture.resolve_precision("auto")
     )
     architecture.compile_network(network, Hyperparameters())
-    batches = input_pipeline.training_batches(loaded.fitting, BATCH, 1.0, seed=0)
+    batches = input_pipeline.training_batches(loaded.fitting, BATCH, Augmentation(1.0), seed=0)
     steps = input_pipeline.steps_per_epoch(loaded.fitting, BATCH)
     network.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
     started = time.perf_counter()

@@ -10,6 +10,7 @@ from benchmarks.measure import Row, in_turns
 from signdigits.config import DataParameters, Hyperparameters
 from signdigits.data import loading
 from signdigits.model import architecture, input_pipeline
+from signdigits.model.augmentation import Augmentation
 
 ROUNDS = 9
 BATCH = 128
@@ -99,7 +100,7 @@ def epoch(images: loading.Images, precision: str, augmentation: float = 0.0) -> 
     """This project's epoch, one a call."""
     network = architecture.build_network((100, 100, 3), 10, precision=precision)
     architecture.compile_network(network, Hyperparameters())
-    batches = input_pipeline.training_batches(images, BATCH, augmentation, seed=0)
+    batches = input_pipeline.training_batches(images, BATCH, Augmentation(augmentation), seed=0)
     steps = input_pipeline.steps_per_epoch(images, BATCH)
     return lambda: network.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
 

@@ -48,7 +48,7 @@ def test_decay_rate_one_is_constant() -> None:
 
 
 def test_blocks_and_dropout_are_configurable() -> None:
-    network = architecture.build_network((100, 100, 3), 10, conv_blocks=5, dropout=0.4)
+    network = architecture.build_network((100, 100, 3), 10, Hyperparameters(conv_blocks=5, dropout=0.4))
     convolutions = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]
     assert [layer.filters for layer in convolutions] == [16, 32, 64, 128, 256]
     assert [type(layer).__name__ for layer in network.layers[-4:]] == ["Flatten", "Dropout", "Dense", "Dense"]
@@ -57,13 +57,13 @@ def test_blocks_and_dropout_are_configurable() -> None:
 
 def test_too_many_blocks_are_refused() -> None:
     with pytest.raises(ParameterError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
-        architecture.build_network((16, 16, 3), 3, conv_blocks=5)
+        architecture.build_network((16, 16, 3), 3, Hyperparameters(conv_blocks=5))
 
 
 def test_bfloat16_network_matches_float32() -> None:
     """The layers stand in another order, which changes neither the function nor its gradients."""
-    fast = architecture.build_network((16, 16, 3), 3, dropout=0.5, precision="mixed_bfloat16")
-    plain = architecture.build_network((16, 16, 3), 3, dropout=0.5)
+    fast = architecture.build_network((16, 16, 3), 3, Hyperparameters(dropout=0.5), "mixed_bfloat16")
+    plain = architecture.build_network((16, 16, 3), 3, Hyperparameters(dropout=0.5))
     assert {layer.compute_dtype for layer in plain.layers} == {"float32"}
     plain.set_weights(fast.get_weights())
     x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
@@ -75,3 +75,17 @@ def test_auto_precision_follows_the_hardware() -> None:
     expected = "mixed_bfloat16" if architecture.has_bfloat16() else "float32"
     assert architecture.resolve_precision("auto") == expected
     assert architecture.resolve_precision("float32") == "float32"
+
+
+@pytest.mark.parametrize("light", [0.25, 0.5])
+def test_standardized_network_ignores_light(light: float) -> None:
+    network = architecture.build_network((16, 16, 3), 3, Hyperparameters(standardization="image"))
+    x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_allclose(network(x * [light, light / 2, light]), network(x), atol=0.02)
+    assert network.count_params() == architecture.build_network((16, 16, 3), 3).count_params()
+
+
+def test_filters_are_configurable() -> None:
+    network = architecture.build_network((16, 16, 3), 3, Hyperparameters(filters=24))
+    convolutions = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert [layer.filters for layer in convolutions] == [24, 48, 96]

@@ -11,6 +11,7 @@ from PIL import Image
 from signdigits import evaluate
 from signdigits.config import DataParameters, ModelParameters
 from signdigits.data import loading
+from signdigits.data.corruptions import CORRUPTIONS
 from signdigits.errors import ModelError
 
 from .conftest import write_photographs
@@ -44,6 +45,23 @@ def test_evaluate_uses_served_artifact(store: str, loaded: loading.Data, log_mod
     assert run.data.metrics["test_ece"] == scores.test_ece
     (used,) = [item for item in run.inputs.dataset_inputs if item.dataset.name == "bars"]
     assert used.dataset.digest == loaded.dataset.part_digest(loaded.split.testing)
+
+
+def test_robustness_is_measured(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
+    model = log_model()
+    scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=model.model_uri))
+    run = mlflow.last_active_run()
+    table = pd.read_csv(download(run.info.run_id, "test/robustness.csv"), index_col="corruption")
+    assert table.index.tolist() == ["none", *CORRUPTIONS]
+    assert table.loc["none", "accuracy"] == scores.test_accuracy
+    assert ((table["accuracy_low"] <= table["accuracy"]) & (table["accuracy"] <= table["accuracy_high"])).all()
+    corrupted = table.drop(index="none")["accuracy"]
+    assert run.data.metrics["robust_accuracy"] == pytest.approx(corrupted.mean())
+    tags = mlflow.get_logged_model(model.model_id).tags
+    assert float(tags["worst_accuracy"]) == pytest.approx(corrupted.min())
+    assert corrupted[tags["worst_corruption"]] == corrupted.min()
+    with Image.open(download(run.info.run_id, "test/robustness.png")) as picture:
+        assert picture.height > 500
 
 
 def test_scores_are_logged_with_model(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:

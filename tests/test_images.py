@@ -2,10 +2,13 @@ import io
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from signdigits.data.images import ImageError, decode_image, open_image, to_array
+from signdigits.data.images import ImageError, decode_image, load_image, open_image, to_array
+
+pillow_heif.register_heif_opener()
 
 
 def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -149,3 +152,70 @@ def test_every_mode_is_handled(mode: str) -> None:
     array = to_array(image, 20, "rgb")
     assert array[:9].max() < 20
     assert array[11:].min() > 235
+
+
+@pytest.mark.parametrize("format_", ["AVIF", "HEIF", "JPEG", "WEBP"])
+def test_phone_formats_decode_alike(format_: str) -> None:
+    smooth = Image.fromarray(np.stack([gradient(), gradient().T, gradient()[::-1, ::-1]], axis=-1))
+    content = encode(smooth, format_, quality=95)
+    assert open_image(content).format == format_
+    np.testing.assert_allclose(decode_image(content, 64, "rgb"), np.asarray(smooth).astype(int), atol=12)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format_", ["HEIF", "AVIF", "WEBP"])
+def test_phone_formats_are_turned_upright(orientation: int, format_: str) -> None:
+    """A photograph of which the upper left quarter is red, stored as a phone held in this way stores it."""
+    image = Image.new("RGB", (64, 64), "blue")
+    image.paste("red", (0, 0, 32, 32))
+    stored = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that undo the orientations
+    turned = image.transpose(Image.Transpose(stored[orientation])) if orientation in stored else image
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    array = decode_image(encode(turned, format_, exif=exif.tobytes(), quality=95), 64, "rgb")
+    assert array[:24, :24, 0].min() > 200
+    assert array[40:, :, 2].min() > 200
+    assert array[:, 40:, 2].min() > 200
+
+
+def test_large_jpeg_is_decoded_at_a_fraction() -> None:
+    """Noise, blurred to the detail of a photograph, of 3,000x2,000 pixels."""
+    random = np.random.default_rng(0)
+    detailed = Image.fromarray(random.integers(0, 256, (200, 300, 3), dtype=np.uint8)).resize((3000, 2000))
+    content = encode(detailed, "JPEG", quality=95)
+    image = open_image(content)
+    load_image(image, 100)
+    assert image.size == (375, 250), "an eighth, and still twice 100 pixels"
+    whole = Image.open(io.BytesIO(content)).resize((100, 100), Image.Resampling.BILINEAR)
+    difference = np.abs(to_array(image, 100, "rgb").astype(int) - np.asarray(whole))
+    assert difference.mean() < 1
+
+
+@pytest.mark.parametrize("size", [100, 199])
+def test_small_jpeg_is_decoded_whole(size: int) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    content = encode(image, "JPEG", quality=95)
+    plain = Image.open(io.BytesIO(content)).resize((100, 100), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(decode_image(content, 100, "rgb"), np.asarray(plain))
+
+
+def wide_gamut_profile() -> bytes:
+    """A profile of other primaries than sRGB's: Pillow makes only sRGB, LAB and XYZ; here red and green change places."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(data[132 + 12 * i : 136 + 12 * i]): 132 + 12 * i for i in range(int.from_bytes(data[128:132], "big"))}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    data[red + 4 : red + 12], data[green + 4 : green + 12] = data[green + 4 : green + 12], data[red + 4 : red + 12]
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be")).replace(b"sRGB", b"test")
+
+
+@pytest.mark.parametrize("color_mode", ["rgb", "grayscale"])
+def test_wide_gamut_becomes_srgb(color_mode: str) -> None:
+    stored, seen = Image.new("RGB", (8, 8), (200, 0, 0)), Image.new("RGB", (8, 8), (0, 200, 0))
+    array = decode_image(encode(stored, icc_profile=wide_gamut_profile()), 8, color_mode)
+    np.testing.assert_allclose(array, to_array(seen, 8, color_mode), atol=3 if color_mode == "rgb" else 0.02)
+
+
+@pytest.mark.parametrize("profile", [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_srgb_and_broken_profiles_change_nothing(profile: bytes) -> None:
+    plain = decode_image(encode(half_black()), 20, "rgb")
+    np.testing.assert_array_equal(decode_image(encode(half_black(), icc_profile=profile), 20, "rgb"), plain)

@@ -7,6 +7,7 @@ import pytest
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.model import input_pipeline
+from signdigits.model.augmentation import Augmentation
 
 from .conftest import SIZE
 
@@ -25,7 +26,7 @@ def first(images: loading.Images, strength: float, seed: int, n: int = 6) -> lis
     """The first batches of four."""
     return [
         (x.numpy(), y.numpy())
-        for x, y in itertools.islice(input_pipeline.training_batches(images, 4, strength, seed), n)
+        for x, y in itertools.islice(input_pipeline.training_batches(images, 4, Augmentation(strength), seed), n)
     ]
 
 

@@ -17,6 +17,7 @@ from signdigits.config import DataParameters, Hyperparameters
 from signdigits.data import loading
 from signdigits.errors import TrainingDiverged
 from signdigits.model import input_pipeline, training
+from signdigits.model.augmentation import Augmentation
 
 from .conftest import PROJECT, wait_until
 
@@ -104,7 +105,7 @@ def test_training_equals_notebook_bit_for_bit(store: str, loaded: loading.Data) 
     )
     mlflow.tensorflow.autolog(disable=True)
     history = network.fit(
-        input_pipeline.training_batches(loaded.training, 16, augmentation=0, seed=SHORT.seed),
+        input_pipeline.training_batches(loaded.training, 16, Augmentation(), seed=SHORT.seed),
         steps_per_epoch=3,
         epochs=3,
         validation_data=(loaded.validation.x, loaded.validation.y),

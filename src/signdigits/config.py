@@ -118,9 +118,20 @@ class Hyperparameters(Checked):
         low=0,
         high=3,
     )
+    horizontal_flip: float = parameter(
+        0.0, "probability of the mirror image of a training image, which shows the other hand", low=0, high=1
+    )
+    photometric: float = parameter(
+        0.0,
+        "strength of random brightness (at 1: 0.3 to 1.5 times), contrast, white balance, noise and blur; 0: none",
+        low=0,
+        high=3,
+    )
     dropout: float = parameter(0.0, "dropout rate before the dense layer", low=0, high=0.9)
-    conv_blocks: int = parameter(
-        3, "convolution blocks; the first has 16 filters, each next twice as many", low=1, high=8
+    conv_blocks: int = parameter(3, "convolution blocks, each with twice the filters of the one before", low=1, high=8)
+    filters: int = parameter(16, "filters of the first convolution block", low=1, high=256)
+    standardization: str = parameter(
+        "none", "none, or image: each channel of an image gets mean 0 and variance 1", choices=("none", "image")
     )
     ema_momentum: float = parameter(
         0.0,

@@ -4,21 +4,26 @@ python -m signdigits evaluate --data FOLDER --run_id RUN
 mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champion
 """
 
+import io
 import logging
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import matplotlib
 import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.entities import LoggedModel
+from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support
+from tqdm import tqdm
 
 from signdigits import plots, tables
 from signdigits.batch.scoring import Scorer
 from signdigits.config import ModelParameters, SourceParameters
 from signdigits.data import images, split
+from signdigits.data.corruptions import CORRUPTIONS, corrupt_image
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import DataError, ModelError
 from signdigits.model import calibration
@@ -78,7 +83,8 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     table = _predict_photographs(scorer, dataset, parts.testing)
     mlflow.log_text(tables.to_csv(table), runs.PREDICTIONS)
     mlflow.log_text(tables.to_csv(_make_reference(scorer, dataset, table)), runs.REFERENCE)
-    scores = compute_scores(table, dataset.class_names, float(model.tags.get("temperature", "1")))
+    temperature = float(model.tags.get("temperature", "1"))
+    scores = compute_scores(table, dataset.class_names, temperature)
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
     per_class = _score_classes(table)
     mlflow.log_text(tables.to_csv(per_class), "test/per_class.csv")
@@ -87,11 +93,14 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     runs.log_figure("test/reliability.png", lambda: plots.plot_reliability(reliability))
     if not (wrong := table[table["label"] != table["prediction"]].nlargest(MAX_MISTAKES, "probability")).empty:
         runs.log_figure("test/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset))
-    rows = [list(per_class.columns), *per_class.round(4).itertuples(index=False)]
-    runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n{runs.markdown_table(rows)}")
+    robustness = _score_robustness(scorer, dataset, table, temperature)
+    summary = _log_robustness(robustness, model)
+    described = [frame.round(4) for frame in (per_class, robustness.reset_index())]
+    sections = [runs.markdown_table([list(frame.columns), *frame.itertuples(index=False)]) for frame in described]
+    runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n" + "\n\n".join(sections))
     active = mlflow.active_run()
     assert active is not None
-    facts = {**asdict(scores), "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
+    facts = {**asdict(scores), **summary, "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
     mlflow.set_logged_model_tags(model.model_id, {name: str(value) for name, value in facts.items()})
     log.info("%s", scores)
     return scores
@@ -111,6 +120,63 @@ def _predict_photographs(scorer: Scorer, dataset: Dataset, indices: np.ndarray) 
     return table
 
 
+def _score_robustness(scorer: Scorer, dataset: Dataset, table: pd.DataFrame, temperature: float) -> pd.DataFrame:
+    """Return the scores of the test images under each corruption, a row each; the index is its name, and `none`."""
+    model = scorer.served.unwrap_python_model()
+    seen = {
+        path: model.images.decode_image(images.read_file(dataset.folder / path), model.image_size, "rgb")
+        for path in table["path"]
+    }
+    seeds = {path: seed for seed, path in enumerate(seen)}
+    rows = {"none": table}
+    for name in tqdm(CORRUPTIONS, desc="robustness", unit=" corruptions", leave=False, disable=None):
+
+        def read(path: str, name: str = name) -> bytes:
+            return _to_bmp(corrupt_image(Image.fromarray(seen[path]), name, seeds[path]))
+
+        predicted = scorer.score_photographs(list(seen), read).rename(columns={"label": "prediction"})
+        rows[name] = predicted.assign(label=table["label"])
+    return pd.DataFrame(
+        {name: _describe_corruption(row, dataset.class_names, temperature) for name, row in rows.items()}
+    ).T.rename_axis("corruption")
+
+
+def _describe_corruption(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> dict[str, float]:
+    scores = compute_scores(table, class_names, temperature)
+    wrong = table[table["label"] != table["prediction"]]
+    return {
+        "accuracy": scores.test_accuracy,
+        "accuracy_low": scores.test_accuracy_low,
+        "accuracy_high": scores.test_accuracy_high,
+        "ece": scores.test_ece,
+        "probability_if_wrong": float(wrong["probability"].mean()),
+    }
+
+
+def _log_robustness(robustness: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:
+    """Log table, picture and metrics of the robustness; return its summary: mean and worst accuracy, mean ECE."""
+    mlflow.log_text(tables.to_csv(robustness.reset_index()), "test/robustness.csv")
+    runs.log_figure("test/robustness.png", lambda: plots.plot_robustness(robustness))
+    corrupted = robustness.drop(index="none")
+    metrics = {
+        "robust_accuracy": float(corrupted["accuracy"].mean()),
+        "worst_accuracy": float(corrupted["accuracy"].min()),
+        "robust_ece": float(corrupted["ece"].mean()),
+    }
+    mlflow.log_metrics(metrics, model_id=model.model_id)
+    worst = str(corrupted["accuracy"].idxmin())
+    log.info("robust accuracy %.4f, the mean over %d corruptions; worst %.4f: %s",
+        metrics["robust_accuracy"], len(corrupted), metrics["worst_accuracy"], worst)  # fmt: skip
+    return {**metrics, "worst_corruption": worst}
+
+
+def _to_bmp(image: Image.Image) -> bytes:
+    """Encode an image without loss and without compression, which would take longer than the network."""
+    file = io.BytesIO()
+    image.save(file, "BMP")
+    return file.getvalue()
+
+
 def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
     """Return the drift reference: the test images in the columns of the prediction log, by the model's own copy of it."""
     model = scorer.served.unwrap_python_model()
@@ -118,9 +184,9 @@ def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd
 
     def look(path: str) -> dict[str, float]:
         image = model.images.open_image(images.read_file(dataset.folder / path))
-        statistics: dict[str, float] = measure(
-            image.size, model.images.to_array(image, model.image_size, model.color_mode)
-        )
+        size = image.size
+        pixels = model.images.to_array(image, model.image_size, model.color_mode)
+        statistics: dict[str, float] = measure(size, pixels)
         return statistics
 
     seen = pd.DataFrame(map(look, table["path"]))

@@ -121,6 +121,7 @@ def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
         "test_accuracy_mean": float(accuracies.mean()),
         "test_accuracy_std": float(accuracies.std(ddof=1)) if len(models) > 1 else 0.0,
         "test_ece_mean": float(np.mean([float(model.tags["test_ece"]) for model in models])),
+        "robust_accuracy_mean": float(np.mean([float(model.tags["robust_accuracy"]) for model in models])),
         "n_seeds": float(len(models)),
     }
     mlflow.log_metrics(metrics)
@@ -139,7 +140,8 @@ def _summarize_job(opened: search.Search, models: Sequence[LoggedModel], decisio
         "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(opened.data.validation)} images",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
         f"over {len(models)} seeds": f"{mean:.4f} +/- {std:.4f}",
-        "calibration error": f"{float(tags['test_ece']):.4f}",
+        "robust accuracy": f"{float(tags['robust_accuracy']):.4f}, worst {float(tags['worst_accuracy']):.4f}: {tags['worst_corruption']}",
+        "calibration error": f"{float(tags['test_ece']):.4f}, {float(tags['robust_ece']):.4f} under corruptions",
         "registered": f"{registry.REGISTERED_MODEL} version {decision.version}, {register.describe_standing(decision)}",
         "because": decision.reason,
     }

@@ -59,6 +59,23 @@ def plot_reliability(found: "Reliability") -> Figure:
     return figure
 
 
+def plot_robustness(robustness: "pd.DataFrame") -> Figure:
+    """Plot the accuracy under each corruption, a bar each with its confidence interval."""
+    figure = Figure(figsize=(7, 0.3 * len(robustness) + 1), layout="constrained")
+    axes = figure.subplots()
+    accuracy = robustness["accuracy"]
+    ends = np.clip([accuracy - robustness["accuracy_low"], robustness["accuracy_high"] - accuracy], 0, None)
+    colours = ["tab:gray" if name == "none" else "tab:blue" for name in robustness.index]
+    axes.barh(robustness.index, accuracy, xerr=ends, color=colours, error_kw={"linewidth": 1})
+    for row, value in enumerate(accuracy):
+        axes.text(0.01, row, f"{value:.3f}", va="center", color="white", fontsize=8)
+    mean = accuracy.drop(index="none").mean()
+    axes.axvline(mean, color="black", linestyle="--", linewidth=1)
+    axes.set(title=f"Test accuracy under corruptions; mean {mean:.4f} (dashed)", xlim=(0, 1))
+    axes.invert_yaxis()
+    return figure
+
+
 def plot_drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bins: int = 30) -> Figure:
     """Plot the distributions of each column in both tables; the title of a drifted column is bold."""
     rows = -(-len(found.distances) // 3)

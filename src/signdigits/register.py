@@ -7,6 +7,7 @@ mlflow run . -e register -P run_id=RUN
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import mlflow
@@ -137,7 +138,16 @@ def _compare_versions(version: ModelVersion, champion: ModelVersion) -> tuple[Co
         f"test accuracy {float(mine['test_accuracy']):.4f} against {float(theirs['test_accuracy']):.4f} of version "
         f"{champion.version} on the same {mine['test_images']} images: {table.challenger_only} classified correctly by the "
         f"challenger only, {table.champion_only} by the champion only, p = {table.p_value:.3g} (McNemar's exact test)"
+        f"{_compare_robustness(mine, theirs)}"
     )
+
+
+def _compare_robustness(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """Return the robust accuracies of two versions in words; empty if one was evaluated before they were measured."""
+    name = "robust_accuracy"
+    if name not in mine or name not in theirs:
+        return ""
+    return f"; robust accuracy {float(mine[name]):.4f} against {float(theirs[name]):.4f}"
 
 
 def _read_predictions(version: ModelVersion) -> pd.DataFrame:

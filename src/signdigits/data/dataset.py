@@ -12,7 +12,7 @@ from PIL import Image
 
 from signdigits.config import DataParameters, SourceParameters
 from signdigits.data import sources
-from signdigits.data.images import ImageError, open_image, read_file, read_orientation, to_array
+from signdigits.data.images import ImageError, load_image, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
 from signdigits.files import compute_digest
 from signdigits.threads import map_in_threads
@@ -225,6 +225,8 @@ def _examine_file(path: Path, label: int, folder: Path, kept: DataParameters | N
     try:
         content = read_file(path)
         image = open_image(content)
+        size = image.size
+        load_image(image, max(HASHED_SIZE, kept.image_size if kept else 0))
         rgb = to_array(image, HASHED_SIZE, "rgb")  # also checks that the image can be preprocessed
         pixels = to_array(image, kept.image_size, kept.color_mode) if kept else None
     except OSError as error:
@@ -234,7 +236,7 @@ def _examine_file(path: Path, label: int, folder: Path, kept: DataParameters | N
     checksum = hashlib.sha256(content).hexdigest()
     red, green, blue = rgb.mean(axis=(0, 1)).tolist()
     return Photograph(
-        path.relative_to(folder).as_posix(), label, checksum, image.size, image.mode, read_orientation(image),
+        path.relative_to(folder).as_posix(), label, checksum, size, image.mode, read_orientation(image),
         _hash_image(rgb), (red, green, blue), pixels,
     )  # fmt: skip
 

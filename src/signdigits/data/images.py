@@ -1,6 +1,6 @@
 """Decode and preprocess a photograph, in the same way for training, evaluation and serving.
 
-This file is packaged with each model, and therefore imports only Pillow and NumPy.
+This file is packaged with each model, and therefore imports only Pillow, pillow-heif and NumPy.
 """
 
 import io
@@ -8,13 +8,16 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+import pillow_heif
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 # Pillow's formats and their media types, for folders, endpoint, batch and page alike. Some phones write MPO files under the
 # name .jpg: a JPEG followed by further pictures.
 FORMATS = {
+    "AVIF": "image/avif",
     "BMP": "image/bmp",
     "GIF": "image/gif",
+    "HEIF": "image/heic",  # of every iPhone
     "JPEG": "image/jpeg",
     "MPO": "image/jpeg",
     "PNG": "image/png",
@@ -52,13 +55,15 @@ def read_file(path: Path) -> bytes:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode the image in `data` completely; its EXIF orientation is not yet applied.
+    """Read the header of the image in `data`; its pixels are not yet decoded, its EXIF orientation not yet applied.
 
-    Raises ImageError if there are more bytes than MAX_BYTES, if they are no image of one of the FORMATS, if it has more
-    pixels than MAX_PIXELS (read from the header, before anything is decoded), or if it is truncated.
+    Raises ImageError if there are more bytes than MAX_BYTES, if they are no image of one of the FORMATS, or if it has more
+    pixels than MAX_PIXELS.
     """
     if len(data) > MAX_BYTES:
         raise ImageError(f"more than the {MAX_BYTES:,} bytes allowed")
+    if "HEIF" not in Image.OPEN:
+        pillow_heif.register_heif_opener()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
@@ -71,11 +76,20 @@ def open_image(data: bytes) -> Image.Image:
         raise ImageError(f"format {image.format} is not one of {', '.join(FORMATS)}")
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
-    try:
-        image.load()
-    except Exception as error:
-        raise ImageError(f"truncated or damaged ({error})") from error
     return image
+
+
+def load_image(image: Image.Image, image_size: int) -> None:
+    """Decode an opened image completely, for a resize to `image_size` pixels or less. Raises ImageError if it is damaged.
+
+    A JPEG that is much larger is decoded at a half, a quarter or an eighth of its size (libjpeg's scaled decoding), but
+    never to less than twice `image_size`: 12 megapixels take a ninth of the time.
+    """
+    try:
+        image.draft(None, (2 * image_size, 2 * image_size))  # None: the mode stays
+        image.load()
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise ImageError(f"truncated or damaged ({error})") from error
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -87,27 +101,49 @@ def read_orientation(image: Image.Image) -> int:
 
 
 def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray:
-    """Turn `image` upright, convert it and resize it.
+    """Decode `image` if it is not, turn it upright, resize it and convert it to sRGB.
 
     Returns, for color_mode "rgb", uint8 of shape (image_size, image_size, 3), 0 to 255; for "grayscale",
     float32 of shape (image_size, image_size, 1), inverted: 1 - x/255, 0 for white. The notebook's grayscale
     reader cut or repeated pixels to reach the size (`np.resize`); here they are resampled (bilinear over the
     area that a pixel covers), so that a larger photograph shows the whole hand. Raises ImageError if the pixels
-    cannot be converted.
+    cannot be decoded or converted.
     """
+    load_image(image, image_size)
+    profile = _find_profile(image)
+    mode = "RGB" if color_mode == "rgb" or profile else "L"
     try:
         resized = (
             _flatten_on_white(_apply_orientation(image))
-            .convert("RGB" if color_mode == "rgb" else "L")
+            .convert(mode)
             .resize((image_size, image_size), Image.Resampling.BILINEAR)
         )
+        if profile:
+            resized = _convert_to_srgb(resized, profile)
     except ImageError:
         raise
     except Exception as error:  # Pillow raises many types here too
         raise ImageError(f"cannot be converted ({error})") from error
     if color_mode == "rgb":
         return np.array(resized)
-    return (1 - np.asarray(resized, np.float32) / 255)[..., np.newaxis]
+    return (1 - np.asarray(resized.convert("L"), np.float32) / 255)[..., np.newaxis]
+
+
+def _find_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """Return the ICC profile of a colour image, such as a phone's Display P3; None without one, or if it is sRGB."""
+    if image.mode not in ("RGB", "RGBA") or not image.info.get("icc_profile"):
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        is_srgb = "srgb" in ImageCms.getProfileDescription(profile).lower()
+    except (ImageCms.PyCMSError, OSError):  # the pixels are fine: use them as stored
+        return None
+    return None if is_srgb or profile.profile.xcolor_space.strip() != "RGB" else profile
+
+
+def _convert_to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image if converted is None else converted
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

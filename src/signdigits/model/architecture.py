@@ -10,32 +10,32 @@ from signdigits.errors import ParameterError
 if TYPE_CHECKING:
     import keras
 
-FIRST_FILTERS = 16
-
 
 def build_network(
     image_shape: tuple[int, int, int],
     n_classes: int,
-    *,
-    conv_blocks: int = 3,
-    dropout: float = 0.0,
+    hyperparameters: Hyperparameters = Hyperparameters(),  # noqa: B008, it is frozen
     precision: str = "float32",
 ) -> "keras.Sequential":
     """Build the notebook's network: images of shape (n, *image_shape) in, float32 logits of shape (n, n_classes) out.
 
     Three channels are RGB from 0 to 255 and are rescaled to 0 to 1; one channel is grayscale and
-    rescaled already. With 100x100 RGB images and ten classes it has 1,204,650 parameters. `precision` is the Keras
-    dtype policy that the layers compute in. Raises ParameterError if the images are too small for the blocks.
+    rescaled already. With 100x100 RGB images, ten classes and the default hyperparameters it has 1,204,650 parameters.
+    `precision` is the Keras dtype policy that the layers compute in. Raises ParameterError if the images are too small for the blocks.
     """
     from keras import Input, Sequential, layers
 
+    conv_blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
     check_blocks(conv_blocks, image_shape[0])
     network = Sequential([Input(image_shape), layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)])
+    if hyperparameters.standardization == "image":
+        # Each channel of each image gets mean 0 and variance 1: independent of brightness, contrast and white balance.
+        network.add(layers.LayerNormalization(axis=(1, 2), epsilon=1e-5, center=False, scale=False))
     # ReLU before or after max pooling is the same function with the same gradients. The notebook has it before; in bfloat16
     # (mixed precision) it takes half the time after.
     first = "relu" if precision == "float32" else None
     for block in range(conv_blocks):
-        filters = FIRST_FILTERS * 2**block
+        filters = hyperparameters.filters * 2**block
         network.add(layers.Conv2D(filters, 3, padding="same", activation=first, dtype=precision))
         network.add(layers.MaxPooling2D(dtype=precision))
         if first is None:

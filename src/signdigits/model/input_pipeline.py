@@ -7,13 +7,13 @@ import numpy as np
 import tensorflow as tf
 
 from signdigits.data.loading import Images
-from signdigits.model.augmentation import augment_batch
+from signdigits.model.augmentation import Augmentation, augment_batch
 
 PREFETCH = 2  # batches
 
 
-def training_batches(images: Images, batch_size: int, augmentation: float, seed: int) -> tf.data.Dataset:
-    """Return endless shuffled batches of (x, y), x augmented unless `augmentation` is 0.
+def training_batches(images: Images, batch_size: int, augmentation: Augmentation, seed: int) -> tf.data.Dataset:
+    """Return endless shuffled batches of (x, y), x augmented.
 
     An epoch has `steps_per_epoch` batches; the last one may be smaller. The same seed gives the same batches.
     """

@@ -17,6 +17,7 @@ from signdigits.config import Hyperparameters
 from signdigits.data.loading import Images
 from signdigits.errors import TrainingDiverged
 from signdigits.model import architecture, calibration, input_pipeline
+from signdigits.model.augmentation import Augmentation
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,8 @@ class Fit:
     def in_float32(self) -> keras.Sequential:
         """Return the network with float32 computation; its weights are float32 in any precision."""
         shape, n_classes = self.network.input_shape[1:], self.network.output_shape[-1]
-        blocks, dropout = self.hyperparameters.conv_blocks, self.hyperparameters.dropout
-        network = architecture.build_network(shape, n_classes, conv_blocks=blocks, dropout=dropout)
-        for copy, trained in zip(network.trainable_variables, self.network.trainable_variables, strict=True):
-            copy.assign(trained)
+        network = architecture.build_network(shape, n_classes, self.hyperparameters)
+        network.set_weights(self.network.get_weights())
         return network
 
 
@@ -52,10 +51,7 @@ def new_network(
     mlflow.set_tag("precision", precision)
     keras.utils.clear_session()  # Keras and TensorFlow keep the graphs of earlier networks
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
-    blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
-    network = architecture.build_network(
-        image_shape, n_classes, conv_blocks=blocks, dropout=dropout, precision=precision
-    )
+    network = architecture.build_network(image_shape, n_classes, hyperparameters, precision)
     architecture.compile_network(network, hyperparameters)
     return network
 
@@ -81,7 +77,7 @@ def fit_network(
     averaging = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)] if hyperparameters.ema_momentum else []
     validating = [Validation(validation, batch_size)] if validation else []
     history = network.fit(
-        input_pipeline.training_batches(training, batch_size, hyperparameters.augmentation, hyperparameters.seed),
+        input_pipeline.training_batches(training, batch_size, Augmentation.of(hyperparameters), hyperparameters.seed),
         steps_per_epoch=input_pipeline.steps_per_epoch(training, batch_size),
         epochs=hyperparameters.epochs,
         # The pipeline shuffles and batches; autolog records these two, and would record a batch_size of None.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import keras
 
 # The imports of the served model; the model pins the installed versions.
-REQUIREMENTS = ("mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "uvloop", "httptools")
+REQUIREMENTS = ("mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "pillow-heif", "uvloop", "httptools")
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image")]),
@@ -92,8 +92,7 @@ def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
 def make_input_example(data: Data) -> pd.DataFrame:
     """Return a training photograph as a request of the endpoint: a column `image` of base64 text."""
     first = data.dataset.photographs[data.split.training[0]]
-    photograph = images.open_image(data.dataset.read(first))
-    array = images.to_array(photograph, data.parameters.image_size, "rgb")
+    array = images.decode_image(data.dataset.read(first), data.parameters.image_size, "rgb")
     jpeg = io.BytesIO()
     Image.fromarray(array).save(jpeg, "JPEG")
     return pd.DataFrame({"image": [base64.b64encode(jpeg.getvalue()).decode()]})

@@ -96,12 +96,13 @@ class SignDigits(PythonModel):
         """Decode a photograph and compute its logits, or return the reason for which it is unusable."""
         try:
             image = self.images.open_image(to_bytes(value))
+            size = image.size
             pixels = self.images.to_array(image, self.image_size, self.color_mode).astype(np.float32)
         except ValueError as error:  # ImageError among them
             return str(error)
         interpreter = self.interpreters.get()
         try:
-            return Decoded(image.size, pixels, _infer_logits(interpreter, pixels))
+            return Decoded(size, pixels, _infer_logits(interpreter, pixels))
         finally:
             self.interpreters.put(interpreter)
 
