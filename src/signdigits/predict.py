@@ -124,7 +124,7 @@ def _log_summary(output: Output, photographs: BatchInput, scored: int, seconds: 
     unreadable = table[table["label"].isna()]
     metrics = {
         "images": len(table), "readable": len(table) - len(unreadable), "unreadable": len(unreadable),
-        "repeated_paths": photographs.repeated, "resumed_images": len(table) - scored, "seconds": seconds,
+        "repeated_paths": photographs.repeated, "junk_files": photographs.junk, "resumed_images": len(table) - scored, "seconds": seconds,
     }  # fmt: skip
     if scored:
         metrics["images_per_second"] = scored / seconds

@@ -14,6 +14,7 @@ import pandas as pd
 
 from signdigits import plots, tables
 from signdigits.data import groups, quality
+from signdigits.data.dataset import count_junk
 from signdigits.data.loading import Data
 from signdigits.tracking import runs
 
@@ -39,6 +40,7 @@ def log_report(data: Data) -> None:
         {
             "photographs": len(data.dataset.photographs),
             "unreadable": len(data.dataset.unreadable),
+            "junk_files": report["junk files"],
             "classes": len(data.dataset.class_names),
             "findings": len(findings),
         }
@@ -66,6 +68,7 @@ def _build_report(data: Data) -> dict[str, Any]:
         "modes": dict(Counter(photograph.mode for photograph in dataset.photographs).most_common()),
         "turned upright": rotated,
         "unreadable": dataset.unreadable,
+        "junk files": count_junk(dataset.folder),
         "split": {
             name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in split.parts.items()
         },
@@ -88,6 +91,8 @@ def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) ->
     if counts := findings["finding"].value_counts().to_dict():
         kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
         lines.append(f"findings: {kinds}; see data/findings.csv and data/findings.png in the run")
+    if report["junk files"]:
+        lines.append(f"skipped: {report['junk files']} hidden or junk files and folders, such as .DS_Store")
     lines += [f"skipped: {path}: {reason}" for path, reason in dataset.unreadable.items()]
     return lines
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from signdigits import tables
-from signdigits.data.dataset import find_files
+from signdigits.data.dataset import count_junk, find_files
 from signdigits.errors import DataError
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": tables.read_csv, ".parquet": pd.read_parquet}
@@ -24,6 +24,7 @@ class BatchInput:
     folder: Path  # absolute; the paths are relative to it
     paths: tuple[str, ...]
     repeated: int = 0  # duplicate paths of a table
+    junk: int = 0  # hidden and junk files and folders of a folder, skipped
 
     @cached_property
     def digest(self) -> str:
@@ -60,7 +61,8 @@ def _find_in_folder(folder: Path, output: Path) -> BatchInput:
         files = [path for path in find_files(root) if not path.is_relative_to(output)]
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
-    return BatchInput(root.name, root, tuple(path.relative_to(root).as_posix() for path in files))
+    paths = tuple(path.relative_to(root).as_posix() for path in files)
+    return BatchInput(root.name, root, paths, junk=count_junk(root))
 
 
 def read_table(table: Path) -> BatchInput:

@@ -168,6 +168,11 @@ def find_files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+def count_junk(folder: Path) -> int:
+    """Return the number of hidden and junk files and folders that `find_files` skips."""
+    return sum(_is_junk(entry) for directory in _find_folders(folder) for entry in directory.iterdir())
+
+
 def _find_folders(folder: Path) -> list[Path]:
     """Return `folder` and its subfolders, each once, however many symbolic links lead to it."""
     folders: dict[Path, Path] = {}
