@@ -164,7 +164,7 @@ LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3700, 3700, 3
         (records(5), "row 0: not base64 text of a photograph but int"),
         (records({"a": 1}), "row 0: not base64 text of a photograph but dict"),
         (records(text(encode(Image.new("RGB", (99, 99), "red"), "JPEG")[:-100])), "row 0: truncated or damaged"),
-        (records(text(encode(Image.new("RGB", (9, 9)), "PPM"))), "row 0: format PPM is not one of BMP, GIF, JPEG"),
+        (records(text(encode(Image.new("RGB", (9, 9)), "PPM"))), "row 0: format PPM is not one of AVIF, BMP, GIF"),
         (records(text(encode(Image.new("1", (11000, 11000)), "PNG"))), "row 0: 11000x11000 pixels are more than"),
         (records(text(encode(Image.new("1", (20000, 20000)), "PNG"))), "row 0: not a readable image"),
         (records(text(encode(LARGE, "PNG"))), "row 0: more than the 40,000,000 bytes allowed"),
