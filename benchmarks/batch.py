@@ -8,16 +8,14 @@ import mlflow
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
-from benchmarks.measure import Row, in_turns, temporary_store
+from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
 from signdigits import predict
 from signdigits.batch import inputs
 from signdigits.batch.inputs import BatchInput
 from signdigits.batch.output import BatchJob, lock_output
 from signdigits.config import DataParameters, PredictParameters
 from signdigits.data import images, loading
-from signdigits.model import architecture
-from signdigits.packaging import package
-from signdigits.tracking import registry, runs
+from signdigits.tracking import registry
 
 ROUNDS = 5
 ENOUGH = 2000  # photographs of a round, so that what a start costs is not what is measured
@@ -26,8 +24,7 @@ ENOUGH = 2000  # photographs of a round, so that what a start costs is not what 
 def rows(photographs: str) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
     with temporary_store("batch") as folder:
-        with runs.start_run("train", "train"):
-            info = package.log_model(architecture.build_network((100, 100, 3), 10), 1.0, loaded, {})
+        info = log_untrained(loaded)
         found = inputs.find_inputs(str(loaded.dataset.folder), Path(folder, "tables"))
         found = BatchInput(found.name, found.folder, found.paths[:ENOUGH])
         parameters = PredictParameters(images=str(found.folder), output=folder, model_uri=info.model_uri)

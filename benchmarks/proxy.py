@@ -18,15 +18,13 @@ import psutil
 
 from benchmarks import mutations, serving
 from benchmarks.load import Load, until
-from benchmarks.measure import Row, in_turns, temporary_store
+from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
 from benchmarks.saturation import memory, saturate
 from signdigits.config import DataParameters
 from signdigits.data import loading
-from signdigits.model import architecture
-from signdigits.packaging import package
 from signdigits.serving import processes
 from signdigits.serving.options import ServeParameters
-from signdigits.tracking import registry, runs
+from signdigits.tracking import registry
 
 PROCESSES = 2
 LONGEST = 300.0  # seconds that anything may take
@@ -78,9 +76,7 @@ def rows(
 
 def register_model(loaded: loading.Data) -> str:
     """An untrained network as the next version, and its address."""
-    network = architecture.build_network((100, 100, 3), len(loaded.dataset.class_names))
-    with runs.start_run("train", "train"):
-        uri: str = package.log_model(network, 1.0, loaded, {}).model_uri
+    uri: str = log_untrained(loaded).model_uri
     mlflow.register_model(uri, registry.REGISTERED_MODEL)
     return uri
 

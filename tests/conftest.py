@@ -10,8 +10,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
@@ -23,6 +24,11 @@ from signdigits.config import DataParameters, Hyperparameters, ModelParameters, 
 from signdigits.data import loading
 from signdigits.packaging import package
 from signdigits.tracking import runs
+
+if TYPE_CHECKING:
+    import keras
+
+    from signdigits.model.calibration import Calibration
 
 PROJECT = Path(__file__).parents[1]
 SIZE = 16  # pixels: the smallest network that still has its three poolings
@@ -138,6 +144,14 @@ def champion(tmp_path: Path, champion_store: Path) -> Iterator[str]:
         yield uri
 
 
+def calibrate(network: "keras.Sequential", loaded: loading.Data, temperature: float = 1.0) -> "Calibration":
+    """Return the outlier detector of a network that was not trained, with a temperature."""
+    from signdigits.model import training
+
+    fitted = training.Fit(network, {}, Hyperparameters())
+    return replace(training.calibrate_network(fitted, loaded.training, loaded.validation), temperature=temperature)
+
+
 @pytest.fixture
 def log_model(store: str, loaded: loading.Data) -> Callable[..., Any]:
     """Return a function that logs an untrained network with its arguments as tags, and returns the logged model."""
@@ -150,7 +164,9 @@ def log_model(store: str, loaded: loading.Data) -> Callable[..., Any]:
             keras.utils.set_random_seed(0)
             network = architecture.build_network(loaded.training.shape, 3)
             architecture.compile_network(network, Hyperparameters())
-            info = package.log_model(network, temperature, loaded, {"val_accuracy": 0.5, **tags})
+            info = package.log_model(
+                network, calibrate(network, loaded, temperature), loaded, {"val_accuracy": 0.5, **tags}
+            )
         return mlflow.get_logged_model(info.model_id)
 
     return log

@@ -64,6 +64,20 @@ def test_robustness_is_measured(store: str, loaded: loading.Data, log_model: Cal
         assert picture.height > 500
 
 
+def test_outliers_are_measured(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
+    model = log_model()
+    evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=model.model_uri))
+    run = mlflow.last_active_run()
+    table = pd.read_csv(download(run.info.run_id, "test/outliers.csv"), index_col="kind")
+    assert table.index.tolist() == ["charts", "handwriting", "photographs", "text", "all"]
+    assert table.loc["all", "images"] == 160
+    assert table["auroc"].between(0, 1).all()
+    predictions = pd.read_csv(download(run.info.run_id, "test/predictions.csv"))
+    assert run.data.metrics["outliers_in_test"] == pytest.approx(predictions["is_outlier"].mean())
+    assert run.data.metrics["outlier_auroc"] == pytest.approx(table.loc["all", "auroc"])
+    assert float(mlflow.get_logged_model(model.model_id).tags["outliers_detected"]) == table.loc["all", "detected"]
+
+
 def test_scores_are_logged_with_model(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
     scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model().model_uri))
     (model,) = mlflow.search_logged_models(output_format="list")

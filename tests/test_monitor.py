@@ -22,7 +22,7 @@ from signdigits.monitor import monitor
 from signdigits.packaging import package, prediction_log
 from signdigits.tracking import runs
 
-from .conftest import command
+from .conftest import calibrate, command
 
 pytestmark = pytest.mark.slow
 
@@ -159,9 +159,8 @@ def log_another(champion: str, loaded: loading.Data) -> Callable[[], str]:
 
     def log() -> str:
         with runs.start_run("train", "train"):
-            return str(
-                package.log_model(architecture.build_network(loaded.training.shape, 3), 1.0, loaded, {}).model_uri
-            )
+            network = architecture.build_network(loaded.training.shape, 3)
+            return str(package.log_model(network, calibrate(network, loaded), loaded, {}).model_uri)
 
     return log
 

@@ -12,7 +12,7 @@ from signdigits.model import architecture
 from signdigits.packaging import package
 from signdigits.tracking import runs
 
-from .conftest import SIZE
+from .conftest import SIZE, calibrate
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def test_logged_model_matches_network(store: str, photographs: Path, color_mode:
     loaded = loading.load_data(DataParameters(data=str(photographs), image_size=SIZE, color_mode=color_mode))
     network = architecture.build_network(loaded.training.shape, 3)
     with runs.start_run("train", "train"):
-        info = package.log_model(network, 1.0, loaded, {})
+        info = package.log_model(network, calibrate(network, loaded), loaded, {})
     served = mlflow.pyfunc.load_model(info.model_uri)
     paths = [loaded.dataset.folder / loaded.dataset.photographs[i].path for i in loaded.split.training[:5]]
     reply = served.predict(pd.DataFrame({"image": [path.read_bytes() for path in paths]}))
@@ -35,7 +35,7 @@ def test_logged_model_matches_network(store: str, photographs: Path, color_mode:
 def test_versions_keep_their_decoder(store: str, loaded: loading.Data) -> None:
     network = architecture.build_network(loaded.training.shape, 3)
     with runs.start_run("train", "train"):
-        uris = [package.log_model(network, 1.0, loaded, {}).model_uri for _ in range(2)]
+        uris = [package.log_model(network, calibrate(network, loaded), loaded, {}).model_uri for _ in range(2)]
     first, second = (mlflow.pyfunc.load_model(uri).unwrap_python_model() for uri in uris)
     assert first.images is not second.images
 
@@ -43,7 +43,7 @@ def test_versions_keep_their_decoder(store: str, loaded: loading.Data) -> None:
 def test_tags_name_data_and_commit(store: str, loaded: loading.Data) -> None:
     network = architecture.build_network(loaded.training.shape, 3)
     with runs.start_run("refit", "refit") as run:
-        info = package.log_model(network, 1.0, loaded, {"study": "bars-1234", "trial": 3})
+        info = package.log_model(network, calibrate(network, loaded), loaded, {"study": "bars-1234", "trial": 3})
     logged = mlflow.get_logged_model(info.model_id)
     assert logged.source_run_id == run.info.run_id
     expected = {

@@ -22,7 +22,7 @@ from .conftest import PROJECT, command, wait_until
 
 pytestmark = pytest.mark.slow
 
-COLUMNS = ["path", "label", "probability", "p(0)", "p(1)", "p(2)", "model_version", "reason"]
+COLUMNS = ["path", "label", "probability", "p(0)", "p(1)", "p(2)", "outlier_score", "is_outlier", "model_version", "reason"]
 
 
 def read(images: Path, output: str = "out", **options: str | int) -> Output:
@@ -59,6 +59,8 @@ def test_every_photograph_has_a_row(champion: str, photographs: Path) -> None:
     assert shares.sum(axis=1).tolist() == pytest.approx([1] * 60)
     assert shares.max(axis=1).tolist() == parquet["probability"].tolist()
     assert set(parquet["model_version"]) == {"1"}
+    assert parquet["is_outlier"].mean() < 0.1
+    assert parquet["is_outlier"].equals(parquet["outlier_score"] > 1)
     assert parquet["reason"].isna().all()
     pd.testing.assert_frame_equal(parquet, csv, check_exact=True, check_dtype=False)
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 RANDOM = np.random.default_rng(0)
 PHOTOGRAPH = RANDOM.integers(0, 256, (16, 16, 3)).astype(np.float32)
 SHARES = {"0": 0.25, "1": 0.75}
-KEYS = {"time", "version", "width", "height", "brightness", "contrast", "sharpness", "probabilities"}
+KEYS = {"time", "version", "width", "height", "brightness", "contrast", "sharpness", "probabilities", "is_outlier"}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def test_invalid_limit_is_refused(limit: str) -> None:
 
 
 def test_entry_holds_no_picture(tmp_path: Path) -> None:
-    PredictionLog(tmp_path, 64_000_000, "3").add([(640, 480)], [PHOTOGRAPH], [SHARES])
+    PredictionLog(tmp_path, 64_000_000, "3").add([(640, 480)], [PHOTOGRAPH], [SHARES], [True])
     (line,) = lines(tmp_path)
     assert set(line) == KEYS
     assert line["time"].endswith("+00:00")
@@ -74,7 +74,7 @@ def test_log_size_is_bounded(tmp_path: Path) -> None:
     first, second = PredictionLog(tmp_path, limit, "1"), PredictionLog(tmp_path, limit, "1")
     for _ in range(400):
         for log in (first, second):
-            log.add([(1, 1)] * 4, [PHOTOGRAPH] * 4, [SHARES] * 4)
+            log.add([(1, 1)] * 4, [PHOTOGRAPH] * 4, [SHARES] * 4, [False] * 4)
         assert sum(file.stat().st_size for file in prediction_log.list_log_files(tmp_path)) <= limit
     assert len(prediction_log.list_log_files(tmp_path)) == prediction_log.FILES
     assert sum(file.stat().st_size for file in prediction_log.list_log_files(tmp_path)) > limit / 2
@@ -85,7 +85,7 @@ def test_other_files_are_kept(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("mine")
     log = PredictionLog(tmp_path, 100_000, "1")
     for _ in range(2000):
-        log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
+        log.add([(1, 1)], [PHOTOGRAPH], [SHARES], [False])
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
@@ -94,7 +94,7 @@ def test_threads_write_whole_lines(tmp_path: Path) -> None:
 
     def ask(number: int) -> None:
         for _ in range(200):
-            log.add([(number, number)] * 3, [PHOTOGRAPH] * 3, [SHARES] * 3)
+            log.add([(number, number)] * 3, [PHOTOGRAPH] * 3, [SHARES] * 3, [False] * 3)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -108,11 +108,11 @@ def test_threads_write_whole_lines(tmp_path: Path) -> None:
 def test_unwritable_log_keeps_predicting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     log = PredictionLog(tmp_path / "file", 64_000_000, "1")
-    log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
+    log.add([(1, 1)], [PHOTOGRAPH], [SHARES], [False])
     assert log.paused_until > time.monotonic(), "it is left alone for a while"
     log.paused_until = 0.0
     log.folder = tmp_path / "folder"
-    log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
+    log.add([(1, 1)], [PHOTOGRAPH], [SHARES], [False])
     assert len(lines(tmp_path / "folder")) == 1
 
 
@@ -127,10 +127,10 @@ log = PredictionLog(Path({str(tmp_path)!r}), 64_000_000, "1")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for number in range(20):
-    log.add([(number, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
+    log.add([(number, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}], [False])
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 log.paused_until = 0.0
-log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
+log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}], [False])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -145,9 +145,9 @@ log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}])
 
 def test_removed_file_is_recreated(tmp_path: Path) -> None:
     log = PredictionLog(tmp_path, 64_000_000, "1")
-    log.add([(1, 1)], [PHOTOGRAPH], [SHARES])
+    log.add([(1, 1)], [PHOTOGRAPH], [SHARES], [False])
     prediction_log.list_log_files(tmp_path)[0].unlink()
-    log.add([(2, 1)], [PHOTOGRAPH], [SHARES])
+    log.add([(2, 1)], [PHOTOGRAPH], [SHARES], [False])
     assert [line["width"] for line in lines(tmp_path)] == [2]
 
 

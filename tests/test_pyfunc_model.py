@@ -82,10 +82,43 @@ def test_reply_has_label_and_probabilities(served: Served) -> None:
     first, second = reply["predictions"]
     assert (first["label"], second["label"]) == ("0", "2")
     for row in (first, second):
-        assert set(row) == {"label", "probability", "probabilities"}
+        assert set(row) == {"label", "probability", "probabilities", "outlier_score", "is_outlier"}
+        assert row["is_outlier"] == (row["outlier_score"] > 1)
         assert list(row["probabilities"]) == ["0", "1", "2"]
         assert sum(row["probabilities"].values()) == pytest.approx(1)
         assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["label"]]
+
+
+def test_picture_of_something_else_is_outlier(served: Served) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    others = [text(encode(Image.fromarray(pixels), "PNG")) for pixels in (noise, np.full_like(noise, (200, 30, 30)))]
+    status, reply = post(served.url, records(*served.photographs("0/IMG_0000.JPG", "1/IMG_0001.JPG"), *others))
+    assert status == 200
+    assert [row["is_outlier"] for row in reply["predictions"]] == [False, False, True, True]
+
+
+def test_explanation_points_at_what_decides(served: Served) -> None:
+    """Class 2 is a bright bar in the lower third of its photographs."""
+    status, reply = post(served.url, records(*served.photographs("2/IMG_0001.JPG")) | {"params": {"explain": True}})
+    assert status == 200
+    lost = np.array(reply["predictions"][0]["explanation"])
+    assert lost.shape == (10, 10)
+    assert lost[7:].sum() > lost[:7].sum()
+    plain = post(served.url, records(*served.photographs("2/IMG_0001.JPG")) | {"params": {"explain": False}})[1]
+    assert "explanation" not in plain["predictions"][0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "params", "reason"),
+    [
+        (17, {"explain": True}, "17 rows are more than the 16 allowed with explain=true"),
+        (1, {"explain": "perhaps"}, "explain"),
+    ],
+)
+def test_bad_explain_is_400(served: Served, rows: int, params: dict[str, Any], reason: str) -> None:
+    status, reply = post(served.url, records(*served.photographs("2/IMG_0001.JPG") * rows) | {"params": params})
+    assert status == 400
+    assert reason in reply["message"]
 
 
 def test_dataframe_forms_are_equivalent(served: Served) -> None:
@@ -190,7 +223,9 @@ def test_model_pins_its_requirements(served: Served) -> None:
     pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().split())
     assert set(pins) == {"mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "pillow-heif", "uvloop", "httptools"}
     assert model.signature.inputs.input_names() == ["image"]
-    assert model.signature.outputs.input_names() == ["label", "probability", "probabilities"]
+    assert model.signature.outputs.required_input_names() == [
+        "label", "probability", "probabilities", "outlier_score", "is_outlier"
+    ]  # fmt: skip
     assert not list(folder.rglob("*.pkl")), "nothing is pickled"
     example = json.loads((folder / "serving_input_example.json").read_text())
     assert post(served.url, example)[0] == 200

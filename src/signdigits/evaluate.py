@@ -16,7 +16,7 @@ import pandas as pd
 from mlflow.entities import LoggedModel
 from PIL import Image
 from scipy.stats import binomtest
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from tqdm import tqdm
 
 from signdigits import plots, tables
@@ -25,6 +25,8 @@ from signdigits.config import ModelParameters, SourceParameters
 from signdigits.data import images, split
 from signdigits.data.corruptions import CORRUPTIONS, corrupt_image
 from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
+from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError, ModelError
 from signdigits.model import calibration
 from signdigits.packaging import prediction_log
@@ -92,10 +94,15 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     reliability = calibration.compute_reliability(*_to_arrays(table, dataset.class_names))
     runs.log_figure("test/reliability.png", lambda: plots.plot_reliability(reliability))
     if not (wrong := table[table["label"] != table["prediction"]].nlargest(MAX_MISTAKES, "probability")).empty:
-        runs.log_figure("test/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset))
+        runs.log_figure("test/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset, scorer))
     robustness = _score_robustness(scorer, dataset, table, temperature)
     summary = _log_robustness(robustness, model)
-    described = [frame.round(4) for frame in (per_class, robustness.reset_index())]
+    described = [per_class, robustness.reset_index()]
+    if "outlier_score" in table:  # models logged before 0.3 have no detector
+        outliers = _score_outliers(scorer, dataset, table)
+        summary |= _log_outliers(outliers, table, model)
+        described.append(outliers)
+    described = [frame.round(4) for frame in described]
     sections = [runs.markdown_table([list(frame.columns), *frame.itertuples(index=False)]) for frame in described]
     runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n" + "\n\n".join(sections))
     active = mlflow.active_run()
@@ -168,6 +175,40 @@ def _log_robustness(robustness: pd.DataFrame, model: LoggedModel) -> dict[str, A
     log.info("robust accuracy %.4f, the mean over %d corruptions; worst %.4f: %s",
         metrics["robust_accuracy"], len(corrupted), metrics["worst_accuracy"], worst)  # fmt: skip
     return {**metrics, "worst_corruption": worst}
+
+
+def _score_outliers(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each kind of pictures of something else: number, fraction detected, and AUROC against the test images."""
+    kinds = set(OUTLIER_IMAGES) - ({"handwriting"} if dataset.name == HANDWRITTEN_DIGITS else set())
+    scores = {}
+    for kind in sorted(kinds):
+        pictures = {str(number): _to_bmp(image) for number, image in enumerate(make_outlier_images(kind))}
+        scores[kind] = scorer.score_photographs(list(pictures), pictures.__getitem__)["outlier_score"]
+    scores["all"] = pd.concat(scores.values())
+    rows = [(kind, len(s), (s > 1).mean(), _auroc(table["outlier_score"], s)) for kind, s in scores.items()]
+    return pd.DataFrame(rows, columns=["kind", "images", "detected", "auroc"])
+
+
+def _auroc(inliers: pd.Series, outliers: pd.Series) -> float:
+    """Return the probability that an outlier has a higher score than an inlier."""
+    labels = np.repeat([0, 1], [len(inliers), len(outliers)])
+    return float(roc_auc_score(labels, np.concatenate([inliers, outliers])))
+
+
+def _log_outliers(outliers: pd.DataFrame, table: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:
+    """Log table, picture and metrics of the outlier detection; return the metrics."""
+    mlflow.log_text(tables.to_csv(outliers), "test/outliers.csv")
+    every = outliers.to_dict("records")[-1]
+    metrics = {
+        "outlier_auroc": every["auroc"],
+        "outliers_detected": every["detected"],
+        "outliers_in_test": float(table["is_outlier"].mean()),
+    }
+    mlflow.log_metrics(metrics, model_id=model.model_id)
+    log.info("outliers: AUROC %.4f; %.1f %% of %d pictures of something else detected, and %.1f %% of the test images",
+        metrics["outlier_auroc"], 100 * metrics["outliers_detected"], every["images"],
+        100 * metrics["outliers_in_test"])  # fmt: skip
+    return metrics
 
 
 def _to_bmp(image: Image.Image) -> bytes:
@@ -246,8 +287,9 @@ def _log_mlflow_evaluation(table: pd.DataFrame) -> None:
         )
 
 
-def _plot_mistakes(wrong: pd.DataFrame, dataset: Dataset) -> plots.Figure:
-    """Plot the mistakes with the highest probabilities."""
-    pictures = [images.decode_image(images.read_file(dataset.folder / path), 200, "rgb") for path in wrong["path"]]
+def _plot_mistakes(wrong: pd.DataFrame, dataset: Dataset, scorer: Scorer) -> plots.Figure:
+    """Plot the mistakes with the highest probabilities, over each what the model looked at."""
+    contents = [images.read_file(dataset.folder / path) for path in wrong["path"]]
+    pictures = [images.decode_image(content, 200, "rgb") for content in contents]
     titles = [f"{row.label} read as {row.prediction}\n{row.probability:.0%}, {row.path}" for row in wrong.itertuples()]
-    return plots.plot_photographs(pictures, titles, "Worst mistakes", columns=4)
+    return plots.plot_photographs(pictures, titles, "Worst mistakes", columns=4, maps=scorer.explain(contents))

@@ -17,6 +17,7 @@ from signdigits.config import RefitParameters, RegistryParameters, StudyParamete
 from signdigits.data.loading import Data
 from signdigits.errors import TrainingDiverged
 from signdigits.model import training
+from signdigits.model.calibration import Calibration
 from signdigits.packaging import package
 from signdigits.tracking import registry, runs, urls
 from signdigits.tuning.progress import format_value
@@ -77,7 +78,7 @@ def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
     """Fit the best trial's hyperparameters on training and validation images together, and score the test images.
 
     The validation images chose the hyperparameters and cannot report on them; the test images, unseen so far, do so once
-    per seed. The temperature is the trial's, because no images are left to fit it on.
+    per seed. Temperature and outlier threshold are the trial's, because no images are left to fit them on.
     """
     data, best = opened.data, opened.best
     hyperparameters = replace(opened.best_hyperparameters, seed=seed)
@@ -93,7 +94,9 @@ def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
         training.log_curves(fitted)
         runs.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
         facts |= {"val_accuracy": best.user_attrs["val_accuracy"]}
-        info = package.log_model(fitted.in_float32(), best.user_attrs["temperature"], data, facts)
+        detector = training.fit_detector(fitted, data.fitting).with_threshold(best.user_attrs["outlier_threshold"])
+        calibration = Calibration(best.user_attrs["temperature"], detector)
+        info = package.log_model(fitted.in_float32(), calibration, data, facts)
         evaluate.score_model(mlflow.get_logged_model(info.model_id), data.dataset)
         return mlflow.get_logged_model(info.model_id)
 

@@ -55,10 +55,13 @@ def monitor(parameters: MonitorParameters) -> Drift:
         )
         mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
         mlflow.log_metrics({"predictions": len(window), "drifted_columns": len(drift.drifted), "drifted_share": share})
-        runs.set_description(f"{outcome}.\n\n{_drift_table(reference, _select_columns(_to_table(window)), drift)}")
+        outliers = _log_outliers(window, model)
+        runs.set_description(
+            f"{outcome}{outliers}.\n\n{_drift_table(reference, _select_columns(_to_table(window)), drift)}"
+        )
     if share >= parameters.drift_share:
-        raise DriftFound(f"{outcome}; see the run, and evaluate the model on recent photographs")
-    log.info("no drift: %s", outcome)
+        raise DriftFound(f"{outcome}{outliers}; see the run, and evaluate the model on recent photographs")
+    log.info("no drift: %s%s", outcome, outliers)
     return drift
 
 
@@ -141,6 +144,16 @@ def _select_columns(table: pd.DataFrame) -> pd.DataFrame:
     columns = table[list(prediction_log.STATISTICS)].astype(float)
     columns.insert(0, "size", (columns.pop("width") * columns.pop("height")) ** 0.5)
     return columns.assign(probability=probabilities.max(axis=1), label=probabilities.idxmax(axis=1).str[2:-1])
+
+
+def _log_outliers(window: list[dict[str, Any]], model: LoggedModel) -> str:
+    """Log the share of outliers among the predictions, and return it in words; empty for a model without a detector."""
+    if not (known := [record["is_outlier"] for record in window if "is_outlier" in record]):
+        return ""
+    share = sum(known) / len(known)
+    mlflow.log_metric("outlier_share", share)
+    tested = float(model.tags.get("outliers_in_test", "nan"))
+    return f"; {share:.1%} of the predictions are outliers ({tested:.1%} of the test images)"
 
 
 def _log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:

@@ -29,8 +29,17 @@ def plot_learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def plot_photographs(images: Sequence[np.ndarray], titles: Sequence[str], title: str, columns: int = 3) -> Figure:
-    """Plot a grid of decoded photographs, each of shape (height, width, channels), with a caption each."""
+def plot_photographs(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    title: str,
+    columns: int = 3,
+    maps: Sequence[np.ndarray] = (),
+) -> Figure:
+    """Plot a grid of decoded photographs, each of shape (height, width, channels), with a caption each.
+
+    `maps` are occlusion maps, of shape (rows, columns): where the model looked, its photograph turns red.
+    """
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.5 * rows + 0.4), layout="constrained")
     figure.suptitle(title, parse_math=False)
@@ -40,6 +49,13 @@ def plot_photographs(images: Sequence[np.ndarray], titles: Sequence[str], title:
         # One channel is the inverted grayscale of the reader: gray_r shows it as the photograph looked.
         axes.imshow(image.squeeze(), cmap="gray_r" if image.shape[-1] == 1 else None)
         axes.set_title(caption, fontsize=9, parse_math=False)
+    for axes, image, occlusion in zip(figure.axes, images, maps, strict=False):
+        height, width, _ = image.shape
+        opacity = 0.6 * np.clip(occlusion, 0, None) / max(occlusion.max(), 1e-6)
+        red = np.full_like(occlusion, 1.0)
+        axes.imshow(
+            red, cmap="Reds", vmin=0, vmax=1.2, alpha=opacity, extent=(0, width, height, 0), interpolation="bilinear"
+        )
     return figure
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
+import pyarrow.parquet as pq
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import LoggedModel
@@ -120,12 +121,15 @@ def _log_summary(output: Output, photographs: BatchInput, scored: int, seconds: 
     `seconds` and `images_per_second` cover the `scored` photographs, not those scored before an interruption.
     """
     parquet, csv = output.tables
-    table = pd.read_parquet(parquet, columns=["path", "label", "probability", "reason"])
+    columns = {"path", "label", "probability", "is_outlier", "reason"}.intersection(pq.read_schema(parquet).names)
+    table = pd.read_parquet(parquet, columns=sorted(columns))
     unreadable = table[table["label"].isna()]
     metrics = {
         "images": len(table), "readable": len(table) - len(unreadable), "unreadable": len(unreadable),
         "repeated_paths": photographs.repeated, "junk_files": photographs.junk, "resumed_images": len(table) - scored, "seconds": seconds,
     }  # fmt: skip
+    if "is_outlier" in table:  # the model knows outliers
+        metrics["outliers"] = int(table["is_outlier"].sum())
     if scored:
         metrics["images_per_second"] = scored / seconds
     mlflow.log_metrics(metrics)
@@ -133,9 +137,10 @@ def _log_summary(output: Output, photographs: BatchInput, scored: int, seconds: 
         mlflow.log_artifact(str(csv))
     runs.log_figure("least_certain.png", lambda: _plot_least_certain(table, photographs))
     runs.set_description(_describe_tables(output, photographs, table, unreadable))
+    counts = f"{metrics['outliers']} outliers, " if "outliers" in metrics else ""
     log.info(
-        "%d images predicted with version %s, %d unreadable; the tables: %s and %s",
-        len(table) - len(unreadable), output.job.version, len(unreadable), parquet, csv,
+        "%d images predicted with version %s, %s%d unreadable; the tables: %s and %s",
+        len(table) - len(unreadable), output.job.version, counts, len(unreadable), parquet, csv,
     )  # fmt: skip
 
 

@@ -31,9 +31,9 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters)
         training.log_curves(fitted)
         runs.check_recorded(asdict(hyperparameters), "val_accuracy", hyperparameters.epochs)
-        temperature = training.calibrate_network(fitted, data.validation)
-        mlflow.log_metric("temperature", temperature)
-        package.log_model(fitted.in_float32(), temperature, data, {"val_accuracy": fitted.last("val_accuracy")})
+        calibration = training.calibrate_network(fitted, data.training, data.validation)
+        mlflow.log_metric("temperature", calibration.temperature)
+        package.log_model(fitted.in_float32(), calibration, data, {"val_accuracy": fitted.last("val_accuracy")})
         score = [fitted.last("val_loss"), fitted.last("val_accuracy")]
         log.info("Validation score [loss, accuracy]: %s", [round(value, 4) for value in score])
         log.info("run %s; score it on the test images with: python -m signdigits evaluate --data %s --run_id %s",

@@ -87,8 +87,14 @@ class Output:
 
 
 def _schema_of(columns: Sequence[str]) -> pa.Schema:
-    """Return a schema of text, and numbers for the probabilities; a chunk without a readable photograph has no dtype."""
-    return pa.schema([(name, pa.float64() if tables.is_probability(name) else pa.string()) for name in columns])
+    """Return the types of the columns, text if in doubt; a chunk without a readable photograph has no dtypes."""
+    return pa.schema([(name, _type_of(name)) for name in columns])
+
+
+def _type_of(column: str) -> pa.DataType:
+    if tables.is_probability(column) or column == "outlier_score":
+        return pa.float64()
+    return pa.bool_() if column == "is_outlier" else pa.string()
 
 
 def _join_parquet(parts: Sequence[Path], target: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow.pyfunc
+import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
@@ -22,6 +23,7 @@ from signdigits.ray_cluster import connect_ray, is_distributed
 
 BATCH_SIZE = 32  # photographs that one thread holds in memory
 MAX_RETRIES = 3  # of a chunk whose worker died
+OUTLIERS = ("outlier_score", "is_outlier")  # columns of models that know outliers
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Scorer:
     def score(self, chunk: Chunk) -> pd.DataFrame:
         """Return a row per photograph: path, label, probability, `p(class)` of each class, and reason if it is unreadable.
 
+        A model that knows outliers adds `outlier_score` and `is_outlier`.
+
         Raises DataError if the folder is missing, which would make all its photographs unreadable.
         """
         folder = Path(chunk.folder)
@@ -59,7 +63,8 @@ class Scorer:
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
             rows += map(_make_row, batch, self.predict([read(path) for path in batch]))
-        columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), "reason"]
+        outliers = OUTLIERS if hasattr(self.served.unwrap_python_model(), "detector") else ()
+        columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), *outliers, "reason"]
         return pd.DataFrame(rows, columns=columns)
 
     def predict(self, contents: Sequence[bytes | str]) -> list[dict[str, Any] | str]:
@@ -67,6 +72,13 @@ class Scorer:
         readable = [content for content in contents if isinstance(content, bytes)]
         predictions = iter(self._predict_readable(readable) if readable else [])
         return [next(predictions) if isinstance(content, bytes) else content for content in contents]
+
+    def explain(self, contents: Sequence[bytes]) -> list[np.ndarray]:
+        """Return the occlusion map of each readable photograph; none if the model does not explain."""
+        if not self.served.metadata.signature.params:
+            return []
+        reply = self.served.predict(pd.DataFrame({"image": contents}), params={"explain": True})
+        return [np.array(explanation) for explanation in reply["explanation"]]
 
     def _predict_readable(self, contents: list[bytes]) -> list[dict[str, Any] | str]:
         """Predict; if the model rejects the table for a bad row, predict its halves, down to that row."""
@@ -98,7 +110,8 @@ def _make_row(path: str, prediction: dict[str, Any] | str) -> dict[str, Any]:
     if isinstance(prediction, str):
         return {"path": escaped, "reason": prediction}
     probabilities = {f"p({name})": value for name, value in prediction["probabilities"].items()}
-    return {"path": escaped, "label": prediction["label"], "probability": prediction["probability"], **probabilities}
+    others = {name: value for name, value in prediction.items() if name != "probabilities"}
+    return {"path": escaped, **others, **probabilities}
 
 
 def score_chunks(

@@ -48,6 +48,14 @@ def build_network(
     return network
 
 
+def with_features(network: "keras.Sequential") -> "keras.Model":
+    """Return a model that shares the network's layers; output: logits and last hidden layer, (n, n_classes + features)."""
+    from keras import Model, layers
+
+    hidden, logits = network.layers[-2].output, network.layers[-1].output
+    return Model(network.inputs, layers.Concatenate(dtype="float32")([logits, hidden]))
+
+
 def check_blocks(conv_blocks: int, image_size: int) -> None:
     """Raise ParameterError if `conv_blocks` poolings cannot halve `image_size` pixels."""
     if image_size < 2**conv_blocks:

@@ -6,7 +6,17 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
+from signdigits.model.outliers import Detector
+
 BINS = 15  # as in Guo et al.
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a served model adds to its network: the temperature of its probabilities, and its outlier detector."""
+
+    temperature: float
+    detector: Detector
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import keras
 import mlflow
 import mlflow.tensorflow
 import numpy as np
+import tensorflow as tf
 from tqdm import tqdm
 
 from signdigits import plots
@@ -18,6 +19,8 @@ from signdigits.data.loading import Images
 from signdigits.errors import TrainingDiverged
 from signdigits.model import architecture, calibration, input_pipeline
 from signdigits.model.augmentation import Augmentation
+from signdigits.model.calibration import Calibration
+from signdigits.model.outliers import Detector
 
 log = logging.getLogger(__name__)
 
@@ -97,11 +100,30 @@ def fit_network(
     return Fit(network, history, hyperparameters)
 
 
-def calibrate_network(fitted: Fit, validation: Images) -> float:
-    """Return the temperature that calibrates the network on validation images."""
-    starts = range(0, len(validation), CHUNK)
-    logits = [np.asarray(fitted.network(validation.x[start : start + CHUNK], training=False)) for start in starts]
-    return calibration.fit_temperature(np.concatenate(logits), validation.y)
+def calibrate_network(fitted: Fit, training: Images, validation: Images) -> Calibration:
+    """Fit the temperature on validation images; the outlier detector on training images, its threshold on validation images."""
+    detector = fit_detector(fitted, training)
+    logits, features, labels = _compute_outputs(fitted, input_pipeline.validation_batches(validation, CHUNK))
+    temperature = calibration.fit_temperature(logits, labels)
+    return Calibration(temperature, detector.with_threshold(detector.find_threshold(features)))
+
+
+def fit_detector(fitted: Fit, training: Images) -> Detector:
+    """Fit the outlier detector to one epoch of training images, augmented as the network has seen them."""
+    hyperparameters = fitted.hyperparameters
+    batches = input_pipeline.training_batches(
+        training, CHUNK, Augmentation.of(hyperparameters), hyperparameters.seed
+    ).take(input_pipeline.steps_per_epoch(training, CHUNK))
+    _, features, labels = _compute_outputs(fitted, batches)
+    return Detector.fit(features, labels)
+
+
+def _compute_outputs(fitted: Fit, batches: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return logits of shape (n, classes), features of shape (n, features) and labels of shape (n,)."""
+    model = architecture.with_features(fitted.network)
+    outputs, labels = zip(*((np.asarray(model(x, training=False)), y.numpy()) for x, y in batches), strict=True)
+    logits, features = np.split(np.concatenate(outputs), [fitted.network.output_shape[-1]], axis=1)
+    return logits, features, np.concatenate(labels)
 
 
 def log_curves(fitted: Fit) -> None:

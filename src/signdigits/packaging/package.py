@@ -14,12 +14,14 @@ import mlflow.pyfunc
 import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
-from mlflow.types.schema import ColSpec, DataType, Map, Schema
+from mlflow.types.schema import Array, ColSpec, DataType, Map, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
 from signdigits import startup
 from signdigits.data import images
 from signdigits.data.loading import Data
+from signdigits.model import architecture, outliers
+from signdigits.model.calibration import Calibration
 from signdigits.packaging import prediction_log
 from signdigits.tracking import runs
 
@@ -36,27 +38,34 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.string, "label"),
             ColSpec(DataType.double, "probability"),
             ColSpec(Map(DataType.double), "probabilities"),
+            ColSpec(DataType.double, "outlier_score"),
+            ColSpec(DataType.boolean, "is_outlier"),
+            ColSpec(Array(Array(DataType.double)), "explanation", required=False),
         ]
     ),
+    params=ParamSchema([ParamSpec("explain", DataType.boolean, False)]),
 )
 
 
-def log_model(network: "keras.Sequential", temperature: float, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
+def log_model(network: "keras.Sequential", calibration: Calibration, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     """Log the network to the active run as a model that takes encoded photographs.
 
-    The model is code (pyfunc_model.py) with the network, the decoder (images.py), the prediction log (prediction_log.py)
-    and the settings as artifacts: nothing is pickled. It predicts with the network in LiteRT's format; the Keras file beside
-    it is for further training. The logits are divided by `temperature`. `facts` become tags of the model and its version.
+    The model is code (pyfunc_model.py) with the network, the decoder (images.py), the outlier detector (outliers.py), the
+    prediction log (prediction_log.py) and the settings as artifacts: nothing is pickled. It predicts with the network in
+    LiteRT's format; the Keras file beside it is for further training. The logits are divided by the temperature of
+    `calibration`. `facts` become tags of the model and its version.
     """
     active = mlflow.active_run()
     assert active is not None
     with tempfile.TemporaryDirectory() as workshop:
         network_file, settings_file = Path(workshop, "network.tflite"), Path(workshop, "settings.json")
+        detector_file = Path(workshop, "detector.npz")
+        calibration.detector.save(detector_file)
         keras_file = network_file.with_suffix(".keras")
         network.save(keras_file, include_optimizer=False)
         with startup.filtered_stderr():
-            network.export(network_file, format="litert", verbose=False)
-        settings_file.write_text(json.dumps(_model_settings(data, temperature)))
+            architecture.with_features(network).export(network_file, format="litert", verbose=False)
+        settings_file.write_text(json.dumps(_model_settings(data, calibration.temperature)))
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
@@ -64,7 +73,9 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
                 "network": str(network_file),
                 "keras": str(keras_file),
                 "settings": str(settings_file),
+                "detector": str(detector_file),
                 "images": images.__file__,
+                "outliers": outliers.__file__,
                 "prediction_log": prediction_log.__file__,
             },
             signature=SIGNATURE,
@@ -73,7 +84,7 @@ def log_model(network: "keras.Sequential", temperature: float, data: Data, facts
         )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
     tags = runs.data_tags(data.dataset, data.split)
-    tags |= {"git_commit": commit, "data": data.parameters.data, "temperature": str(temperature)}
+    tags |= {"git_commit": commit, "data": data.parameters.data, "temperature": str(calibration.temperature)}
     mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info
 

@@ -78,7 +78,11 @@ class PredictionLog:
         return cls(Path(environ[FOLDER]), int(megabytes * 1e6), environ.get(VERSION, ""))
 
     def add(
-        self, sizes: Sequence[tuple[int, int]], arrays: Sequence[np.ndarray], probabilities: Sequence[dict[str, float]]
+        self,
+        sizes: Sequence[tuple[int, int]],
+        arrays: Sequence[np.ndarray],
+        probabilities: Sequence[dict[str, float]],
+        are_outliers: Sequence[bool],
     ) -> None:
         """Log the predictions of a request; never raises."""
         if time.monotonic() < self.paused_until:
@@ -86,8 +90,8 @@ class PredictionLog:
         try:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
             lines = [
-                self._format(now, image_statistics(size, array), row)
-                for size, array, row in zip(sizes, arrays, probabilities, strict=True)
+                self._format(now, image_statistics(size, array), row, is_outlier)
+                for size, array, row, is_outlier in zip(sizes, arrays, probabilities, are_outliers, strict=True)
             ]
             with self.lock:
                 for line in lines:
@@ -98,9 +102,10 @@ class PredictionLog:
             with self.lock:
                 self._close()
 
-    def _format(self, now: str, found: dict[str, float], row: dict[str, float]) -> bytes:
+    def _format(self, now: str, found: dict[str, float], row: dict[str, float], is_outlier: bool) -> bytes:
         shares = {name: round(probability, 6) for name, probability in row.items()}
         entry: dict[str, Any] = {"time": now, "version": self.version, **found, "probabilities": shares}
+        entry["is_outlier"] = is_outlier
         return json.dumps(entry).encode() + b"\n"
 
     def _write(self, line: bytes) -> None:

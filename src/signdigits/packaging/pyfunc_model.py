@@ -1,8 +1,8 @@
 """The served model: encoded photographs in, labels with probabilities out.
 
 MLflow copies this file into each model and runs it from there ("models from code"), so that it imports nothing of the
-project. The decoder and the prediction log are artifacts of the model, loaded under unique module names: two versions can
-be loaded into one process, each with the decoder of its training.
+project. The decoder, the outlier detector and the prediction log are artifacts of the model, loaded under unique module
+names: two versions can be loaded into one process, each with the decoder of its training.
 """
 
 import base64
@@ -30,14 +30,18 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 # to itself. An interpreter takes 8 MB.
 INTERPRETERS = 2
 
+GRID = 10  # cells on a side of an occlusion map
+MAX_EXPLAINED = 16  # rows of a request with `explain`: each takes GRID * GRID passes through the network
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded photograph: width and height, pixels (float32 of shape (image_size, image_size, channels)) and logits."""
+    """A decoded photograph: width and height, pixels (float32 of shape (image_size, image_size, channels)), logits, features."""
 
     size: tuple[int, int]
     pixels: np.ndarray
     logits: np.ndarray
+    features: np.ndarray
 
 
 class SignDigits(PythonModel):
@@ -53,6 +57,7 @@ class SignDigits(PythonModel):
         self.color_mode: str = settings["color_mode"]
         self.temperature: float = settings["temperature"]
         self.images = _load_module(context.artifacts["images"])
+        self.detector = _load_module(context.artifacts["outliers"]).Detector.load(context.artifacts["detector"])
         # Configured by the environment, which is all that `mlflow models serve` passes on.
         logging_ = _load_module(context.artifacts["prediction_log"])
         self.prediction_log = logging_.PredictionLog.from_environ(os.environ)
@@ -68,29 +73,64 @@ class SignDigits(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Return `label`, its `probability` and the `probabilities` by class name for each row.
+        """Return `label`, its `probability` and the `probabilities` by class name, `outlier_score` and `is_outlier` of each row.
 
-        Raises MlflowException (HTTP 400), naming each row at fault, if a row is not a usable photograph.
+        An outlier, with a score above 1, resembles none of the training images; its label says nothing. With the parameter
+        `explain` each row also has an `explanation`, its occlusion map. Raises MlflowException (HTTP 400), naming each row
+        at fault, if a row is not a usable photograph.
         """
+        explain = bool((params or {}).get("explain"))
         if not len(model_input):
             raise _bad_request("no rows: send one photograph or more in the column 'image'")
+        if explain and len(model_input) > MAX_EXPLAINED:
+            raise _bad_request(f"{len(model_input)} rows are more than the {MAX_EXPLAINED} allowed with explain=true")
         values = model_input["image"].tolist()
         map_rows = self.threads.map if len(values) > 1 else map  # a single row needs no thread
         decoded = _require_decoded(map_rows(self.infer, values))
         probabilities = softmax(np.array([photograph.logits for photograph in decoded], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
+        scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
         if self.prediction_log is not None:
             self.prediction_log.add(
-                [photograph.size for photograph in decoded], [photograph.pixels for photograph in decoded], by_class
+                [photograph.size for photograph in decoded],
+                [photograph.pixels for photograph in decoded],
+                by_class,
+                (scores > 1).tolist(),
             )
         best = probabilities.argmax(axis=1)
-        return pd.DataFrame(
-            {
-                "label": [self.class_names[index] for index in best],
-                "probability": probabilities.max(axis=1),
-                "probabilities": by_class,
-            }
-        )
+        columns: dict[str, Any] = {
+            "label": [self.class_names[index] for index in best],
+            "probability": probabilities.max(axis=1),
+            "probabilities": by_class,
+            "outlier_score": scores.astype(float),
+            "is_outlier": scores > 1,
+        }
+        if explain:
+            columns["explanation"] = list(map(self.explain, decoded, best))
+        return pd.DataFrame(columns)
+
+    def explain(self, photograph: Decoded, label: int) -> list[list[float]]:
+        """Return the occlusion map: how much the log-odds of the label fall when a part of the photograph is covered.
+
+        A list of GRID rows of GRID cells, from the top left; a patch of the mean colour, twice as wide as the cell, covers
+        it. Log-odds, because a certain answer's probability hardly moves. After Zeiler and Fergus, "Visualizing and understanding convolutional networks", 2014, arXiv:1311.2901.
+        """
+        colour = photograph.pixels.mean(axis=(0, 1))
+        edges = np.linspace(0, self.image_size, 2 * GRID + 1).round().astype(int)
+
+        def cover(cell: int) -> np.ndarray:
+            row, column = divmod(cell, GRID)
+            top, left = max(2 * row - 1, 0), max(2 * column - 1, 0)
+            bottom, right = min(2 * row + 3, 2 * GRID), min(2 * column + 3, 2 * GRID)
+            covered = photograph.pixels.copy()
+            covered[edges[top] : edges[bottom], edges[left] : edges[right]] = colour
+            return self.run(covered)[: len(self.class_names)]
+
+        logits = np.array([photograph.logits, *self.threads.map(cover, range(GRID * GRID))], float)
+        log_odds = logits[:, label] - np.logaddexp.reduce(np.delete(logits, label, axis=1), axis=1)
+        lost = ((log_odds[0] - log_odds[1:]) / self.temperature).round(4)
+        rows: list[list[float]] = lost.reshape(GRID, GRID).tolist()
+        return rows
 
     def infer(self, value: Any) -> "Decoded | str":
         """Decode a photograph and compute its logits, or return the reason for which it is unusable."""
@@ -100,9 +140,14 @@ class SignDigits(PythonModel):
             pixels = self.images.to_array(image, self.image_size, self.color_mode).astype(np.float32)
         except ValueError as error:  # ImageError among them
             return str(error)
+        logits, features = np.split(self.run(pixels), [len(self.class_names)])
+        return Decoded(size, pixels, logits, features)
+
+    def run(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the logits, then the features, of an image of shape (height, width, channels)."""
         interpreter = self.interpreters.get()
         try:
-            return Decoded(size, pixels, _infer_logits(interpreter, pixels))
+            return _run_network(interpreter, pixels)
         finally:
             self.interpreters.put(interpreter)
 
@@ -116,13 +161,13 @@ def _require_decoded(results: Iterable[Decoded | str]) -> list[Decoded]:
     return [row for row in rows if isinstance(row, Decoded)]
 
 
-def _infer_logits(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
-    """Return the logits, of shape (classes,), of an image of shape (height, width, channels)."""
+def _run_network(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
+    """Return the logits, then the features, of an image of shape (height, width, channels)."""
     (input_,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.set_tensor(input_["index"], pixels[np.newaxis])
     interpreter.invoke()
-    logits: np.ndarray = interpreter.get_tensor(output["index"])[0]
-    return logits
+    outputs: np.ndarray = interpreter.get_tensor(output["index"])[0]
+    return outputs
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -56,13 +56,14 @@ def _trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
 
 
 def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
-    """Log the last epoch and the temperature to the trial and its run, and check that MLflow logged the rest."""
+    """Log the last epoch and the calibration to the trial and its run, and check that MLflow logged the rest."""
     for metric in ("accuracy", "val_accuracy", "val_loss"):
         trial.set_user_attr(metric, fitted.last(metric))
-    temperature = training.calibrate_network(fitted, data.validation)
-    trial.set_user_attr("temperature", temperature)
+    calibration = training.calibrate_network(fitted, data.training, data.validation)
+    trial.set_user_attr("temperature", calibration.temperature)
+    trial.set_user_attr("outlier_threshold", calibration.detector.threshold)
     fluctuation = training.loss_fluctuation(fitted.history["val_loss"])
-    mlflow.log_metrics({"val_loss_fluctuation": fluctuation, "temperature": temperature})
+    mlflow.log_metrics({"val_loss_fluctuation": fluctuation, "temperature": calibration.temperature})
     mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
     runs.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))
 
