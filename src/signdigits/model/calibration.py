@@ -13,7 +13,7 @@ BINS = 15  # as in Guo et al.
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a served model adds to its network: the temperature of its probabilities, and its outlier detector."""
+    """Temperature of the probabilities, and outlier detector, of a served model."""
 
     temperature: float
     detector: Detector
