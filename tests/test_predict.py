@@ -22,7 +22,18 @@ from .conftest import PROJECT, command, wait_until
 
 pytestmark = pytest.mark.slow
 
-COLUMNS = ["path", "label", "probability", "p(0)", "p(1)", "p(2)", "outlier_score", "is_outlier", "model_version", "reason"]
+COLUMNS = [
+    "path",
+    "label",
+    "probability",
+    "p(0)",
+    "p(1)",
+    "p(2)",
+    "outlier_score",
+    "is_outlier",
+    "model_version",
+    "reason",
+]
 
 
 def read(images: Path, output: str = "out", **options: str | int) -> Output:
