@@ -117,7 +117,7 @@ def test_reply_names_version(plain: Front, model: Model) -> None:
     status, headers, reply = plain.post(model.request)
     assert status == 200
     assert headers["Model-Version"] == "1"
-    assert set(reply["predictions"][0]) == {"label", "probability", "probabilities"}
+    assert set(reply["predictions"][0]) == {"label", "probability", "probabilities", "outlier_score", "is_outlier"}
 
 
 @pytest.mark.parametrize("target", ["/ping", "/health", "/version"])

@@ -223,7 +223,7 @@ def statuses(load: Load) -> set[int]:
 def test_every_reply_names_version(first: Server, registry: Registry) -> None:
     status, headers, reply = first.ask(registry.request)
     assert (status, headers["model-version"]) == (200, "1")
-    assert set(reply["predictions"][0]) == {"label", "probability", "probabilities"}
+    assert set(reply["predictions"][0]) == {"label", "probability", "probabilities", "outlier_score", "is_outlier"}
     assert first.ask(b'{"dataframe_records": [{"image": "?"}]}')[1]["model-version"] == "1"
     assert first.ask(b"[" * 100_000)[1]["model-version"] == "1"
 

@@ -161,7 +161,7 @@ def test_saved_network_has_no_augmentation(store: str, loaded: loading.Data, tmp
     operations = {operation["op_name"] for operation in served.interpreters.get()._get_ops_details()}
     assert "CONV_2D" in operations
     shapes = {"SHAPE", "STRIDED_SLICE", "PACK", "RESHAPE"}
-    assert operations <= {"MUL", "CONV_2D", "MAX_POOL_2D", "FULLY_CONNECTED", "DELEGATE"} | shapes
+    assert operations <= {"MUL", "CONCATENATION", "CONV_2D", "MAX_POOL_2D", "FULLY_CONNECTED", "DELEGATE"} | shapes
 
 
 def test_nan_loss_fails_the_run(store: str, loaded: loading.Data) -> None:
