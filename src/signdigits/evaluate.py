@@ -98,7 +98,7 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     robustness = _score_robustness(scorer, dataset, table, temperature)
     summary = _log_robustness(robustness, model)
     described = [per_class, robustness.reset_index()]
-    if "outlier_score" in table:  # models logged before 0.3 have no detector
+    if "outlier_score" in table:  # earlier models have no detector
         outliers = _score_outliers(scorer, dataset, table)
         summary |= _log_outliers(outliers, table, model)
         described.append(outliers)
