@@ -8,7 +8,8 @@ import mlflow
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
-from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
+from benchmarks.measure import Row, in_turns, temporary_store
+from benchmarks.untrained import log_untrained
 from signdigits import predict
 from signdigits.batch import inputs
 from signdigits.batch.inputs import BatchInput

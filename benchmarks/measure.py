@@ -9,16 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
-import keras
 import mlflow
-from mlflow.models.model import ModelInfo
 
 from signdigits import startup
-from signdigits.config import Hyperparameters
-from signdigits.data import loading
-from signdigits.model import training
-from signdigits.packaging import package
-from signdigits.tracking import runs
 
 
 @dataclass(frozen=True)
@@ -35,15 +28,6 @@ class Row:
     @property
     def reached(self) -> bool:
         return self.result >= self.reach if self.at_least else self.result <= self.reach
-
-
-def log_untrained(loaded: loading.Data, network: keras.Sequential | None = None) -> ModelInfo:
-    """Log a network that has learnt nothing, the notebook's unless another is given."""
-    network = network or training.new_network(loaded.image_shape, loaded.n_classes, Hyperparameters())
-    fitted = training.Fit(network, {}, Hyperparameters())
-    calibration = training.calibrate_network(fitted, loaded.training, loaded.validation)
-    with runs.start_run("train", "train"):
-        return package.log_model(network, calibration, loaded, {})
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, float]:

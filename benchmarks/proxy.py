@@ -18,8 +18,9 @@ import psutil
 
 from benchmarks import mutations, serving
 from benchmarks.load import Load, until
-from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
+from benchmarks.measure import Row, in_turns, temporary_store
 from benchmarks.saturation import memory, saturate
+from benchmarks.untrained import log_untrained
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.serving import processes

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
+from benchmarks.measure import Row, in_turns, temporary_store
+from benchmarks.untrained import log_untrained
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.model import architecture

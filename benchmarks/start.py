@@ -9,7 +9,8 @@ from pathlib import Path
 import mlflow
 
 from benchmarks import serving
-from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
+from benchmarks.measure import Row, in_turns, temporary_store
+from benchmarks.untrained import log_untrained
 from signdigits.config import DataParameters
 from signdigits.data import loading
 

@@ -7,9 +7,9 @@ from signdigits.data.outlier_images import COUNT, OUTLIER_IMAGES, make_outlier_i
 from signdigits.model.outliers import Detector
 
 
-def draw(random: np.random.Generator, n: int, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def draw(random: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Features around three means, ten times as wide in the first of eight directions; the last never varies."""
-    labels = random.integers(0, 3, n) if labels is None else labels
+    labels = random.integers(0, 3, n)
     spread = np.array([10, 1, 1, 1, 1, 1, 1, 0])
     return 20 * np.eye(8)[labels + 1] + spread * random.standard_normal((n, 8)), labels
 

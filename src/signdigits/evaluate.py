@@ -102,8 +102,7 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
         outliers = _score_outliers(scorer, dataset, table)
         summary |= _log_outliers(outliers, table, model)
         described.append(outliers)
-    described = [frame.round(4) for frame in described]
-    sections = [runs.markdown_table([list(frame.columns), *frame.itertuples(index=False)]) for frame in described]
+    sections = [runs.markdown_table([list(frame), *frame.round(4).itertuples(index=False)]) for frame in described]
     runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n" + "\n\n".join(sections))
     active = mlflow.active_run()
     assert active is not None
@@ -180,12 +179,16 @@ def _log_robustness(robustness: pd.DataFrame, model: LoggedModel) -> dict[str, A
 def _score_outliers(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
     """Return, for each kind of pictures of something else: number, fraction detected, and AUROC against the test images."""
     kinds = set(OUTLIER_IMAGES) - ({"handwriting"} if dataset.name == HANDWRITTEN_DIGITS else set())
-    scores = {}
+    scored = {}
     for kind in sorted(kinds):
         pictures = {str(number): _to_bmp(image) for number, image in enumerate(make_outlier_images(kind))}
-        scores[kind] = scorer.score_photographs(list(pictures), pictures.__getitem__)["outlier_score"]
-    scores["all"] = pd.concat(scores.values())
-    rows = [(kind, len(s), (s > 1).mean(), _auroc(table["outlier_score"], s)) for kind, s in scores.items()]
+        scored[kind] = scorer.score_photographs(list(pictures), pictures.__getitem__)
+    scored["all"] = pd.concat(scored.values())
+    inliers = table["outlier_score"]
+    rows = [
+        (kind, len(found), found["is_outlier"].mean(), _auroc(inliers, found["outlier_score"]))
+        for kind, found in scored.items()
+    ]
     return pd.DataFrame(rows, columns=["kind", "images", "detected", "auroc"])
 
 
@@ -196,7 +199,7 @@ def _auroc(inliers: pd.Series, outliers: pd.Series) -> float:
 
 
 def _log_outliers(outliers: pd.DataFrame, table: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:
-    """Log table, picture and metrics of the outlier detection; return the metrics."""
+    """Log table and metrics of the outlier detection; return the metrics."""
     mlflow.log_text(tables.to_csv(outliers), "test/outliers.csv")
     every = outliers.to_dict("records")[-1]
     metrics = {

@@ -44,10 +44,11 @@ def monitor(parameters: MonitorParameters) -> Drift:
     version = registry.version_of(model)
     reference = _select_columns(_read_reference(model))
     window = _read_window(folder, version, parameters)
+    recent = _select_columns(_to_table(window))
     tags = {"model_id": model.model_id, "model_version": version}
     with runs.start_run("monitor", f"monitor version {version}", tags=tags):
         runs.log_params(asdict(parameters))
-        drift = _log_drift(reference, _select_columns(_to_table(window)), parameters)
+        drift = _log_drift(reference, recent, parameters)
         share, drifted = drift.share, ", ".join(drift.drifted) or "none"
         outcome = (
             f"{len(drift.drifted)} of {len(drift.distances)} columns have drifted ({drifted}), from the test images of "
@@ -55,10 +56,8 @@ def monitor(parameters: MonitorParameters) -> Drift:
         )
         mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
         mlflow.log_metrics({"predictions": len(window), "drifted_columns": len(drift.drifted), "drifted_share": share})
-        outliers = _log_outliers(window, model)
-        runs.set_description(
-            f"{outcome}{outliers}.\n\n{_drift_table(reference, _select_columns(_to_table(window)), drift)}"
-        )
+        outliers = _log_outlier_share(window, model)
+        runs.set_description(f"{outcome}{outliers}.\n\n{_drift_table(reference, recent, drift)}")
     if share >= parameters.drift_share:
         raise DriftFound(f"{outcome}{outliers}; see the run, and evaluate the model on recent photographs")
     log.info("no drift: %s%s", outcome, outliers)
@@ -146,7 +145,7 @@ def _select_columns(table: pd.DataFrame) -> pd.DataFrame:
     return columns.assign(probability=probabilities.max(axis=1), label=probabilities.idxmax(axis=1).str[2:-1])
 
 
-def _log_outliers(window: list[dict[str, Any]], model: LoggedModel) -> str:
+def _log_outlier_share(window: list[dict[str, Any]], model: LoggedModel) -> str:
     """Log the share of outliers among the predictions, and return it in words; empty for a model without a detector."""
     if not (known := [record["is_outlier"] for record in window if "is_outlier" in record]):
         return ""

@@ -52,9 +52,14 @@ def plot_photographs(
     for axes, image, occlusion in zip(figure.axes, images, maps, strict=False):
         height, width, _ = image.shape
         opacity = 0.6 * np.clip(occlusion, 0, None) / max(occlusion.max(), 1e-6)
-        red = np.full_like(occlusion, 1.0)
         axes.imshow(
-            red, cmap="Reds", vmin=0, vmax=1.2, alpha=opacity, extent=(0, width, height, 0), interpolation="bilinear"
+            np.ones_like(occlusion),
+            cmap="Reds",
+            vmin=0,
+            vmax=1.2,
+            alpha=opacity,
+            extent=(0, width, height, 0),
+            interpolation="bilinear",
         )
     return figure
 

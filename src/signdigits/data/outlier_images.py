@@ -1,7 +1,6 @@
 """Photographs and pictures of something else, for the outlier detector of a model: installed packages ship or draw them.
 
-No choice is made by them: detector and threshold are chosen on validation images and synthetic pictures
-(benchmarks/outliers.py).
+They report on a detector and choose nothing: its threshold is fitted on validation images.
 """
 
 import inspect

@@ -38,13 +38,17 @@ class Detector:
 
     def score(self, features: np.ndarray) -> np.ndarray:
         """Return the outlier scores, of shape (n,), of features of shape (n, features); above 1: an outlier."""
+        return self._measure_distance(features) / self.threshold
+
+    def _measure_distance(self, features: np.ndarray) -> np.ndarray:
+        """Return the Mahalanobis distances, of shape (n,), from the nearest class mean."""
         offsets = (features @ self.whitening)[:, np.newaxis] - self.means
-        scores: np.ndarray = np.linalg.norm(offsets, axis=2).min(axis=1) / self.threshold
-        return scores
+        distances: np.ndarray = np.linalg.norm(offsets, axis=2).min(axis=1)
+        return distances
 
     def find_threshold(self, features: np.ndarray) -> float:
         """Return the distance that MAX_REFUSED of these images exceed; they must not be training images."""
-        return float(np.quantile(self.score(features) * self.threshold, 1 - MAX_REFUSED, method="higher"))
+        return float(np.quantile(self._measure_distance(features), 1 - MAX_REFUSED, method="higher"))
 
     def with_threshold(self, threshold: float) -> "Detector":
         return replace(self, threshold=threshold)

@@ -104,8 +104,13 @@ class PredictionLog:
 
     def _format(self, now: str, found: dict[str, float], row: dict[str, float], is_outlier: bool) -> bytes:
         shares = {name: round(probability, 6) for name, probability in row.items()}
-        entry: dict[str, Any] = {"time": now, "version": self.version, **found, "probabilities": shares}
-        entry["is_outlier"] = is_outlier
+        entry: dict[str, Any] = {
+            "time": now,
+            "version": self.version,
+            **found,
+            "probabilities": shares,
+            "is_outlier": is_outlier,
+        }
         return json.dumps(entry).encode() + b"\n"
 
     def _write(self, line: bytes) -> None:

@@ -90,12 +90,13 @@ class SignDigits(PythonModel):
         probabilities = softmax(np.array([photograph.logits for photograph in decoded], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
         scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
+        are_outliers = scores > 1
         if self.prediction_log is not None:
             self.prediction_log.add(
                 [photograph.size for photograph in decoded],
                 [photograph.pixels for photograph in decoded],
                 by_class,
-                (scores > 1).tolist(),
+                are_outliers.tolist(),
             )
         best = probabilities.argmax(axis=1)
         columns: dict[str, Any] = {
@@ -103,7 +104,7 @@ class SignDigits(PythonModel):
             "probability": probabilities.max(axis=1),
             "probabilities": by_class,
             "outlier_score": scores.astype(float),
-            "is_outlier": scores > 1,
+            "is_outlier": are_outliers,
         }
         if explain:
             columns["explanation"] = list(map(self.explain, decoded, best))
@@ -113,7 +114,8 @@ class SignDigits(PythonModel):
         """Return the occlusion map: how much the log-odds of the label fall when a part of the photograph is covered.
 
         A list of GRID rows of GRID cells, from the top left; a patch of the mean colour, twice as wide as the cell, covers
-        it. Log-odds, because a certain answer's probability hardly moves. After Zeiler and Fergus, "Visualizing and understanding convolutional networks", 2014, arXiv:1311.2901.
+        it. Log-odds, because a certain answer's probability hardly moves. After Zeiler and Fergus, "Visualizing and
+        understanding convolutional networks", 2014, arXiv:1311.2901.
         """
         colour = photograph.pixels.mean(axis=(0, 1))
         edges = np.linspace(0, self.image_size, 2 * GRID + 1).round().astype(int)
