@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,7 +26,7 @@ from .conftest import answers, free_port, store_like, wait_until
 pytest.importorskip("playwright", reason="needs the extra .[browser]")
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, FilePayload, Page, expect
+from playwright.sync_api import Browser, FilePayload, Page, Request, Route, expect
 
 from . import browser
 
@@ -36,6 +37,7 @@ pytestmark = [
 ]
 
 TOKEN = "a-token-of-the-tests"
+LIVE_SIDE = 256  # of page.js
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,30 @@ def url(made: Made) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def window(made: Made) -> Iterator[Browser]:
-    """A Chromium whose camera sees a photograph of class 1, wider than high as cameras are."""
-    film = made.folder / "camera.mjpeg"
-    film.write_bytes(jpeg(beside(made.photographs / "1" / "IMG_0003.JPG")) * 3)
-    with browser.chromium("--use-fake-device-for-media-stream", f"--use-file-for-fake-video-capture={film}") as opened:
+    """A Chromium whose camera sees a photograph of class 1."""
+    with browser.chromium(*film(made.folder, in_camera(made, "1"))) as opened:
         yield opened
+
+
+def film(folder: Path, *scenes: Image.Image) -> tuple[str, str]:
+    """Chromium's flags for a camera that sees the scenes in turn, each for three seconds.
+
+    Chromium takes a film's levels, 0 to 255, for those of video, 16 to 235.
+    """
+    path = folder / f"camera-{len(scenes)}.mjpeg"
+    path.write_bytes(b"".join(jpeg(scene.point(lambda level: 16 + level * 219 / 255)) * 90 for scene in scenes))
+    return "--use-fake-device-for-media-stream", f"--use-file-for-fake-video-capture={path}"
+
+
+def in_camera(made: Made, label: str) -> Image.Image:
+    """A photograph in the middle of a camera's picture, which is wider than high."""
+    return beside(Image.open(made.photographs / label / "IMG_0003.JPG"))
+
+
+def stripes() -> Image.Image:
+    """A picture that resembles no photograph of the tests."""
+    rows = np.arange(480)[:, np.newaxis, np.newaxis] // 24 % 2
+    return Image.fromarray((255 * np.broadcast_to(rows, (480, 480, 3))).astype(np.uint8))
 
 
 @pytest.fixture
@@ -150,10 +171,10 @@ def is_complaint(message: Any) -> bool:
     return message.type in ("error", "warning") and not message.location["url"].endswith("/invocations")
 
 
-def beside(path: Path) -> Image.Image:
-    """The photographed square in the middle of a camera's picture, with black on either side."""
+def beside(square: Image.Image) -> Image.Image:
+    """The square in the middle of a camera's picture, with black on either side."""
     picture = Image.new("RGB", (640, 480))
-    picture.paste(Image.open(path).resize((480, 480)), (80, 0))
+    picture.paste(square.resize((480, 480)), (80, 0))
     return picture
 
 
@@ -214,10 +235,20 @@ def drop(page: Page, content: bytes | None) -> None:
 
 
 def sent(page: Page, act: Callable[[], None]) -> Image.Image:
-    """The photograph that is sent to the model after `act`."""
-    with page.expect_request("**/invocations") as request:
+    """The photograph that is sent to the model after `act`, but for those of the live reading."""
+    with page.expect_request(
+        lambda request: is_question(request) and photograph_in(request).width != LIVE_SIDE
+    ) as request:
         act()
-    (record,) = json.loads(request.value.post_data or "")["dataframe_records"]
+    return photograph_in(request.value)
+
+
+def is_question(request: Request) -> bool:
+    return request.url.endswith("/invocations")
+
+
+def photograph_in(request: Request) -> Image.Image:
+    (record,) = json.loads(request.post_data or "")["dataframe_records"]
     return Image.open(io.BytesIO(base64.b64decode(record["image"])))
 
 
@@ -303,6 +334,120 @@ def test_camera_sends_the_framed_square(page: Page) -> None:
     expect_answer(page, "1")
     expect(page.get_by_label("Live view of the camera")).to_be_hidden()
     assert page.evaluate("document.querySelector('video').srcObject") is None, "the camera is off"
+
+
+def open_camera(page: Page) -> None:
+    page.get_by_role("button", name="Use the camera").click()
+    expect(page.get_by_label("Live view of the camera")).to_be_visible()
+
+
+def test_camera_is_read_live(window: Browser, made: Made, url: str) -> None:
+    flags = film(made.folder, in_camera(made, "1"), beside(stripes()), in_camera(made, "2"))
+    with browser.launch(window.browser_type, *flags) as changing, visit(changing, url) as page:
+        open_camera(page)
+        for _ in range(2):
+            expect(page.get_by_role("status")).to_have_text("The hand signs 1.")
+            expect(page.locator("#digit")).to_have_text("1")
+            expect(page.get_by_role("status")).to_have_text("No hand recognised.")
+            expect(page.locator("#digit")).to_be_hidden()
+            expect(page.get_by_role("table")).to_be_hidden()
+            expect(page.get_by_role("status")).to_have_text("The hand signs 2.")
+        page.get_by_role("button", name="Close the camera").click()
+        expect(page.get_by_role("status")).to_have_text("No photograph yet.")
+
+
+def test_live_reading_asks_one_question_at_a_time(page: Page) -> None:
+    under_way, counts = [], []
+
+    def count(route: Route) -> None:
+        under_way.append(route)
+        counts.append(len(under_way))
+        route.fulfill(response=route.fetch())
+        under_way.remove(route)
+
+    page.route("**/invocations", count)
+    open_camera(page)
+    wait_until(lambda: page.evaluate("1") and len(counts) >= 6, seconds=60)
+    assert set(counts) == {1}
+
+
+def test_live_reading_survives_refusals(page: Page) -> None:
+    page.route("**/invocations", lambda route: route.fulfill(status=429, body="{}"))
+    open_camera(page)
+    expect_trouble(page, "Too many photographs in a short time.")
+    expect(page.get_by_role("button", name="Send it again")).to_be_hidden()
+    page.unroute("**/invocations")
+    expect(page.get_by_role("status")).to_have_text("The hand signs 1.")
+
+
+def test_live_reading_asks_for_the_token(page: Page) -> None:
+    page.route("**/invocations", lambda route: route.fulfill(status=401, body="{}"))
+    open_camera(page)
+    expect_trouble(page, "This server answers only those who know its token.")
+    expect(page.get_by_label("Live view of the camera")).to_be_hidden()
+    page.unroute("**/invocations")
+    page.keyboard.type(TOKEN)
+    page.keyboard.press("Enter")
+    expect_answer(page, "1")
+
+
+def test_only_the_preview_is_mirrored(page: Page, made: Made) -> None:
+    open_camera(page)
+    expect(page.get_by_label("Live view of the camera")).to_have_css("transform", "matrix(-1, 0, 0, 1, 0, 0)")
+    wait_for_the_camera(page)
+    picture = np.asarray(sent(page, page.get_by_role("button", name="Take the picture").click), float)
+    seen = np.asarray(in_camera(made, "1").crop((80, 0, 560, 480)), float)
+    assert np.abs(picture - seen).mean() < 10 < np.abs(picture - seen[:, ::-1]).mean()
+
+
+def test_no_hand_is_recognised(page: Page) -> None:
+    choose(page, file("stripes.jpg", jpeg(stripes())))
+    expect(page.get_by_role("status")).to_have_text("No hand recognised.")
+    expect(page.locator("#digit")).to_be_hidden()
+    expect(page.get_by_role("table")).to_be_hidden()
+    expect(page.get_by_text("It reads best")).to_be_visible()
+
+
+def test_explanation_lies_over_the_photograph(page: Page, made: Made) -> None:
+    overlay = page.get_by_role("img", name="The parts that the reading depends on")
+    button = page.get_by_role("button", name="Show what it looks at")
+    expect(button).to_be_hidden()
+    choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect_answer(page, "2")
+    expect(overlay).to_be_hidden()
+    with page.expect_response("**/invocations") as response:
+        page.keyboard.press("e")
+    expect(overlay).to_be_visible()
+    expect(button).to_have_attribute("aria-pressed", "true")
+    assert overlay.bounding_box() == page.get_by_alt_text("The photograph that is read").bounding_box()
+    (answer,) = response.value.json()["predictions"]
+    opacity = page.evaluate(
+        """() => {
+            const canvas = document.querySelector("#overlay");
+            return Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data);
+        }"""
+    )[3::4]
+    cells = np.array(answer["explanation"]).ravel()
+    np.testing.assert_allclose(opacity, 170 * np.clip(cells / cells.max(), 0, None), atol=1)
+    button.click()
+    expect(overlay).to_be_hidden()
+    page.keyboard.press("e")
+    expect(overlay).to_be_visible()
+    choose(page, made.photographs / "0" / "IMG_0000.JPG")
+    expect_answer(page, "0")
+    expect(overlay).to_be_hidden()
+
+
+def test_model_without_explanations_says_so(page: Page, made: Made) -> None:
+    def forget(route: Route) -> None:
+        body = json.loads(route.request.post_data or "")
+        route.continue_(post_data=json.dumps({"dataframe_records": body["dataframe_records"]}))
+
+    choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect_answer(page, "2")
+    page.route("**/invocations", forget)
+    page.get_by_role("button", name="Show what it looks at").click()
+    expect_trouble(page, "This version of the model cannot show what it looks at.")
 
 
 def test_camera_can_be_closed(page: Page) -> None:

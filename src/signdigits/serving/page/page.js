@@ -1,6 +1,10 @@
-// Takes a photograph from a file, a drop or the camera, asks /invocations about it, and shows the answer or the trouble.
+// Takes photographs from files, drops or the camera, asks /invocations about them, and shows the answers or the trouble.
 
 const LONGEST_SIDE = 1024; // pixels; the network sees a tenth of it, and a telephone's photograph has 4000
+const LIVE_SIDE = 256; // pixels of what is sent while the camera is open
+const LIVE_INTERVAL = 250; // milliseconds from one question about the camera's picture to the next, at least
+const STEADY = 1000; // milliseconds of answers that a live reading is the mean of
+const LIVE_PAUSE = 2000; // milliseconds after a refusal
 const PATIENCE = 30_000; // milliseconds that an answer may take
 const TOKEN = "token"; // its name in the tab's storage
 const EMPTY = "Drop a photograph here";
@@ -25,7 +29,7 @@ const limits = fetch("limits.json").then((reply) => reply.json()); // the decode
 
 const page = (id) => document.getElementById(id);
 
-let photograph = null; // the Blob that was sent last, for another attempt
+let photograph = null; // the Blob that was sent last, for another attempt or an explanation
 let work = new AbortController(); // what is under way: whatever the visitor does next ends it
 let stream = null; // the camera's
 
@@ -72,6 +76,12 @@ page("close-camera").addEventListener("click", () => {
 });
 
 page("again").addEventListener("click", () => ask(photograph, begin("Reading …")));
+
+page("explain").addEventListener("click", toggleExplanation);
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.matches("input") || event.ctrlKey || event.altKey || event.metaKey;
+  if (event.key === "e" && !typing && !page("explaining").hidden) toggleExplanation();
+});
 
 page("access").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -130,9 +140,9 @@ async function prepare(file) {
   return { blob, shown: true };
 }
 
-/** A part of a picture as a JPEG, no longer than LONGEST_SIDE. */
-function draw(picture, { left, top, width, height }) {
-  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
+/** A part of a picture as a JPEG, no longer than `longest`. */
+function draw(picture, { left, top, width, height }, longest = LONGEST_SIDE) {
+  const scale = Math.min(1, longest / Math.max(width, height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(width * scale));
   canvas.height = Math.max(1, Math.round(height * scale));
@@ -151,7 +161,7 @@ async function openCamera() {
   try {
     const opened = await getCamera();
     if (signal.aborted) return stop(opened);
-    showCamera(opened);
+    showCamera(opened, signal);
   } catch (trouble) {
     if (!signal.aborted) showTrouble(trouble);
   }
@@ -169,29 +179,84 @@ async function getCamera() {
   }
 }
 
-function showCamera(opened) {
+function showCamera(opened, signal) {
   stream = opened;
-  stream.getVideoTracks()[0].addEventListener("ended", () => {
+  const [track] = stream.getVideoTracks();
+  track.addEventListener("ended", () => {
     closeCamera();
     showTrouble(new Trouble("The camera has gone. Connect it again, or choose a photograph."));
   });
   page("video").srcObject = stream;
+  // As in a mirror, unless the camera looks away from the visitor. What is sent is what the camera sees.
+  page("video").classList.toggle("mirrored", track.getSettings().facingMode !== "environment");
   showInFrame("video");
   page("sources").hidden = true;
   page("shutter").hidden = false;
-  page("summary").textContent = "The camera is open: hold the hand into the square, then take the picture.";
+  page("summary").textContent = "The camera is open: hold the hand into the square.";
   page("advice").hidden = false;
   page("take").focus();
+  readLive(signal);
 }
 
-/** Ask about the square that the frame shows. */
+/** Read what the camera sees, one question at a time, until something else begins. */
+async function readLive(signal) {
+  let answers = [];
+  while (!signal.aborted) {
+    const next = performance.now() + LIVE_INTERVAL;
+    if (canSee() && !document.hidden) {
+      photograph = await draw(page("video"), framedSquare(), LIVE_SIDE);
+      try {
+        const answer = await post(photograph, signal);
+        const now = performance.now();
+        answers = [...answers.filter(({ time }) => now - time < STEADY), { ...answer, time: now }];
+        if (!signal.aborted) showAnswer(meanAnswer(answers), { live: true });
+      } catch (trouble) {
+        if (signal.aborted) return;
+        if (!trouble.again) {
+          closeCamera();
+          showPhotograph(photograph);
+        }
+        showTrouble(trouble);
+        if (!trouble.again) return;
+        await pause(LIVE_PAUSE);
+      }
+    }
+    await pause(next - performance.now());
+  }
+}
+
+/** The mean of some answers: a reading that does not flicker. An outlier if most of them are. */
+function meanAnswer(answers) {
+  const { probabilities, version } = answers.at(-1);
+  const alike = answers.filter((answer) => answer.version === version);
+  const mean = (value) => alike.reduce((sum, answer) => sum + value(answer), 0) / alike.length;
+  const means = Object.keys(probabilities).map((name) => [name, mean((answer) => answer.probabilities[name])]);
+  const [label, probability] = means.reduce((best, other) => (other[1] > best[1] ? other : best));
+  const is_outlier = mean((answer) => (answer.is_outlier ? 1 : 0)) > 0.5;
+  return { label, probability, probabilities: Object.fromEntries(means), is_outlier, version };
+}
+
+function pause(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
+
+/** Whether the camera's first picture has come: its size is known before. */
+function canSee() {
+  return page("video").readyState >= HTMLMediaElement.HAVE_CURRENT_DATA;
+}
+
+/** The square of the camera's picture that the frame shows. */
+function framedSquare() {
+  const { videoWidth, videoHeight } = page("video");
+  const side = Math.min(videoWidth, videoHeight);
+  return { left: (videoWidth - side) / 2, top: (videoHeight - side) / 2, width: side, height: side };
+}
+
+/** Ask about the square that the frame shows, and keep it there. */
 async function takePicture() {
-  const video = page("video");
-  if (video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return; // the first picture has yet to come: its size is known before
-  const side = Math.min(video.videoWidth, video.videoHeight);
-  const [left, top] = [(video.videoWidth - side) / 2, (video.videoHeight - side) / 2];
+  if (!canSee()) return;
   const signal = begin("Reading …");
-  photograph = await draw(video, { left, top, width: side, height: side });
+  photograph = await draw(page("video"), framedSquare());
   closeCamera();
   showPhotograph(photograph);
   page("open-camera").focus(); // for the next one; the button that was pressed has gone
@@ -224,12 +289,12 @@ async function ask(blob, signal) {
   }
 }
 
-/** The server's answer: { label, probability, probabilities, version }. Throws Trouble. */
-async function post(blob, signal) {
+/** The server's answer: { label, probability, probabilities, is_outlier, explanation, version }. Throws Trouble. */
+async function post(blob, signal, params) {
   const token = sessionStorage.getItem(TOKEN);
   const headers = { "Content-Type": "application/json" };
   if (token) headers.Authorization = `Bearer ${token}`;
-  const body = JSON.stringify({ dataframe_records: [{ image: await base64(blob) }] });
+  const body = JSON.stringify({ dataframe_records: [{ image: await base64(blob) }], params });
   const { reply, text } = await send({ method: "POST", headers, body }, signal);
   if (!reply.ok) throw refusal(reply.status, text, token);
   try {
@@ -273,6 +338,39 @@ function reason(text) {
   }
 }
 
+/** Show the parts of the photograph that the reading depends on, or hide them again. */
+async function toggleExplanation() {
+  const shown = page("overlay").hidden;
+  hideExplanation();
+  if (!shown) return;
+  page("explain").setAttribute("aria-pressed", "true");
+  const { signal } = work;
+  try {
+    const { explanation } = await post(photograph, signal, { explain: true });
+    if (signal.aborted || page("explain").getAttribute("aria-pressed") === "false") return;
+    if (!explanation) throw new Trouble("This version of the model cannot show what it looks at.");
+    drawOverlay(explanation);
+  } catch (trouble) {
+    if (!signal.aborted) showTrouble(trouble);
+  }
+}
+
+/** Draw an occlusion map in red: the more opaque, the more the reading depends on that part. */
+function drawOverlay(rows) {
+  const overlay = page("overlay");
+  [overlay.width, overlay.height] = [rows[0].length, rows.length];
+  const cells = rows.flat();
+  const highest = Math.max(...cells, Number.EPSILON);
+  const pixels = cells.flatMap((cell) => [220, 30, 20, 170 * Math.max(0, cell / highest)]);
+  overlay.getContext("2d").putImageData(new ImageData(Uint8ClampedArray.from(pixels), overlay.width), 0, 0);
+  overlay.hidden = false;
+}
+
+function hideExplanation() {
+  page("overlay").hidden = true;
+  page("explain").setAttribute("aria-pressed", "false");
+}
+
 function base64(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
@@ -304,32 +402,40 @@ function showPhotograph(blob) {
 }
 
 function clearReading(words) {
-  for (const id of ["digit", "advice", "result", "trouble", "again", "access"]) page(id).hidden = true;
-  page("summary").textContent = words;
+  for (const id of ["digit", "advice", "result", "trouble", "again", "access", "explaining"]) page(id).hidden = true;
+  hideExplanation();
+  if (page("summary").textContent !== words) page("summary").textContent = words; // screen readers speak what changes
 }
 
 function showTrouble(trouble) {
   clearReading("Not read.");
   page("words").textContent = trouble.message;
   page("trouble").hidden = false;
-  page("again").hidden = !trouble.again;
+  page("again").hidden = !trouble.again || stream !== null; // a live reading goes on by itself
   page("access").hidden = !trouble.asksForToken;
   if (trouble.asksForToken) page("token").focus();
   comeIntoView();
 }
 
-function showAnswer({ label, probability, probabilities, version }) {
-  const signs = probability < 0.5 ? "may sign" : "signs";
-  const share = percent(probability).replace("> ", "more than ");
-  clearReading(`The hand ${signs} ${label}, with a probability of ${share}.`);
-  page("digit").textContent = label;
-  page("digit").hidden = false;
-  page("probabilities").replaceChildren(
-    ...Object.entries(probabilities).map(([name, share]) => line(name, share, name === label)),
-  );
-  page("version").textContent = version ? `Answered by version ${version} of the model.` : "";
-  page("result").hidden = false;
-  comeIntoView();
+/** Show an answer; a live one without what changes all the time or moves the page. */
+function showAnswer({ label, probability, probabilities, is_outlier, version }, { live = false } = {}) {
+  if (is_outlier) {
+    clearReading("No hand recognised.");
+    page("advice").hidden = false;
+  } else {
+    const signs = probability < 0.5 ? "may sign" : "signs";
+    const share = percent(probability).replace("> ", "more than ");
+    clearReading(`The hand ${signs} ${label}${live ? "" : `, with a probability of ${share}`}.`);
+    page("digit").textContent = label;
+    page("digit").hidden = false;
+    page("probabilities").replaceChildren(
+      ...Object.entries(probabilities).map(([name, share]) => line(name, share, name === label)),
+    );
+    page("version").textContent = version ? `Answered by version ${version} of the model.` : "";
+    page("result").hidden = false;
+  }
+  page("explaining").hidden = live || page("photograph").hidden;
+  if (!live) comeIntoView();
 }
 
 /** On a telephone the reading stands below the photograph. */
