@@ -114,7 +114,7 @@ class Hyperparameters(Checked):
     batch_size: int = parameter(128, "images per step", low=1, high=65_536)
     augmentation: float = parameter(
         0.0,
-        "strength of random rotation, shift and zoom; 1: up to 20 degrees, 12 % and a factor of 1.22; 0: none",
+        "strength of random rotation, shift and scale; 1: up to 20 degrees, 12 % and 0.64 to 1.16 times the size; 0: none",
         low=0,
         high=3,
     )

@@ -18,12 +18,14 @@ from signdigits.config import Hyperparameters
 # Limits at strength 1; each value is uniform between them.
 ROTATION = math.radians(20)
 SHIFT = 0.12  # of the image's height and width
-ZOOM = 0.2  # of the logarithm of the scale
+ZOOM = (-0.15, 0.45)  # of the logarithm of the scale: the hand at 1.16 to 0.64 times its size
 BRIGHTNESS = (-1.2, 0.4)  # logarithm of the factor
 CONTRAST = (-0.6, 0.2)  # likewise, about the mean
 CAST = 0.15  # likewise, of each channel: white balance
 NOISE = 20  # standard deviation in gray levels, of every second image
 BLUR = 0.012  # standard deviation in sides of the image, of every third image
+SHADOW = (-1.2, 0.0)  # logarithm of the factor on one side of a line, of every third image
+SHADOW_EDGE = (0.05, 0.6)  # width of the shadow's edge in sides of the image
 NOISE_FIELDS = 4  # drawn for each batch; drawing one for each image would take longer than everything else
 
 
@@ -63,7 +65,8 @@ def augment_batch(x: np.ndarray, augmentation: Augmentation, seed: Sequence[int]
 def random_transforms(n: int, size: int, strength: float, seed: Sequence[int]) -> np.ndarray:
     """Return `n` random affine maps about the centre, from output to input coordinates; of shape (n, 2, 3)."""
     turn, zoom, right, down = np.random.default_rng(seed).uniform(-strength, strength, (4, n))
-    scale = np.exp(zoom * ZOOM)
+    closest, farthest = ZOOM
+    scale = np.exp(strength * (closest + farthest) / 2 + zoom * (farthest - closest) / 2)
     across, along = scale * np.cos(turn * ROTATION), scale * np.sin(turn * ROTATION)
     centre, far = (size - 1) / 2, SHIFT * size
     x = centre - across * centre + along * centre + right * far
@@ -86,7 +89,7 @@ def warp_image(image: np.ndarray, to: np.ndarray, matrix: np.ndarray) -> None:
 
 
 def _change_light(x: np.ndarray, strength: float, random: np.random.Generator) -> None:
-    """Change brightness, contrast, white balance, noise and blur of each image of `x`, in place.
+    """Change brightness, contrast, white balance, shadow, noise and blur of each image of `x`, in place.
 
     In 256 levels also where `x` is grayscale (0 to 1, inverted).
     """
@@ -94,6 +97,7 @@ def _change_light(x: np.ndarray, strength: float, random: np.random.Generator) -
     brightness = np.exp(strength * random.uniform(*BRIGHTNESS, size=(n,)))
     contrast = np.exp(strength * random.uniform(*CONTRAST, size=(n,)))
     cast = np.exp(strength * random.uniform(-CAST, CAST, size=(n, channels)))
+    shadow = strength * random.uniform(*SHADOW, size=(n,)) * (random.random(n) < 1 / 3)
     noise = strength * random.uniform(0, NOISE, size=(n,)) * (random.random(n) < 1 / 2)
     blur = strength * random.uniform(0, BLUR, size=(n,)) * size * (random.random(n) < 1 / 3)
     fields = random.standard_normal((NOISE_FIELDS, size, size, channels), np.float32)
@@ -104,9 +108,20 @@ def _change_light(x: np.ndarray, strength: float, random: np.random.Generator) -
         mean = cv2.mean(seen)[:channels]
         curves = ((levels - mean) * contrast[i] + mean) * brightness[i] * cast[i]
         seen = cv2.LUT(seen, np.clip(np.rint(curves), 0, 255).astype(np.uint8)[:, np.newaxis])
+        if shadow[i] < 0:
+            seen = cv2.multiply(seen, _draw_shadow(size, channels, shadow[i], random), dtype=cv2.CV_8U)
         if blur[i] > 0:
             seen = cv2.GaussianBlur(seen, (0, 0), blur[i])
         if noise[i] > 0:
             seen = cv2.add(seen, fields[chosen[i]] * np.float32(noise[i]), dtype=cv2.CV_8U)
         seen = seen.reshape(image.shape)
         x[i] = seen if image.dtype == np.uint8 else 1 - seen / np.float32(255)
+
+
+def _draw_shadow(size: int, channels: int, depth: float, random: np.random.Generator) -> np.ndarray:
+    """Return factors, of shape (size, size, channels), that fall to exp(depth) across a random line through the image."""
+    direction, offset, edge = random.uniform(0, 2 * math.pi), random.uniform(-0.3, 0.3), random.uniform(*SHADOW_EDGE)
+    across = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    distance = across * math.cos(direction) + across[:, np.newaxis] * math.sin(direction) - offset
+    factors = np.exp(depth * np.clip(0.5 + distance / edge, 0, 1))
+    return cv2.merge([factors] * channels)

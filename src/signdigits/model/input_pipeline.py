@@ -33,9 +33,10 @@ def training_batches(images: Images, batch_size: int, augmentation: Augmentation
     return _prefetch_batches(order.repeat().enumerate().map(batch))
 
 
-def validation_batches(images: Images, batch_size: int) -> tf.data.Dataset:
-    """Return all images once, in order, not augmented."""
-    return _prefetch_batches(tf.data.Dataset.range(len(images)).batch(batch_size).map(_make_reader(images)))
+def validation_batches(images: Images, batch_size: int, chosen: np.ndarray | None = None) -> tf.data.Dataset:
+    """Return all images, or those with the numbers `chosen`, once, in order, not augmented."""
+    numbers = np.arange(len(images)) if chosen is None else chosen
+    return _prefetch_batches(tf.data.Dataset.from_tensor_slices(numbers).batch(batch_size).map(_make_reader(images)))
 
 
 def steps_per_epoch(images: Images, batch_size: int) -> int:

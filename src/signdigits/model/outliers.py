@@ -1,12 +1,10 @@
 """Tell a photograph that resembles none of the training images: no hand, for example.
 
-The outlier score is the Mahalanobis distance from the nearest class mean, in the features of the last hidden layer: Lee, Lee,
-Lee and Shin, "A simple unified framework for detecting out-of-distribution samples and adversarial attacks", 2018,
-arXiv:1807.03888. The classes share one covariance, which is shrunk after Ledoit and Wolf, 2004, because some features
-hardly ever vary.
+The outlier score is the distance to the nearest training image, in the features of the last hidden layer at unit length: Sun,
+Ming, Zhu and Li, "Out-of-distribution detection with deep nearest neighbors", 2022, arXiv:2204.06507, with one neighbour.
+It was chosen among four published scores (benchmarks/outliers.py).
 
-This file is packaged with each model, and therefore imports only NumPy; the fit, which serving does without, also
-scikit-learn.
+This file is packaged with each model, and therefore imports only NumPy.
 """
 
 from dataclasses import dataclass, replace
@@ -16,47 +14,50 @@ from typing import Self
 import numpy as np
 
 MAX_REFUSED = 0.01  # of the validation images: what lies above their quantile is an outlier
+MAX_KNOWN = 5000  # training images whose features are kept
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Class means of shape (classes, features) after whitening, whitening of shape (features, features), and threshold."""
+    """Features of training images at unit length, of shape (images, features), and the threshold."""
 
-    means: np.ndarray
-    whitening: np.ndarray
+    known: np.ndarray
     threshold: float = 1.0  # distance at which the score is 1
 
     @classmethod
-    def fit(cls, features: np.ndarray, labels: np.ndarray) -> Self:
-        """Fit means and covariance to training images: features of shape (n, features), labels of shape (n,)."""
-        from sklearn.covariance import LedoitWolf
-
-        means = np.stack([features[labels == label].mean(axis=0) for label in range(labels.max() + 1)])
-        within = LedoitWolf(assume_centered=True).fit(features - means[labels])
-        whitening = np.linalg.cholesky(within.precision_)
-        return cls((means @ whitening).astype(np.float32), whitening.astype(np.float32))
+    def fit(cls, features: np.ndarray) -> Self:
+        """Keep the features of training images, of shape (n, features)."""
+        return cls(_unit_length(features))
 
     def score(self, features: np.ndarray) -> np.ndarray:
         """Return the outlier scores, of shape (n,), of features of shape (n, features); above 1: an outlier."""
         return self._measure_distance(features) / self.threshold
 
-    def _measure_distance(self, features: np.ndarray) -> np.ndarray:
-        """Return the Mahalanobis distances, of shape (n,), from the nearest class mean."""
-        offsets = (features @ self.whitening)[:, np.newaxis] - self.means
-        distances: np.ndarray = np.linalg.norm(offsets, axis=2).min(axis=1)
-        return distances
-
     def find_threshold(self, features: np.ndarray) -> float:
         """Return the distance that MAX_REFUSED of these images exceed; they must not be training images."""
-        return float(np.quantile(self._measure_distance(features), 1 - MAX_REFUSED, method="higher"))
+        distances = self._measure_distance(features)
+        # Copies of training images have none; no score may be a division by zero.
+        return max(float(np.quantile(distances, 1 - MAX_REFUSED, method="higher")), 1e-6)
 
     def with_threshold(self, threshold: float) -> "Detector":
         return replace(self, threshold=threshold)
 
     def save(self, path: Path) -> None:
-        np.savez(path, means=self.means, whitening=self.whitening, threshold=self.threshold)
+        np.savez(path, known=self.known, threshold=self.threshold)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["means"], arrays["whitening"], float(arrays["threshold"]))
+            return cls(arrays["known"], float(arrays["threshold"]))
+
+    def _measure_distance(self, features: np.ndarray) -> np.ndarray:
+        """Return the distances, 0 to 2, of shape (n,), to the nearest of the known features."""
+        nearest = (_unit_length(features) @ self.known.T).max(axis=1)
+        distances: np.ndarray = np.sqrt(np.maximum(2 - 2 * nearest, 0))
+        return distances
+
+
+def _unit_length(features: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    unit: np.ndarray = (features / np.maximum(lengths, 1e-9)).astype(np.float32)
+    return unit

@@ -10,7 +10,6 @@ import keras
 import mlflow
 import mlflow.tensorflow
 import numpy as np
-import tensorflow as tf
 from tqdm import tqdm
 
 from signdigits import plots
@@ -20,7 +19,7 @@ from signdigits.errors import TrainingDiverged
 from signdigits.model import architecture, calibration, input_pipeline
 from signdigits.model.augmentation import Augmentation
 from signdigits.model.calibration import Calibration
-from signdigits.model.outliers import Detector
+from signdigits.model.outliers import MAX_KNOWN, Detector
 
 log = logging.getLogger(__name__)
 
@@ -103,27 +102,25 @@ def fit_network(
 def calibrate_network(fitted: Fit, training: Images, validation: Images) -> Calibration:
     """Fit the temperature on validation images; the outlier detector on training images, its threshold on validation images."""
     detector = fit_detector(fitted, training)
-    logits, features, labels = _compute_outputs(fitted, input_pipeline.validation_batches(validation, CHUNK))
-    temperature = calibration.fit_temperature(logits, labels)
+    logits, features = compute_outputs(fitted, validation)
+    temperature = calibration.fit_temperature(logits, validation.y)
     return Calibration(temperature, detector.with_threshold(detector.find_threshold(features)))
 
 
 def fit_detector(fitted: Fit, training: Images) -> Detector:
-    """Fit the outlier detector to one epoch of training images, augmented as the network has seen them."""
-    hyperparameters = fitted.hyperparameters
-    batches = input_pipeline.training_batches(
-        training, CHUNK, Augmentation.of(hyperparameters), hyperparameters.seed
-    ).take(input_pipeline.steps_per_epoch(training, CHUNK))
-    _, features, labels = _compute_outputs(fitted, batches)
-    return Detector.fit(features, labels)
+    """Fit the outlier detector to the features of training images: all, or MAX_KNOWN that lie evenly among them."""
+    chosen = np.linspace(0, len(training) - 1, min(len(training), MAX_KNOWN)).round().astype(int)
+    _, features = compute_outputs(fitted, training, chosen)
+    return Detector.fit(features)
 
 
-def _compute_outputs(fitted: Fit, batches: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return logits of shape (n, classes), features of shape (n, features) and labels of shape (n,)."""
+def compute_outputs(fitted: Fit, images: Images, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits, of shape (n, classes), and features, of shape (n, features), of the images, or of those `chosen`."""
     model = architecture.with_features(fitted.network)
-    outputs, labels = zip(*((np.asarray(model(x, training=False)), y.numpy()) for x, y in batches), strict=True)
-    logits, features = np.split(np.concatenate(outputs), [fitted.network.output_shape[-1]], axis=1)
-    return logits, features, np.concatenate(labels)
+    batches = input_pipeline.validation_batches(images, CHUNK, chosen)
+    outputs = np.concatenate([np.asarray(model(x, training=False)) for x, _ in batches])
+    logits, features = np.split(outputs, [fitted.network.output_shape[-1]], axis=1)
+    return logits, features
 
 
 def log_curves(fitted: Fit) -> None:

@@ -59,11 +59,12 @@ def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned
     """Log the last epoch and the calibration to the trial and its run, and check that MLflow logged the rest."""
     for metric in ("accuracy", "val_accuracy", "val_loss"):
         trial.set_user_attr(metric, fitted.last(metric))
-    calibration = training.calibrate_network(fitted, data.training, data.validation)
-    trial.set_user_attr("temperature", calibration.temperature)
-    trial.set_user_attr("outlier_threshold", calibration.detector.threshold)
-    fluctuation = training.loss_fluctuation(fitted.history["val_loss"])
-    mlflow.log_metrics({"val_loss_fluctuation": fluctuation, "temperature": calibration.temperature})
+    if not pruned:  # a pruned trial is never refitted
+        calibration = training.calibrate_network(fitted, data.training, data.validation)
+        trial.set_user_attr("temperature", calibration.temperature)
+        trial.set_user_attr("outlier_threshold", calibration.detector.threshold)
+        mlflow.log_metric("temperature", calibration.temperature)
+    mlflow.log_metric("val_loss_fluctuation", training.loss_fluctuation(fitted.history["val_loss"]))
     mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
     runs.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))
 
