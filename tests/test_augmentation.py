@@ -54,7 +54,8 @@ def test_light_changes_within_limits() -> None:
     gray = np.full((300, 16, 16, 3), 100, np.uint8)
     means = augmentation.augment_batch(gray, Augmentation(photometric=1.0), [0, 0]).mean(axis=(1, 2, 3))
     low, high = (100 * np.exp(end) for end in augmentation.BRIGHTNESS)
-    assert low * 0.85 < means.min() < 1.3 * low
+    darkest = low * np.exp(augmentation.SHADOW[0])
+    assert darkest < means.min() < 1.3 * low
     assert high * 0.8 < means.max() < 1.2 * high
 
 
@@ -65,3 +66,12 @@ def test_light_changes_grayscale_alike() -> None:
     assert (changed.dtype, changed.shape) == (np.float32, inverted.shape)
     assert 0 <= changed.min() < changed.max() <= 1
     assert not np.allclose(changed, inverted)
+
+
+def test_shadow_darkens_one_side() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        factors = augmentation._draw_shadow(50, 3, -1.0, random)
+        assert factors.shape == (50, 50, 3)
+        assert factors.max() == pytest.approx(1, abs=0.2)
+        assert factors.min() == pytest.approx(np.exp(-1), abs=0.2)

@@ -33,7 +33,10 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["search", "--epochs", "9:3"], "epochs=9:3: the range is empty"),
         (["search", "--epochs", "3:"], "argument --epochs: invalid int or LOW:HIGH value: '3:'"),
         (["search", "--n_trials", "0"], "n_trials=0: must be 1 or more"),
-        (["search", "--objective", "accuracy"], "objective='accuracy': must be one of val_accuracy, val_loss"),
+        (
+            ["search", "--objective", "accuracy"],
+            "objective='accuracy': must be one of auto, val_accuracy, val_loss, robust_accuracy",
+        ),
         (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of percentile, median, hyperband, none"),
         (["search", "--timeout", "inf"], "timeout=inf: must be a finite number"),
         (["main", "--repeats", "5"], "--repeats was renamed in version 0.2: use --n_seeds"),

@@ -22,7 +22,11 @@ from signdigits.tuning.space import SPACES, Range, Space
         (hp.Hyperparameters, {"seed": -1}, "seed=-1: must be 0 or more"),
         (hp.DataParameters, {"image_size": 7}, "image_size=7: must be 8 or more"),
         (hp.DataParameters, {"color_mode": "sepia"}, "color_mode='sepia': must be one of rgb, grayscale"),
-        (hp.StudyParameters, {"objective": "accuracy"}, "objective='accuracy': must be one of val_accuracy, val_loss"),
+        (
+            hp.StudyParameters,
+            {"objective": "accuracy"},
+            "objective='accuracy': must be one of auto, val_accuracy, val_loss, robust_accuracy",
+        ),
         (hp.StudyParameters, {"timeout": -1.0}, "timeout=-1.0: must be 0 or more"),
     ],
 )
@@ -44,7 +48,7 @@ def test_notebook_space_has_three_ranges() -> None:
 
 def test_extended_space_searches_regularization() -> None:
     space = Space.of("extended")
-    more = {"decay_steps", "batch_size", "augmentation", "dropout", "conv_blocks"}
+    more = {"decay_steps", "batch_size", "augmentation", "photometric", "dropout", "conv_blocks"}
     assert set(space.ranges) == {"initial_learning_rate", "decay_rate", "epochs"} | more
 
 

@@ -36,7 +36,7 @@ from .conftest import command, use_store, wait_until, write_photographs
 pytestmark = pytest.mark.slow
 
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
-STUDY = StudyParameters(n_trials=3, pruner="none")
+STUDY = StudyParameters(n_trials=3, pruner="none", space="notebook")
 ONCE = RefitParameters(n_seeds=1)
 
 

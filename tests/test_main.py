@@ -28,7 +28,7 @@ from .conftest import PROJECT, serving
 pytestmark = pytest.mark.slow
 
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
-STUDY = StudyParameters(n_trials=2, pruner="none")
+STUDY = StudyParameters(n_trials=2, pruner="none", space="notebook")
 TWO = RefitParameters(n_seeds=2)
 
 

@@ -34,7 +34,7 @@ SPACE = Space.of("notebook", epochs=Range(1, 3), batch_size=16)
 EXTENDED = Space.of("extended", epochs=Range(1, 3), batch_size=Range(8, 16), conv_blocks=Range(2, 3))
 # The first of these as options of the command line.
 OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
-THREE = StudyParameters(n_trials=3, pruner="none")
+THREE = StudyParameters(n_trials=3, pruner="none", space="notebook")
 # Trials long enough, a second or more, to be killed in the middle of one.
 LONG = Range(20, 30)
 
@@ -181,6 +181,25 @@ def test_val_loss_can_be_objective(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=2, objective="val_loss"))
     assert opened.study.best_value == min(trial.value for trial in opened.study.trials if trial.value)
     assert opened.study.direction == optuna.study.StudyDirection.MINIMIZE
+
+
+def test_robust_accuracy_counts_augmented_images(store: str, loaded: loading.Data) -> None:
+    """By default in the extended space, in each epoch, and not in the notebook's."""
+    opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1, space="extended"))
+    run = runs.find_run(opened.best.user_attrs["mlflow_run_id"])
+    history = {
+        name: [metric.value for metric in mlflow.MlflowClient().get_metric_history(run.info.run_id, name)]
+        for name in ("val_accuracy", "robust_accuracy")
+    }
+    assert len(history["robust_accuracy"]) == len(history["val_accuracy"])
+    assert opened.best.value == pytest.approx(history["robust_accuracy"][-1])
+    augmented = 2 * np.array(history["robust_accuracy"]) - history["val_accuracy"]
+    np.testing.assert_allclose(
+        augmented * len(loaded.validation), np.rint(augmented * len(loaded.validation)), atol=1e-4
+    )
+    notebook = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1, space="notebook"))
+    assert notebook.best.value == notebook.best.user_attrs["val_accuracy"]
+    assert "robust_accuracy" not in runs.find_run(notebook.best.user_attrs["mlflow_run_id"]).data.metrics
 
 
 def test_timeout_starts_no_trial(store: str, loaded: loading.Data) -> None:

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not browser.CHROMIUM.exists()
 
 SEARCHED = {"decay_rate", "initial_learning_rate", "epochs"}
 SPACE = Space.of("notebook", epochs=Range(1, 4), batch_size=16, initial_learning_rate=Range(1e-4, 1e-3, log=True))
-STUDY = StudyParameters(n_trials=4, pruner="none")
+STUDY = StudyParameters(n_trials=4, pruner="none", space="notebook")
 
 
 @dataclass(frozen=True)

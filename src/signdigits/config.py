@@ -156,7 +156,7 @@ class StudyParameters(Checked):
     space: str = parameter(
         "extended",
         "search space: notebook (initial_learning_rate, decay_rate, epochs) or extended (also decay_steps, batch_size, "
-        "augmentation, dropout, conv_blocks)",
+        "augmentation, photometric, dropout, conv_blocks)",
         choices=("notebook", "extended"),
     )
     n_trials: int = parameter(12, "finished trials that the study has in the end", low=1)
@@ -168,9 +168,10 @@ class StudyParameters(Checked):
     )
     storage: str = parameter("sqlite:///optuna.db", "Optuna's storage, an SQLAlchemy URL")
     objective: str = parameter(
-        "val_accuracy",
-        "metric that the search optimizes, at the last epoch: val_accuracy (maximized) or val_loss (minimized)",
-        choices=("val_accuracy", "val_loss"),
+        "auto",
+        "metric that the search optimizes, at the last epoch: val_accuracy, val_loss (minimized), or robust_accuracy, over "
+        "the validation images and the same augmented; auto: robust_accuracy in the extended space, else val_accuracy",
+        choices=("auto", "val_accuracy", "val_loss", "robust_accuracy"),
     )
     pruner: str = parameter(
         "percentile",
@@ -186,6 +187,13 @@ class StudyParameters(Checked):
     ray_address: str = parameter("", "address of a Ray cluster, such as auto or HOST:6379; empty: this machine")
     cpus_per_trial: int = parameter(0, "CPUs per worker; 0: this machine's, divided by workers", low=0)
     gpus_per_trial: float = parameter(0.0, "GPUs, or fraction of one, per worker", low=0)
+
+    @property
+    def metric(self) -> str:
+        """The metric that the search optimizes."""
+        if self.objective != "auto":
+            return self.objective
+        return "robust_accuracy" if self.space == "extended" else "val_accuracy"
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def plot_drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift"
     return figure
 
 
-def plot_study(study: "optuna.Study", objective: str) -> dict[str, Figure]:
+def plot_study(study: "optuna.Study", metric: str) -> dict[str, Figure]:
     """Return Optuna's plots of a study by name; some need two complete trials."""
     import optuna.visualization.matplotlib as draw
     from optuna.exceptions import ExperimentalWarning
@@ -135,14 +135,14 @@ def plot_study(study: "optuna.Study", objective: str) -> dict[str, Figure]:
         warnings.simplefilter("ignore", ExperimentalWarning)  # so is every matplotlib picture of Optuna's
         warnings.simplefilter("ignore", UserWarning)  # few trials make all importances equal: the picture shows it
         pictures: dict[str, object] = {
-            "optimization_history": draw.plot_optimization_history(study, target_name=objective),
+            "optimization_history": draw.plot_optimization_history(study, target_name=metric),
             "intermediate_values": draw.plot_intermediate_values(study),
         }
         if len(complete) > 1 and searched:
             pictures |= {
-                "param_importances": draw.plot_param_importances(study, target_name=objective),
-                "parallel_coordinate": draw.plot_parallel_coordinate(study, target_name=objective),
-                "slice": draw.plot_slice(study, target_name=objective),
+                "param_importances": draw.plot_param_importances(study, target_name=metric),
+                "parallel_coordinate": draw.plot_parallel_coordinate(study, target_name=metric),
+                "slice": draw.plot_slice(study, target_name=metric),
             }
     return {name: _as_figure(drawn) for name, drawn in pictures.items()}
 

@@ -100,7 +100,7 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     with storage.lock_study(parameters.storage, name):
         study = load_study(name, settings, space, parameters)
         with _study_run(study) as run_id:
-            opened = Search(study, TrialContext(name, run_id, data, space, parameters.objective), parameters)
+            opened = Search(study, TrialContext(name, run_id, data, space, parameters.metric), parameters)
             _describe_study(opened)
             reconcile_stores(study)
             yield opened
@@ -178,7 +178,7 @@ def _describe_study(opened: Search) -> None:
     )
     runs.set_description(
         f"**A study on `{data.parameters.data}`.** Every nested run is a *trial*: the same network trained on "
-        f"{len(data.training)} images with other hyperparameters, judged by `{parameters.objective}` on "
+        f"{len(data.training)} images with other hyperparameters, judged by `{parameters.metric}` on "
         f"{len(data.validation)} others. A run named *refit* is the best trial fitted again on both, scored on "
         f"{len(data.split.testing)} test images that no trial has seen.\n\n{rows}\n"
     )
@@ -186,18 +186,18 @@ def _describe_study(opened: Search) -> None:
 
 def _log_study(opened: Search) -> None:
     """Log the best trial, the counts, the importances and Optuna's plots to the study's run."""
-    study, objective, best = opened.study, opened.parameters.objective, opened.best
+    study, metric, best = opened.study, opened.context.metric, opened.best
     trials = study.get_trials(deepcopy=False)
     for state in TrialState:
         mlflow.log_metric(f"trials_{state.name.lower()}", sum(trial.state == state for trial in trials))
     mlflow.set_tags({"best_trial": best.number, "best_run_id": best.user_attrs["mlflow_run_id"]})
     values = {f"best_{name}": value for name, value in best.params.items()}
-    mlflow.log_metrics({"best_trial": best.number, f"best_{objective}": best.value, **values})
+    mlflow.log_metrics({"best_trial": best.number, f"best_{metric}": best.value, **values})
     mlflow.log_metrics(param_importances(study))
-    for name, figure in plots.plot_study(study, objective).items():
+    for name, figure in plots.plot_study(study, metric).items():
         mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
     mlflow.log_text(tables.to_csv(study.trials_dataframe()), "study/trials.csv")
     log.info(
-        "best: trial %d, %s %.4f with %s", best.number, objective, best.value,
+        "best: trial %d, %s %.4f with %s", best.number, metric, best.value,
         ", ".join(f"{name}={format_value(value)}" for name, value in best.params.items()),
     )  # fmt: skip

@@ -17,30 +17,45 @@ def training_batches(images: Images, batch_size: int, augmentation: Augmentation
 
     An epoch has `steps_per_epoch` batches; the last one may be smaller. The same seed gives the same batches.
     """
+    order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
+    # Steps are counted over all epochs, so that each batch has its own augmentation seed.
+    return _read_batches(order.repeat(), images, augmentation, seed)
+
+
+def validation_batches(images: Images, batch_size: int, chosen: np.ndarray | None = None) -> tf.data.Dataset:
+    """Return all images, or those with the numbers `chosen`, once, in order, not augmented."""
+    numbers = np.arange(len(images)) if chosen is None else chosen
+    return _read_batches(tf.data.Dataset.from_tensor_slices(numbers).batch(batch_size), images)
+
+
+def augmented_validation_batches(images: Images, batch_size: int, augmentation: Augmentation) -> tf.data.Dataset:
+    """Return all images once, in order, augmented in the same way each time."""
+    return _read_batches(tf.data.Dataset.range(len(images)).batch(batch_size), images, augmentation)
+
+
+def steps_per_epoch(images: Images, batch_size: int) -> int:
+    return math.ceil(len(images) / batch_size)
+
+
+def _read_batches(
+    numbers: tf.data.Dataset,
+    images: Images,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008, frozen
+    seed: int = 0,
+) -> tf.data.Dataset:
+    """Read, augment and prefetch the batches with these image numbers."""
     read = _make_reader(images)
 
-    def augmented(x: np.ndarray, step: np.int64) -> np.ndarray:
+    def augment(x: np.ndarray, step: np.int64) -> np.ndarray:
         return augment_batch(x, augmentation, [seed, int(step)])
 
     def batch(step: tf.Tensor, chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x, y = read(chosen)
         if not augmentation:
             return x, y
-        return tf.ensure_shape(tf.numpy_function(augmented, [x, step], x.dtype, stateful=False), x.shape), y
+        return tf.ensure_shape(tf.numpy_function(augment, [x, step], x.dtype, stateful=False), x.shape), y
 
-    order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
-    # Steps are counted over all epochs, so that each batch has its own augmentation seed.
-    return _prefetch_batches(order.repeat().enumerate().map(batch))
-
-
-def validation_batches(images: Images, batch_size: int, chosen: np.ndarray | None = None) -> tf.data.Dataset:
-    """Return all images, or those with the numbers `chosen`, once, in order, not augmented."""
-    numbers = np.arange(len(images)) if chosen is None else chosen
-    return _prefetch_batches(tf.data.Dataset.from_tensor_slices(numbers).batch(batch_size).map(_make_reader(images)))
-
-
-def steps_per_epoch(images: Images, batch_size: int) -> int:
-    return math.ceil(len(images) / batch_size)
+    return _prefetch_batches(numbers.enumerate().map(batch))
 
 
 def _prefetch_batches(batches: tf.data.Dataset) -> tf.data.Dataset:

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 128  # images in a forward pass outside of `fit`: bounds the memory
 
+# Of the validation images that robust_accuracy counts: one yardstick for all trials, whatever they train with.
+VALIDATION_AUGMENTATION = Augmentation(geometric=1.5, horizontal_flip=0.5, photometric=1.0)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -152,6 +155,22 @@ class Validation(keras.callbacks.Callback):
         assert logs is not None
         metrics = self.model.evaluate(self.batches, verbose=0, return_dict=True)
         logs.update({f"val_{name}": value for name, value in metrics.items()})
+
+
+class RobustAccuracy(keras.callbacks.Callback):
+    """Measure `robust_accuracy` after each epoch: over the validation images and as many augmented ones, the same each time.
+
+    Comes after Validation, which measures val_accuracy.
+    """
+
+    def __init__(self, validation: Images) -> None:
+        super().__init__()
+        self.batches = input_pipeline.augmented_validation_batches(validation, CHUNK, VALIDATION_AUGMENTATION)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        assert logs is not None
+        augmented = self.model.evaluate(self.batches, verbose=0, return_dict=True)["accuracy"]
+        logs["robust_accuracy"] = (logs["val_accuracy"] + augmented) / 2
 
 
 class ProgressBar(keras.callbacks.Callback):

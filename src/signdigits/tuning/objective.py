@@ -23,7 +23,7 @@ class TrialContext:
     run_id: str  # of the study, under which the runs of the trials are nested
     data: Data
     space: Space
-    metric: str  # val_accuracy or val_loss
+    metric: str  # val_accuracy, val_loss or robust_accuracy
 
 
 def objective(trial: optuna.Trial, context: TrialContext) -> float:
@@ -34,7 +34,8 @@ def objective(trial: optuna.Trial, context: TrialContext) -> float:
         mlflow.log_params(asdict(hyperparameters))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         pruning = Pruning(trial, context.metric)
-        fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[pruning])
+        callbacks = [*_measure_robustness(context), pruning]
+        fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=callbacks)
         _log_result(trial, fitted, data, pruned=pruning.pruned)
     if pruning.pruned:
         raise optuna.TrialPruned
@@ -55,9 +56,14 @@ def _trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
         raise
 
 
+def _measure_robustness(context: TrialContext) -> list[keras.callbacks.Callback]:
+    """Return the callback that measures robust_accuracy, if the study optimizes it."""
+    return [training.RobustAccuracy(context.data.validation)] if context.metric == "robust_accuracy" else []
+
+
 def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
     """Log the last epoch and the calibration to the trial and its run, and check that MLflow logged the rest."""
-    for metric in ("accuracy", "val_accuracy", "val_loss"):
+    for metric in fitted.history.keys() & {"accuracy", "val_accuracy", "val_loss", "robust_accuracy"}:
         trial.set_user_attr(metric, fitted.last(metric))
     if not pruned:  # a pruned trial is never refitted
         calibration = training.calibrate_network(fitted, data.training, data.validation)

@@ -31,7 +31,7 @@ class SearchProgress:
 
     def line(self, study: optuna.Study, trial: FrozenTrial) -> str:
         """Return a line with the trial's parameters and value, the best value and the time left."""
-        objective, n_trials = self.parameters.objective, self.parameters.n_trials
+        metric, n_trials = self.parameters.metric, self.parameters.n_trials
         trials = study.get_trials(deepcopy=False, states=FINISHED)
         params = "  ".join(f"{name} {format_value(value)}" for name, value in trial.params.items())
         value = f"{trial.value:.4f}" if trial.value is not None else "-"
@@ -40,7 +40,7 @@ class SearchProgress:
         except ValueError:
             best = "no best yet"
         return (
-            f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {objective} {value}  {params}  "
+            f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {metric} {value}  {params}  "
             f"{_trial_seconds(trial):.0f} s;  {best}, about {_format_duration(self.seconds_left(trials))} left"
         )
 

@@ -44,12 +44,16 @@ NOTEBOOK: Mapping[str, Range | Value] = {
 EXTENDED: Mapping[str, Range | Value] = {
     "initial_learning_rate": Range(5e-4, 2e-3, log=True),
     "decay_rate": Range(0.01, 0.2, log=True, start=0.02),
-    "decay_steps": Range(1000, 3000, log=True, start=1500),
+    "decay_steps": Range(2000, 5000, log=True, start=3000),
     "epochs": Range(60, 100, start=80),
-    "batch_size": Range(32, 128, log=True, start=64),
-    "augmentation": Range(0.5, 1.5, start=1.0),
-    "dropout": Range(0.2, 0.6, start=0.4),
-    "conv_blocks": Range(3, 5, start=5),
+    "batch_size": Range(24, 64, log=True, start=32),
+    "augmentation": Range(1.0, 2.0, start=1.4),
+    "horizontal_flip": 0.5,  # for either hand
+    "photometric": Range(0.5, 1.5, start=1.0),
+    "dropout": Range(0.2, 0.5, start=0.3),
+    "conv_blocks": Range(4, 5, start=5),
+    "standardization": "image",
+    "ema_momentum": 0.99,
     "precision": "auto",
 }
 

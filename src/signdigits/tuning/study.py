@@ -35,7 +35,7 @@ def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dic
         "color_mode": data.parameters.color_mode,
         **{name: str(r) for name, r in space.ranges.items()},
         **space.fixed,
-        "objective": parameters.objective,
+        "objective": parameters.metric,
         "pruner": parameters.pruner,
     }
 
@@ -52,7 +52,7 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
     study = optuna.create_study(
         study_name=name,
         storage=backend,
-        direction="maximize" if parameters.objective == "val_accuracy" else "minimize",
+        direction="minimize" if parameters.metric == "val_loss" else "maximize",
         pruner=make_pruner(parameters.pruner, space),
         load_if_exists=True,
     )
