@@ -23,7 +23,8 @@ BRIGHTNESS = (-1.2, 0.4)  # logarithm of the factor
 CONTRAST = (-0.6, 0.2)  # likewise, about the mean
 CAST = 0.15  # likewise, of each channel: white balance
 NOISE = 20  # standard deviation in gray levels, of every second image
-BLUR = 0.012  # standard deviation in sides of the image, of every third image
+SATURATION = (0.0, 1.0)  # of every third image; 0: gray
+BLUR = 0.018  # standard deviation in sides of the image, of every third image
 SHADOW = (-1.2, 0.0)  # logarithm of the factor on one side of a line, of every third image
 SHADOW_EDGE = (0.05, 0.6)  # width of the shadow's edge in sides of the image
 NOISE_FIELDS = 4  # drawn for each batch; drawing one for each image would take longer than everything else
@@ -89,7 +90,7 @@ def warp_image(image: np.ndarray, to: np.ndarray, matrix: np.ndarray) -> None:
 
 
 def _change_light(x: np.ndarray, strength: float, random: np.random.Generator) -> None:
-    """Change brightness, contrast, white balance, shadow, noise and blur of each image of `x`, in place.
+    """Change brightness, contrast, white balance, saturation, shadow, noise and blur of each image of `x`, in place.
 
     In 256 levels also where `x` is grayscale (0 to 1, inverted).
     """
@@ -97,6 +98,7 @@ def _change_light(x: np.ndarray, strength: float, random: np.random.Generator) -
     brightness = np.exp(strength * random.uniform(*BRIGHTNESS, size=(n,)))
     contrast = np.exp(strength * random.uniform(*CONTRAST, size=(n,)))
     cast = np.exp(strength * random.uniform(-CAST, CAST, size=(n, channels)))
+    gray = min(strength, 1) * (1 - random.uniform(*SATURATION, size=(n,))) * (random.random(n) < 1 / 3)
     shadow = strength * random.uniform(*SHADOW, size=(n,)) * (random.random(n) < 1 / 3)
     noise = strength * random.uniform(0, NOISE, size=(n,)) * (random.random(n) < 1 / 2)
     blur = strength * random.uniform(0, BLUR, size=(n,)) * size * (random.random(n) < 1 / 3)
@@ -108,6 +110,8 @@ def _change_light(x: np.ndarray, strength: float, random: np.random.Generator) -
         mean = cv2.mean(seen)[:channels]
         curves = ((levels - mean) * contrast[i] + mean) * brightness[i] * cast[i]
         seen = cv2.LUT(seen, np.clip(np.rint(curves), 0, 255).astype(np.uint8)[:, np.newaxis])
+        if gray[i] > 0 and channels == 3:
+            seen = cv2.transform(seen, (1 - gray[i]) * np.eye(3) + gray[i] / 3)
         if shadow[i] < 0:
             seen = cv2.multiply(seen, _draw_shadow(size, channels, shadow[i], random), dtype=cv2.CV_8U)
         if blur[i] > 0:
