@@ -17,7 +17,7 @@ from benchmarks.measure import Row, temporary_store
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
-from signdigits.model import training
+from signdigits.model import input_pipeline, training
 from signdigits.model.outliers import MAX_REFUSED
 from signdigits.model.training import Fit
 from signdigits.tracking import runs
@@ -42,10 +42,13 @@ def rows(photographs: str) -> list[Row]:
 
 def compare_scores(fitted: Fit, loaded: loading.Data) -> list[Row]:
     """Two rows for each score: AUROC on synthetic pictures, by which one is chosen, and on others."""
-    hands = training.compute_outputs(fitted, loaded.validation)
+    hands = outputs_of(loaded.validation, fitted)
     synthetic = [picture for draw in SYNTHETIC.values() for picture in draw(np.random.default_rng(0))]
     others = [picture for kind in OUTLIER_IMAGES for picture in make_outlier_images(kind)]
-    pictures = {"synthetic pictures": outputs_of(synthetic, fitted), "packages' pictures": outputs_of(others, fitted)}
+    pictures = {
+        "synthetic pictures": outputs_of(as_images(synthetic), fitted),
+        "packages' pictures": outputs_of(as_images(others), fitted),
+    }
     found = []
     for name, score in make_scores(fitted, loaded.training).items():
         inliers = score(*hands)
@@ -62,7 +65,7 @@ def compare_scores(fitted: Fit, loaded: loading.Data) -> list[Row]:
 def make_scores(fitted: Fit, images: loading.Images) -> Mapping[str, Score]:
     """The scores by name; those that need training images are fitted."""
     detector = training.fit_detector(fitted, images)
-    _, known = training.compute_outputs(fitted, images)
+    _, known = outputs_of(images, fitted)
     means = np.stack([known[images.y == label].mean(axis=0) for label in range(images.y.max() + 1)])
     covariance = LedoitWolf(assume_centered=True).fit(known - means[images.y])  # shrunk: some features hardly ever vary
     whitening = np.linalg.cholesky(covariance.precision_)
@@ -78,10 +81,13 @@ def make_scores(fitted: Fit, images: loading.Images) -> Mapping[str, Score]:
     }
 
 
-def outputs_of(pictures: list[Image.Image], fitted: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and features of RGB pictures."""
+def outputs_of(images: loading.Images, fitted: Fit) -> tuple[np.ndarray, np.ndarray]:
+    return training.compute_outputs(fitted, input_pipeline.validation_batches(images, training.CHUNK))
+
+
+def as_images(pictures: list[Image.Image]) -> loading.Images:
     x = np.stack([np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for picture in pictures])
-    return training.compute_outputs(fitted, loading.Images(x, np.zeros(len(x), np.int64)))
+    return loading.Images(x, np.zeros(len(x), np.int64))
 
 
 def noise(random: np.random.Generator) -> list[Image.Image]:

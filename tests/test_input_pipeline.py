@@ -75,7 +75,7 @@ def test_validation_batches_keep_order(loaded: loading.Data, stored: loading.Dat
 
 def test_chosen_validation_images_only() -> None:
     chosen = np.array([7, 2, 5])
-    (x, y), *others = input_pipeline.validation_batches(IMAGES, 5, chosen)
+    (x, y), *others = input_pipeline.validation_batches(IMAGES, 5, chosen=chosen)
     assert not others
     assert isinstance(IMAGES.x, np.ndarray)
     np.testing.assert_array_equal(x.numpy(), IMAGES.x[chosen])
@@ -83,7 +83,7 @@ def test_chosen_validation_images_only() -> None:
 
 
 def test_augmented_validation_is_the_same_each_time() -> None:
-    fed = input_pipeline.augmented_validation_batches(IMAGES, 4, Augmentation(1.0))
+    fed = input_pipeline.validation_batches(IMAGES, 4, Augmentation(1.0))
     first_pass, second_pass = (np.concatenate([x.numpy() for x, _ in fed]) for _ in range(2))
     np.testing.assert_array_equal(first_pass, second_pass)
     assert isinstance(IMAGES.x, np.ndarray)

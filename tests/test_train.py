@@ -148,6 +148,16 @@ def test_averaged_weights_are_kept(store: str, loaded: loading.Data) -> None:
     assert accuracy == pytest.approx(fitted.last("val_accuracy"))
 
 
+@pytest.mark.parametrize("flip", [0.0, 0.5])
+def test_detector_knows_mirror_images_if_trained_on_them(store: str, loaded: loading.Data, flip: float) -> None:
+    fitted = fit(loaded, dataclasses.replace(SHORT, horizontal_flip=flip))
+    detector = training.fit_detector(fitted, loaded.training)
+    assert len(detector.known) == len(loaded.training) * (2 if flip else 1)
+    mirrored = loading.Images(np.asarray(loaded.training.x)[:, :, ::-1], loaded.training.y)
+    _, features = training.compute_outputs(fitted, input_pipeline.validation_batches(mirrored, 16))
+    assert (detector.score(features) < 1e-3).all() == bool(flip)
+
+
 def test_saved_network_has_no_augmentation(store: str, loaded: loading.Data, tmp_path: Path) -> None:
     augmented = dataclasses.replace(SHORT, epochs=1, augmentation=1.0, dropout=0.3)
     run_id = train.train(loaded, augmented)

@@ -101,7 +101,10 @@ def read_orientation(image: Image.Image) -> int:
 
 
 def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray:
-    """Decode `image` if it is not, turn it upright, resize it and convert it to sRGB.
+    """Decode `image` if it is not, turn it upright, resize it, centre it on a square and convert it to sRGB.
+
+    The square is filled by repeating the border of an image that is not square: cropping could cut off the hand, and
+    squeezing distorts it (docs/data.md has the accuracies).
 
     Returns, for color_mode "rgb", uint8 of shape (image_size, image_size, 3), 0 to 255; for "grayscale",
     float32 of shape (image_size, image_size, 1), inverted: 1 - x/255, 0 for white. The notebook's grayscale
@@ -113,11 +116,7 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     profile = _find_profile(image)
     mode = "RGB" if color_mode == "rgb" or profile else "L"
     try:
-        resized = (
-            _flatten_on_white(_apply_orientation(image))
-            .convert(mode)
-            .resize((image_size, image_size), Image.Resampling.BILINEAR)
-        )
+        resized = _resize(_flatten_on_white(_apply_orientation(image)).convert(mode), image_size)
         if profile:
             resized = _convert_to_srgb(resized, profile)
     except ImageError:
@@ -125,8 +124,25 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     except Exception as error:  # Pillow raises many types here too
         raise ImageError(f"cannot be converted ({error})") from error
     if color_mode == "rgb":
-        return np.array(resized)
-    return (1 - np.asarray(resized.convert("L"), np.float32) / 255)[..., np.newaxis]
+        return _pad_to_square(np.array(resized))
+    return (1 - _pad_to_square(np.array(resized.convert("L"))).astype(np.float32) / 255)[..., np.newaxis]
+
+
+def _resize(image: Image.Image, image_size: int) -> Image.Image:
+    """Resize the longer side to `image_size` pixels, and keep the proportions."""
+    scale = image_size / max(image.size)
+    width, height = (max(1, round(scale * side)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _pad_to_square(pixels: np.ndarray) -> np.ndarray:
+    """Centre an image, of shape (height, width, ...), on a square, and repeat its border."""
+    height, width = pixels.shape[:2]
+    if height == width:
+        return pixels
+    missing = [max(height, width) - side for side in (height, width)]
+    sides = [(count // 2, count - count // 2) for count in missing]
+    return np.pad(pixels, [*sides, *[(0, 0)] * (pixels.ndim - 2)], "edge")
 
 
 def _find_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:

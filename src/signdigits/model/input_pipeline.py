@@ -10,6 +10,7 @@ from signdigits.data.loading import Images
 from signdigits.model.augmentation import Augmentation, augment_batch
 
 PREFETCH = 2  # batches
+NONE = Augmentation()
 
 
 def training_batches(images: Images, batch_size: int, augmentation: Augmentation, seed: int) -> tf.data.Dataset:
@@ -22,27 +23,19 @@ def training_batches(images: Images, batch_size: int, augmentation: Augmentation
     return _read_batches(order.repeat(), images, augmentation, seed)
 
 
-def validation_batches(images: Images, batch_size: int, chosen: np.ndarray | None = None) -> tf.data.Dataset:
-    """Return all images, or those with the numbers `chosen`, once, in order, not augmented."""
+def validation_batches(
+    images: Images, batch_size: int, augmentation: Augmentation = NONE, chosen: np.ndarray | None = None
+) -> tf.data.Dataset:
+    """Return all images, or those with the numbers `chosen`, once, in order, augmented in the same way each time."""
     numbers = np.arange(len(images)) if chosen is None else chosen
-    return _read_batches(tf.data.Dataset.from_tensor_slices(numbers).batch(batch_size), images)
-
-
-def augmented_validation_batches(images: Images, batch_size: int, augmentation: Augmentation) -> tf.data.Dataset:
-    """Return all images once, in order, augmented in the same way each time."""
-    return _read_batches(tf.data.Dataset.range(len(images)).batch(batch_size), images, augmentation)
+    return _read_batches(tf.data.Dataset.from_tensor_slices(numbers).batch(batch_size), images, augmentation, seed=0)
 
 
 def steps_per_epoch(images: Images, batch_size: int) -> int:
     return math.ceil(len(images) / batch_size)
 
 
-def _read_batches(
-    numbers: tf.data.Dataset,
-    images: Images,
-    augmentation: Augmentation = Augmentation(),  # noqa: B008, frozen
-    seed: int = 0,
-) -> tf.data.Dataset:
+def _read_batches(numbers: tf.data.Dataset, images: Images, augmentation: Augmentation, seed: int) -> tf.data.Dataset:
     """Read, augment and prefetch the batches with these image numbers."""
     read = _make_reader(images)
 

@@ -10,6 +10,7 @@ import keras
 import mlflow
 import mlflow.tensorflow
 import numpy as np
+import tensorflow as tf
 from tqdm import tqdm
 
 from signdigits import plots
@@ -105,22 +106,28 @@ def fit_network(
 def calibrate_network(fitted: Fit, training: Images, validation: Images) -> Calibration:
     """Fit the temperature on validation images; the outlier detector on training images, its threshold on validation images."""
     detector = fit_detector(fitted, training)
-    logits, features = compute_outputs(fitted, validation)
+    logits, features = compute_outputs(fitted, input_pipeline.validation_batches(validation, CHUNK))
     temperature = calibration.fit_temperature(logits, validation.y)
     return Calibration(temperature, detector.with_threshold(detector.find_threshold(features)))
 
 
 def fit_detector(fitted: Fit, training: Images) -> Detector:
-    """Fit the outlier detector to the features of training images: all, or MAX_KNOWN that lie evenly among them."""
+    """Fit the outlier detector to the features of training images: all, or MAX_KNOWN that lie evenly among them.
+
+    And to those of their mirror images, if the network was trained on mirror images.
+    """
     chosen = np.linspace(0, len(training) - 1, min(len(training), MAX_KNOWN)).round().astype(int)
-    _, features = compute_outputs(fitted, training, chosen)
-    return Detector.fit(features)
+    mirrored = [Augmentation(horizontal_flip=1.0)] if fitted.hyperparameters.horizontal_flip else []
+    known = [
+        compute_outputs(fitted, input_pipeline.validation_batches(training, CHUNK, augmentation, chosen))[1]
+        for augmentation in (Augmentation(), *mirrored)
+    ]
+    return Detector.fit(np.concatenate(known))
 
 
-def compute_outputs(fitted: Fit, images: Images, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits, of shape (n, classes), and features, of shape (n, features), of the images, or of those `chosen`."""
+def compute_outputs(fitted: Fit, batches: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits, of shape (n, classes), and features, of shape (n, features), of all images of the batches."""
     model = architecture.with_features(fitted.network)
-    batches = input_pipeline.validation_batches(images, CHUNK, chosen)
     outputs = np.concatenate([np.asarray(model(x, training=False)) for x, _ in batches])
     logits, features = np.split(outputs, [fitted.network.output_shape[-1]], axis=1)
     return logits, features
@@ -165,7 +172,7 @@ class RobustAccuracy(keras.callbacks.Callback):
 
     def __init__(self, validation: Images) -> None:
         super().__init__()
-        self.batches = input_pipeline.augmented_validation_batches(validation, CHUNK, VALIDATION_AUGMENTATION)
+        self.batches = input_pipeline.validation_batches(validation, CHUNK, VALIDATION_AUGMENTATION)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert logs is not None
