@@ -29,7 +29,7 @@ def rows(photographs: str) -> list[Row]:
         "notebook": notebooks_epoch(loaded.dataset.folder),
         "float32": epoch(images, "float32"),
         "auto": epoch(images, auto),
-        "augmented": epoch(images, auto, augmentation=1.0),
+        "augmented": epoch(images, auto, Augmentation(geometric=1.4, horizontal_flip=0.5, photometric=1.0)),
         "float32 limit": product("float32"),
         "auto limit": product(auto.removeprefix("mixed_")),
         "float32 kernels": convolutions("float32"),
@@ -96,11 +96,15 @@ def notebooks_epoch(folder: Path) -> Callable[[], object]:
     return lambda: network.fit(batches, epochs=1, verbose=0)
 
 
-def epoch(images: loading.Images, precision: str, augmentation: float = 0.0) -> Callable[[], object]:
+def epoch(
+    images: loading.Images,
+    precision: str,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008, frozen
+) -> Callable[[], object]:
     """This project's epoch, one a call."""
     network = architecture.build_network((100, 100, 3), 10, precision=precision)
     architecture.compile_network(network, Hyperparameters())
-    batches = input_pipeline.training_batches(images, BATCH, Augmentation(augmentation), seed=0)
+    batches = input_pipeline.training_batches(images, BATCH, augmentation, seed=0)
     steps = input_pipeline.steps_per_epoch(images, BATCH)
     return lambda: network.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
 

@@ -150,12 +150,14 @@ def _score_robustness(scorer: Scorer, dataset: Dataset, table: pd.DataFrame, tem
 def _describe_corruption(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> dict[str, float]:
     scores = compute_scores(table, class_names, temperature)
     wrong = table[table["label"] != table["prediction"]]
+    outliers = {"outliers": float(table["is_outlier"].mean())} if "is_outlier" in table else {}
     return {
         "accuracy": scores.test_accuracy,
         "accuracy_low": scores.test_accuracy_low,
         "accuracy_high": scores.test_accuracy_high,
         "ece": scores.test_ece,
         "probability_if_wrong": float(wrong["probability"].mean()),
+        **outliers,
     }
 
 
