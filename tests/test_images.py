@@ -6,7 +6,7 @@ import pillow_heif
 import pytest
 from PIL import Image, ImageCms
 
-from signdigits.data.images import ImageError, decode_image, load_image, open_image, to_array
+from signdigits.data.images import ImageError, count_pixels, decode_image, load_image, open_image, to_array
 
 pillow_heif.register_heif_opener()
 
@@ -189,6 +189,15 @@ def test_large_jpeg_is_decoded_at_a_fraction() -> None:
     whole = Image.open(io.BytesIO(content)).resize((100, 67), Image.Resampling.BILINEAR)
     difference = np.abs(to_array(image, 100, "rgb")[16:83].astype(int) - np.asarray(whole))
     assert difference.mean() < 1
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(199, 300), (200, 401), (400, 401), (801, 1203), (1603, 1700), (3000, 5001)])
+def test_pixels_are_counted_before_decoding(size: tuple[int, int], format_: str) -> None:
+    image = open_image(encode(Image.new("RGB", size), format_))
+    count = count_pixels(image, 100)
+    load_image(image, 100)
+    assert count == image.width * image.height
 
 
 @pytest.mark.parametrize("size", [100, 199])

@@ -183,6 +183,7 @@ def test_thousand_photographs_keep_order(served: Served) -> None:
 
 
 GOOD = text(encode(Image.new("RGB", (20, 20)), "PNG"))
+WIDE = text(encode(Image.new("1", (10_000, 9_000)), "PNG"))
 LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3700, 3700, 3), np.uint8))  # 41.1 MB as PNG
 
 
@@ -200,6 +201,8 @@ LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3700, 3700, 3
         (records(text(encode(Image.new("RGB", (9, 9)), "PPM"))), "row 0: format PPM is not one of AVIF, BMP, GIF"),
         (records(text(encode(Image.new("1", (11000, 11000)), "PNG"))), "row 0: 11000x11000 pixels are more than"),
         (records(text(encode(Image.new("1", (20000, 20000)), "PNG"))), "row 0: not a readable image"),
+        (records(WIDE, WIDE, GOOD, WIDE), "270,000,400 pixels in 4 rows are more than the 240,000,000 allowed"),
+        (records(*[GOOD] * 1001), "1001 rows are more than the 1000 allowed"),
         (records(text(encode(LARGE, "PNG"))), "row 0: more than the 40,000,000 bytes allowed"),
         ({"dataframe_records": []}, "Model is missing inputs ['image']"),
         ({"dataframe_split": {"columns": ["image"], "data": []}}, "no rows: send one photograph or more"),

@@ -4,6 +4,7 @@ This file is packaged with each model, and therefore imports only Pillow, pillow
 """
 
 import io
+import math
 import warnings
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def open_image(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
     return image
+
+
+def count_pixels(image: Image.Image, image_size: int) -> int:
+    """Return the number of pixels that `load_image` decodes of an opened image."""
+    width, height = image.size
+    if image.format not in ("JPEG", "MPO"):
+        return width * height
+    possible = min(image.size) // (2 * image_size)
+    scale = max((scale for scale in (8, 4, 2) if scale <= possible), default=1)
+    return math.ceil(width / scale) * math.ceil(height / scale)
 
 
 def load_image(image: Image.Image, image_size: int) -> None:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -30,8 +30,15 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 # to itself. An interpreter takes 8 MB.
 INTERPRETERS = 2
 
+# Of a request. All pixels count that must be decoded: of a JPEG, which is decoded at a smaller scale, few.
+MAX_ROWS = 1000
+MAX_REQUEST_PIXELS = 240_000_000  # twice those of the largest photograph; 64 of a telephone's JPEGs are 12,000,000
+
 GRID = 10  # cells on a side of an occlusion map
 MAX_EXPLAINED = 16  # rows of a request with `explain`: each takes GRID * GRID passes through the network
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,24 @@ class SignDigits(PythonModel):
 
         An outlier, with a score above 1, resembles none of the training images; its label says nothing. With the parameter
         `explain` each row also has an `explanation`, its occlusion map. Raises MlflowException (HTTP 400), naming each row
-        at fault, if a row is not a usable photograph.
+        at fault, if a row is not a usable photograph, or if there are more rows than MAX_ROWS or more pixels than
+        MAX_REQUEST_PIXELS; before any is decoded.
         """
         explain = bool((params or {}).get("explain"))
         if not len(model_input):
             raise _bad_request("no rows: send one photograph or more in the column 'image'")
         if explain and len(model_input) > MAX_EXPLAINED:
             raise _bad_request(f"{len(model_input)} rows are more than the {MAX_EXPLAINED} allowed with explain=true")
-        values = model_input["image"].tolist()
-        map_rows = self.threads.map if len(values) > 1 else map  # a single row needs no thread
-        decoded = _require_decoded(map_rows(self.infer, values))
+        if len(model_input) > MAX_ROWS:
+            raise _bad_request(f"{len(model_input)} rows are more than the {MAX_ROWS} allowed; send several requests")
+        opened = _require_usable(map(self.open, model_input["image"].tolist()))
+        pixels = sum(self.images.count_pixels(image, self.image_size) for image in opened)
+        if pixels > MAX_REQUEST_PIXELS and len(opened) > 1:
+            raise _bad_request(
+                f"{pixels:,} pixels in {len(opened)} rows are more than the {MAX_REQUEST_PIXELS:,} allowed; send several requests"
+            )
+        map_rows = self.threads.map if len(opened) > 1 else map  # a single row needs no thread
+        decoded = _require_usable(map_rows(self.infer, opened))
         probabilities = softmax(np.array([photograph.logits for photograph in decoded], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
         scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
@@ -134,13 +149,19 @@ class SignDigits(PythonModel):
         rows: list[list[float]] = lost.reshape(GRID, GRID).tolist()
         return rows
 
-    def infer(self, value: Any) -> "Decoded | str":
-        """Decode a photograph and compute its logits, or return the reason for which it is unusable."""
+    def open(self, value: Any) -> Any:
+        """Read the header of a photograph; return the image, or the reason for which it is unusable."""
         try:
-            image = self.images.open_image(to_bytes(value))
-            size = image.size
-            pixels = self.images.to_array(image, self.image_size, self.color_mode).astype(np.float32)
+            return self.images.open_image(to_bytes(value))
         except ValueError as error:  # ImageError among them
+            return str(error)
+
+    def infer(self, image: Any) -> "Decoded | str":
+        """Decode an opened image and compute its logits and features, or return the reason for which it is unusable."""
+        size = image.size
+        try:
+            pixels = self.images.to_array(image, self.image_size, self.color_mode).astype(np.float32)
+        except ValueError as error:
             return str(error)
         logits, features = np.split(self.run(pixels), [len(self.class_names)])
         return Decoded(size, pixels, logits, features)
@@ -154,13 +175,13 @@ class SignDigits(PythonModel):
             self.interpreters.put(interpreter)
 
 
-def _require_decoded(results: Iterable[Decoded | str]) -> list[Decoded]:
-    """Return the decoded rows. Raises MlflowException, with the first ten reasons, if a row is unusable."""
+def _require_usable(results: Iterable[T | str]) -> list[T]:
+    """Return the usable rows. Raises MlflowException, with the first ten reasons, if one is not."""
     rows = list(results)
     problems = [f"row {number}: {row}" for number, row in enumerate(rows) if isinstance(row, str)]
     if problems:
         raise _bad_request("; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else ""))
-    return [row for row in rows if isinstance(row, Decoded)]
+    return [row for row in rows if not isinstance(row, str)]
 
 
 def _run_network(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
