@@ -69,4 +69,4 @@ def into_tables(found: BatchInput, parameters: PredictParameters, target: Path) 
     with lock_output(target, job) as output:
         chunks = predict.split_into_chunks(found)
         predict.score_missing(output, chunks, served, parameters)
-        output.assemble(len(chunks))
+        output.write_tables(len(chunks))

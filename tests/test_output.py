@@ -15,9 +15,9 @@ ROWS = pd.DataFrame({"path": ["a", "b"], "label": ["1", None], "probability": [0
 
 def test_tables_keep_part_order(tmp_path: Path) -> None:
     with lock_output(tmp_path / "out", JOB) as output:
-        output.keep(1, ROWS.assign(path=["c", "d"]))
-        output.keep(0, ROWS)
-        output.assemble(2)
+        output.write_part(1, ROWS.assign(path=["c", "d"]))
+        output.write_part(0, ROWS)
+        output.write_tables(2)
     parquet, csv = output.tables
     assert pd.read_parquet(parquet)["path"].tolist() == ["a", "b", "c", "d"]
     assert csv.read_text() == "path,label,probability,reason\na,1,0.9,\nb,,,empty\nc,1,0.9,\nd,,,empty\n"
@@ -25,8 +25,8 @@ def test_tables_keep_part_order(tmp_path: Path) -> None:
 
 def test_unreadable_part_keeps_schema(tmp_path: Path) -> None:
     with lock_output(tmp_path, JOB) as output:
-        output.keep(0, ROWS[1:])
-        output.keep(1, ROWS[:1])
+        output.write_part(0, ROWS[1:])
+        output.write_part(1, ROWS[:1])
     assert pq.read_schema(output.part(0)).equals(pq.read_schema(output.part(1)))
 
 
@@ -42,7 +42,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with parts.lock_output(Path({str(tmp_path)!r}), parts.BatchJob("m-1", "1", "some", "digest", 4)) as output:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:
-        output.keep(0, pd.DataFrame({{"path": [f"{{n}} {{n ** 7}}" for n in range(10000)]}}))
+        output.write_part(0, pd.DataFrame({{"path": [f"{{n}} {{n ** 7}}" for n in range(10000)]}}))
     except OutputError as error:
         print(error)
 """

@@ -185,8 +185,8 @@ def test_finished_parts_are_kept(champion: str, photographs: Path, tmp_path: Pat
     rows = tables()[0]
     job = find_job(Path("out"))
     assert job is not None
-    output = Output(Path("out"), job).note(finished=False)
-    output.keep(0, rows[:256].assign(label="from before"))
+    output = Output(Path("out"), job).update_job(finished=False)
+    output.write_part(0, rows[:256].assign(label="from before"))
     for table in output.tables:
         table.unlink()
     read(folder)
@@ -226,7 +226,7 @@ def test_other_version_is_named(champion: str, photographs: Path) -> None:
     read(photographs)
     job = find_job(Path("out"))
     assert job is not None
-    Output(Path("out"), job).note(model="m-other", version="7")
+    Output(Path("out"), job).update_job(model="m-other", version="7")
     with pytest.raises(
         OutputError, match=r"started with version 7, not 1 \(--model_uri models:/m-other continues it\)"
     ):

@@ -54,7 +54,7 @@ def predict(parameters: PredictParameters) -> Output:
             log.info("already finished, in run %s; the tables: %s and %s", output.job.run_id, *output.tables)
         else:
             output = _score_job(output, photographs, model, parameters)
-        output.clear()
+        output.remove_parts()
         return output
 
 
@@ -63,7 +63,7 @@ def _score_job(output: Output, photographs: BatchInput, model: LoggedModel, para
     tags = {"model_id": model.model_id, "model_version": job.version, "images_digest": job.digest}
     name = f"predict {photographs.name} with version {job.version}"
     with runs.start_run("predict", name, run_id=job.run_id or None, tags=tags) as run:
-        output = output.note(run_id=run.info.run_id)
+        output = output.update_job(run_id=run.info.run_id)
         runs.log_params(asdict(parameters))
         mlflow.log_input(
             MetaDataset(LocalArtifactDatasetSource(str(photographs.folder)), photographs.name, job.digest), "prediction"
@@ -72,9 +72,9 @@ def _score_job(output: Output, photographs: BatchInput, model: LoggedModel, para
         started = time.monotonic()
         scored = score_missing(output, chunks, model, parameters)
         seconds = time.monotonic() - started
-        output.assemble(len(chunks))
+        output.write_tables(len(chunks))
         _log_summary(output, photographs, scored, seconds)
-    return output.note(finished=True)
+    return output.update_job(finished=True)
 
 
 def split_into_chunks(photographs: BatchInput) -> list[Chunk]:
@@ -95,7 +95,7 @@ def score_missing(output: Output, chunks: Sequence[Chunk], model: LoggedModel, p
     logged = started = time.monotonic()
     with tqdm(total=n_total, initial=n_total - n_left, unit=" images", disable=None) as bar:
         for chunk, rows in scoring.score_chunks(model_folder, missing, parameters):
-            output.keep(chunk.number, rows.assign(model_version=output.job.version)[_order_columns(rows)])
+            output.write_part(chunk.number, rows.assign(model_version=output.job.version)[_order_columns(rows)])
             bar.update(len(rows))
             n_left -= len(rows)
             if bar.disable and time.monotonic() - logged > PROGRESS_INTERVAL:

@@ -60,7 +60,7 @@ class Output:
     def part(self, number: int) -> Path:
         return self.folder / "parts" / f"{number:06d}.parquet"
 
-    def note(self, **changes: str | bool) -> "Output":
+    def update_job(self, **changes: str | bool) -> "Output":
         """Write changes of the job to disk, and return the changed output."""
         job = replace(self.job, **changes)  # type: ignore[arg-type]
         _write_atomically(
@@ -68,20 +68,20 @@ class Output:
         )
         return replace(self, job=job)
 
-    def keep(self, number: int, rows: pd.DataFrame) -> None:
+    def write_part(self, number: int, rows: pd.DataFrame) -> None:
         """Write the rows of a chunk."""
         self.part(number).parent.mkdir(exist_ok=True)
         table = pa.Table.from_pandas(rows, _schema_of(rows.columns.tolist()), preserve_index=False)
         _write_atomically(self.part(number), lambda path: pq.write_table(table, path))
 
-    def assemble(self, count: int) -> None:
+    def write_tables(self, count: int) -> None:
         """Write both tables from `count` parts, with one part in memory at a time."""
         parts = [self.part(number) for number in range(count)]
         parquet, csv = self.tables
         _write_atomically(parquet, lambda path: _join_parquet(parts, path))
         _write_atomically(csv, lambda path: _join_csv(parts, path))
 
-    def clear(self) -> None:
+    def remove_parts(self) -> None:
         """Remove the parts."""
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 

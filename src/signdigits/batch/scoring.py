@@ -164,7 +164,7 @@ def _score_on_workers(
         raise
     except RayError as error:
         raise ClusterError(
-            f"the workers keep dying ({str(error).splitlines()[0]}); run the same command to continue"
+            f"workers={workers}: they keep dying ({str(error).splitlines()[0]}); run the same command to continue, perhaps with fewer"
         ) from error
 
 

@@ -79,7 +79,10 @@ def download_sign_language_digits(
         photographs = next(extracted.glob("*/Dataset"), None)
         checksum = folder_digest(photographs) if photographs else "no folder Dataset"
         if photographs is None or checksum != digest:
-            raise DownloadError(f"{url}: the archive holds other files than expected (digest {checksum}, not {digest})")
+            raise DownloadError(
+                f"{url}: the archive holds other files than expected (digest {checksum}, not {digest}); pass --data a folder "
+                "of class folders"
+            )
         _move_up(photographs, folder)
     return target
 
