@@ -21,11 +21,10 @@ from benchmarks.load import Load, until
 from benchmarks.measure import Row, in_turns, temporary_store
 from benchmarks.saturation import memory, saturate
 from benchmarks.untrained import log_untrained
-from signdigits.config import DataParameters
+from signdigits.config import MODEL_NAME, DataParameters
 from signdigits.data import loading
 from signdigits.serving import processes
 from signdigits.serving.options import ServeParameters
-from signdigits.tracking import registry
 
 PROCESSES = 2
 LONGEST = 300.0  # seconds that anything may take
@@ -78,12 +77,12 @@ def rows(
 def register_model(loaded: loading.Data) -> str:
     """An untrained network as the next version, and its address."""
     uri: str = log_untrained(loaded).model_uri
-    mlflow.register_model(uri, registry.REGISTERED_MODEL)
+    mlflow.register_model(uri, MODEL_NAME)
     return uri
 
 
 def move(version: int) -> None:
-    mlflow.MlflowClient().set_registered_model_alias(registry.REGISTERED_MODEL, "champion", str(version))
+    mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "champion", str(version))
 
 
 @contextlib.contextmanager

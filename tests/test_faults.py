@@ -17,6 +17,7 @@ from PIL import Image
 
 from signdigits import cli, evaluate, main, register, search, train
 from signdigits.config import (
+    MODEL_NAME,
     DataParameters,
     Hyperparameters,
     ModelParameters,
@@ -162,14 +163,14 @@ def test_deleted_alias_names_remedy(
     asked = RegistryParameters(alias=alias)
     main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, asked)
     client = mlflow.MlflowClient()
-    client.delete_registered_model_alias(registry.REGISTERED_MODEL, alias)
+    client.delete_registered_model_alias(MODEL_NAME, alias)
     with caplog.at_level("INFO", "signdigits"):
         main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONCE, asked)
     remedy = f"python -m signdigits register --version 1 --alias {alias}"
     assert f"version 1, no alias; it was {alias}, and `{remedy}` assigns it again" in caplog.text
-    assert remedy in registry.missing_alias(alias)
+    assert remedy in registry.missing_alias(MODEL_NAME, alias)
     register.register(ModelParameters(), VersionParameters(version=1, alias=alias))
-    assert registry.list_aliases("1") == [alias]
+    assert registry.list_aliases(MODEL_NAME, "1") == [alias]
 
 
 @pytest.mark.parametrize(

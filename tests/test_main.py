@@ -17,10 +17,16 @@ import pytest
 from mlflow.entities import Run
 
 from signdigits import main, register
-from signdigits.config import ModelParameters, RefitParameters, RegistryParameters, StudyParameters, VersionParameters
+from signdigits.config import (
+    MODEL_NAME,
+    ModelParameters,
+    RefitParameters,
+    RegistryParameters,
+    StudyParameters,
+    VersionParameters,
+)
 from signdigits.data import loading
 from signdigits.model import training
-from signdigits.tracking import registry
 from signdigits.tuning.space import Range, Space
 
 from .conftest import PROJECT, serving
@@ -61,7 +67,7 @@ def test_mlflow_run_produces_served_champion(store: str, loaded: loading.Data, t
             assert run.data.tags["mlflow.parentRunId"] == study.info.run_id
             assert {"initial_learning_rate", "decay_rate", "epochs"} <= set(run.data.params)
             assert float(run.data.params["initial_learning_rate"]) > 0
-    champion = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, "champion")
+    champion = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion")
     expected = {
         "study",
         "trial",
@@ -135,7 +141,7 @@ def test_first_seed_is_registered(store: str, loaded: loading.Data) -> None:
     (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
     assert study.data.metrics["test_accuracy_mean"] == pytest.approx(np.mean(accuracies))
     assert study.data.metrics["test_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
-    champion = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, "champion")
+    champion = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion")
     assert champion.tags["seed"] == "1337"
     assert float(champion.tags["test_accuracy_mean"]) == pytest.approx(np.mean(accuracies))
 
@@ -148,7 +154,7 @@ def test_second_start_keeps_rollback(store: str, loaded: loading.Data) -> None:
     register.register(ModelParameters(), VersionParameters(version=1))
     again = main.main(loaded, SPACE, other, once, RegistryParameters(force=True))
     assert (again.version, again.alias) == ("2", "champion"), "what was decided then"
-    champion = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, "champion")
+    champion = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion")
     assert str(champion.version) == "1"
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import mlflow
 import pytest
 
+from signdigits.config import MODEL_NAME
 from signdigits.data import loading
 from signdigits.errors import ParameterError, ServingError
 from signdigits.serving import nginx, supervisor
@@ -84,7 +85,7 @@ class Model:
 def model(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Model]:
     folder = tmp_path_factory.mktemp("front")
     with store_like(champion_store, folder), tempfile.TemporaryDirectory() as home:
-        version = mlflow.MlflowClient().get_model_version_by_alias(registry.REGISTERED_MODEL, registry.CHAMPION)
+        version = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, registry.CHAMPION)
         nginx.make_home(Path(home))
         answering = WorkerPool("blue", version, ServeParameters(), Path(home))
         try:

@@ -20,6 +20,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from signdigits.config import MODEL_NAME
 from signdigits.data import loading
 from signdigits.tracking import registry
 
@@ -46,7 +47,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     with store_like(champion_store, folder) as store:
-        model_uri = f"models:/{registry.REGISTERED_MODEL}@{registry.CHAMPION}"
+        model_uri = f"models:/{MODEL_NAME}@{registry.CHAMPION}"
         with serving(model_uri, folder / "server.log") as url:
             yield Served(model_uri, store, url, loaded)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +9,12 @@ import pytest
 from mlflow.entities import LoggedModel
 
 from signdigits import register
-from signdigits.config import ModelParameters, RegistryParameters, VersionParameters
+from signdigits.config import MODEL_NAME, ModelParameters, RegistryParameters, VersionParameters
 from signdigits.errors import ModelError, ParameterError
-from signdigits.tracking import registry, runs
+from signdigits.tracking import runs
 
 pytestmark = pytest.mark.slow
 
-NAME = registry.REGISTERED_MODEL
 Log = Callable[..., LoggedModel]
 
 
@@ -34,12 +34,12 @@ def promote(model: LoggedModel, **rules: Any) -> register.Decision:
 
 
 def aliases() -> dict[str, str]:
-    found = mlflow.MlflowClient().get_registered_model(NAME).aliases
+    found = mlflow.MlflowClient().get_registered_model(MODEL_NAME).aliases
     return {alias: str(version) for alias, version in found.items()}
 
 
 def version_tags(version: str) -> dict[str, str]:
-    return dict(mlflow.MlflowClient().get_model_version(NAME, version).tags)
+    return dict(mlflow.MlflowClient().get_model_version(MODEL_NAME, version).tags)
 
 
 def test_first_model_becomes_champion(store: str, log_model: Log) -> None:
@@ -102,7 +102,7 @@ def test_missing_predictions_name_remedy(store: str, log_model: Log) -> None:
     champion = scored(log_model, 6)
     promote(champion)
     other = scored(log_model, 12)
-    mlflow.MlflowClient().set_model_version_tag(NAME, "1", "test_run_id", "0" * 32)
+    mlflow.MlflowClient().set_model_version_tag(MODEL_NAME, "1", "test_run_id", "0" * 32)
     with pytest.raises(ModelError, match=r"evaluate it again \(python -m signdigits evaluate --model_uri models:/m-"):
         promote(other)
     assert aliases() == {"champion": "1"}
@@ -111,7 +111,7 @@ def test_missing_predictions_name_remedy(store: str, log_model: Log) -> None:
 def test_registering_twice_makes_one_version(store: str, log_model: Log) -> None:
     model = scored(log_model, 8)
     assert promote(model).version == promote(model).version == "1"
-    assert len(mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")) == 1
+    assert len(mlflow.MlflowClient().search_model_versions(f"name = '{MODEL_NAME}'")) == 1
 
 
 def test_rollback_is_recorded(store: str, log_model: Log) -> None:
@@ -170,6 +170,31 @@ def test_invalid_alias_is_refused(alias: str) -> None:
 
 def test_show_prints_the_champion(store: str, log_model: Log) -> None:
     with pytest.raises(ModelError, match=r"has no champion in .*; run scripts/quickstart"):
-        register.describe_champion()
+        register.describe_champion(MODEL_NAME)
     promote(scored(log_model, 9))
-    assert register.describe_champion() == "sign-digits version 1, champion: test accuracy 0.7500 on 12 images of bars"
+    assert (
+        register.describe_champion(MODEL_NAME)
+        == "sign-digits version 1, champion: test accuracy 0.7500 on 12 images of bars"
+    )
+
+
+@pytest.mark.parametrize("name", ["my-hands", "Ann's hands", 'the "best"'])
+def test_names_have_champions_of_their_own(store: str, log_model: Log, name: str) -> None:
+    """The better model of one name is no rival of another name's champion."""
+    promote(scored(log_model, 6))
+    model = scored(log_model, 12, test_digest="other")
+    decision = promote(model, model_name=name)
+    assert (decision.model_name, decision.version, decision.alias) == (name, "1", "champion")
+    assert aliases() == {"champion": "1"}
+    assert register.previous_decision(name, model) == dataclasses.replace(decision, previous="")
+    assert register.previous_decision(MODEL_NAME, model) is None
+    assert register.describe_champion(name).startswith(f"{name} version 1, champion: test accuracy 1.0000")
+    moved = register.register(ModelParameters(), VersionParameters(model_name=name, version=1, alias="best"))
+    assert set(mlflow.MlflowClient().get_registered_model(name).aliases) == {"champion", "best"}
+    assert "--model_name" in register.describe_standing(dataclasses.replace(moved, alias="gone"))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", "a@b"])
+def test_invalid_name_is_refused(name: str) -> None:
+    with pytest.raises(ParameterError, match=f"model_name='{name}': must be up to 200 characters"):
+        VersionParameters(model_name=name)

@@ -26,12 +26,11 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
 from signdigits import serve, train
-from signdigits.config import Hyperparameters
+from signdigits.config import MODEL_NAME, Hyperparameters
 from signdigits.data import loading
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.supervisor import REASON, STATE, Supervisor, is_listening
 from signdigits.tracking import registry as tracking_registry
-from signdigits.tracking.registry import REGISTERED_MODEL
 
 from .conftest import free_port, store_like, wait_until
 
@@ -81,7 +80,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, emp
         for seed in (1, 2):
             chosen = Hyperparameters(epochs=1, batch_size=8, initial_learning_rate=0.003, seed=seed)
             output = mlflow.get_run(train.train(loaded, chosen)).outputs.model_outputs[0]
-            mlflow.register_model(f"models:/{output.model_id}", REGISTERED_MODEL)
+            mlflow.register_model(f"models:/{output.model_id}", MODEL_NAME)
         for code in (RAISES, DOES_NOT_START):
             register_broken(folder, code)
         photograph = next(loaded.dataset.folder.rglob("*.JPG")).read_bytes()
@@ -100,15 +99,15 @@ def register_broken(folder: Path, code: str) -> None:
             input_example=pd.DataFrame({"image": ["five"]}),
             pip_requirements=["mlflow"],
         )
-    mlflow.register_model(info.model_uri, REGISTERED_MODEL)
+    mlflow.register_model(info.model_uri, MODEL_NAME)
 
 
 def move(version: int) -> None:
-    mlflow.MlflowClient().set_registered_model_alias(REGISTERED_MODEL, "champion", str(version))
+    mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "champion", str(version))
 
 
 def tags(version: int) -> dict[str, str]:
-    return dict(mlflow.MlflowClient().get_model_version(REGISTERED_MODEL, str(version)).tags)
+    return dict(mlflow.MlflowClient().get_model_version(MODEL_NAME, str(version)).tags)
 
 
 @dataclass
@@ -310,7 +309,7 @@ def test_slow_registry_blocks_nothing(
 ) -> None:
     back = threading.Event()
 
-    def find_alias(alias: str) -> None:
+    def find_alias(model_name: str, alias: str) -> None:
         back.wait(60)
         if answer:
             raise answer

@@ -82,7 +82,9 @@ COMMANDS = {
         is_resumable=True,
     ),
     "monitor": Command("check recent predictions for drift", (config.MonitorParameters,), "signdigits.monitor:monitor"),
-    "show": Command("show the champion", (), "signdigits.register:show_champion", is_entry_point=False),
+    "show": Command(
+        "show the champion", (config.NameParameters,), "signdigits.register:show_champion", is_entry_point=False
+    ),
     "links": Command(
         "print links to the MLflow UI", (config.LinkParameters,), "signdigits.links:print_links", is_entry_point=False
     ),

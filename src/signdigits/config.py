@@ -15,6 +15,8 @@ Number = int | float
 Value = Number | str
 
 
+MODEL_NAME = "sign-digits"
+SERVED_MODEL = f"models:/{MODEL_NAME}@champion"
 # MLflow's own rule, which it would only apply at the end of the work.
 ALIAS = (r"(?![vV][0-9]+$|latest$)[A-Za-z0-9_-]{1,255}", "letters, digits, - and _, but not latest or v1, v2")
 
@@ -214,8 +216,19 @@ class ModelParameters(Checked):
 
 
 @dataclass(frozen=True)
-class RegistryParameters(Checked):
-    """The alias to assign, and the test that decides."""
+class NameParameters(Checked):
+    """The registered model."""
+
+    model_name: str = parameter(
+        MODEL_NAME,
+        "name of the registered model",
+        pattern=(r"[^/:@]{1,200}", "up to 200 characters without /, : and @"),
+    )
+
+
+@dataclass(frozen=True)
+class RegistryParameters(NameParameters):
+    """The registered model, the alias to assign, and the test that decides."""
 
     alias: str = parameter("champion", "alias to assign; the champion is served", pattern=ALIAS)
     significance_level: float = parameter(
@@ -231,9 +244,6 @@ class VersionParameters(RegistryParameters):
     version: int = parameter(
         0, "registered version that gets the alias, to promote or roll back; 0: register run_id", low=0
     )
-
-
-SERVED_MODEL = "models:/sign-digits@champion"
 
 
 @dataclass(frozen=True)
@@ -276,8 +286,8 @@ class MonitorParameters(Checked):
 
 
 @dataclass(frozen=True)
-class LinkParameters(Checked):
-    """The MLflow UI of a local store."""
+class LinkParameters(NameParameters):
+    """The registered model, and the MLflow UI of a local store."""
 
     port: int = parameter(5000, "port of the MLflow UI", low=1, high=65_535)
 

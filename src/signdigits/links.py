@@ -27,5 +27,5 @@ def list_links(parameters: LinkParameters) -> list[str]:
         f"all runs        {urls.experiment_url(ui, study.info.experiment_id)}",
         f"latest study    {urls.run_url(ui, study)}",
         f"its trials      {urls.compare_url(ui, study)}",
-        f"the registry    {urls.model_url(ui)}",
+        f"the registry    {urls.model_url(ui, parameters.model_name)}",
     ]

@@ -39,7 +39,9 @@ def main(
         search.optimize_study(opened)
         models = _refit_seeds(opened, refits.n_seeds)
         _log_refit_scores(models)
-        decision = register.previous_decision(models[0]) or register.promote_model(models[0], promotion)
+        decision = register.previous_decision(promotion.model_name, models[0]) or register.promote_model(
+            models[0], promotion
+        )
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
     for line in _summarize_job(opened, models, decision):
         log.info("%s", line)
@@ -145,7 +147,7 @@ def _summarize_job(opened: search.Search, models: Sequence[LoggedModel], decisio
         f"over {len(models)} seeds": f"{mean:.4f} +/- {std:.4f}",
         "robust accuracy": f"{float(tags['robust_accuracy']):.4f}, worst {float(tags['worst_accuracy']):.4f}: {tags['worst_corruption']}",
         "calibration error": f"{float(tags['test_ece']):.4f}, {float(tags['robust_ece']):.4f} under corruptions",
-        "registered": f"{registry.REGISTERED_MODEL} version {decision.version}, {register.describe_standing(decision)}",
+        "registered": f"{decision.model_name} version {decision.version}, {register.describe_standing(decision)}",
         "because": decision.reason,
     }
     width = max(map(len, rows))
@@ -154,6 +156,6 @@ def _summarize_job(opened: search.Search, models: Sequence[LoggedModel], decisio
         *(f"  {name:{width}}  {value}" for name, value in rows.items()),
         "",
         f"  see it       scripts/ui, then {urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))}",
-        f"  serve it     scripts/serve, or: mlflow models serve -m models:/{registry.REGISTERED_MODEL}@champion",
+        f"  serve it     scripts/serve{registry.name_option(decision.model_name)}, or: mlflow models serve -m models:/{decision.model_name}@champion",
         "  ask it       scripts/ask PHOTOGRAPH...",
     ]

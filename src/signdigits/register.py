@@ -17,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from signdigits import tables
-from signdigits.config import ModelParameters, RegistryParameters, VersionParameters
+from signdigits.config import ModelParameters, NameParameters, RegistryParameters, VersionParameters
 from signdigits.errors import ModelError, ParameterError
 from signdigits.tracking import registry, runs
 
@@ -56,8 +56,9 @@ class ContingencyTable:
 
 @dataclass(frozen=True)
 class Decision:
-    """The alias assigned to a version, the reason, and the alias' previous version."""
+    """The alias assigned to a version of a registered model, the reason, and the alias' previous version."""
 
+    model_name: str
     version: str
     alias: str
     reason: str
@@ -78,13 +79,13 @@ def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
     with runs.start_run("register", "register"):
         runs.log_params({"run_id": which.run_id, "model_uri": which.model_uri, **asdict(parameters)})
         if parameters.version:
-            decision = _move_alias(str(parameters.version), parameters.alias)
+            decision = _move_alias(parameters.model_name, str(parameters.version), parameters.alias)
         else:
             decision = promote_model(registry.find_model(which.run_id, which.model_uri), parameters)
         mlflow.set_tags({"version": decision.version, "alias": decision.alias})
         table = f"\n\n{decision.contingency_table.to_markdown()}" if decision.contingency_table else ""
         runs.set_description(
-            f"`{registry.REGISTERED_MODEL}` version {decision.version} is `{decision.alias}`: {decision.reason}.{table}"
+            f"`{decision.model_name}` version {decision.version} is `{decision.alias}`: {decision.reason}.{table}"
         )
         return decision
 
@@ -100,8 +101,9 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
             f"model {model.model_id}: not evaluated; run `python -m signdigits evaluate --run_id "
             f"{model.source_run_id}` first"
         )
-    version = registry.find_version(model) or registry.create_version(model)
-    champion = registry.find_alias(parameters.alias)
+    name = parameters.model_name
+    version = registry.find_version(name, model) or registry.create_version(name, model)
+    champion = registry.find_alias(name, parameters.alias)
     previous = str(champion.version) if champion else ""
     table = None
     if parameters.alias != registry.CHAMPION:
@@ -116,7 +118,7 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
         if parameters.force and not deserves:
             deserves, reason = True, f"forced, although {reason}"
     alias = parameters.alias if deserves else registry.CHALLENGER
-    decision = Decision(str(version.version), alias, reason, table, previous)
+    decision = Decision(name, str(version.version), alias, reason, table, previous)
     _assign_alias(decision)
     return decision
 
@@ -175,38 +177,38 @@ def _count_outcomes(challenger: pd.DataFrame, champion: pd.DataFrame) -> Conting
     )
 
 
-def _move_alias(version: str, alias: str) -> Decision:
+def _move_alias(model_name: str, version: str, alias: str) -> Decision:
     """Assign `alias` to a registered version, without a comparison."""
     try:
-        mlflow.MlflowClient().get_model_version(registry.REGISTERED_MODEL, version)
+        mlflow.MlflowClient().get_model_version(model_name, version)
     except MlflowException as error:
         raise ModelError(
-            f"version={version}: {registry.REGISTERED_MODEL} has no such version; see the registry in the MLflow UI"
+            f"version={version}: {model_name} has no such version; see the registry in the MLflow UI"
         ) from error
-    holder = registry.find_alias(alias)
+    holder = registry.find_alias(model_name, alias)
     previous = str(holder.version) if holder else ""
     reason = f"moved manually from version {previous}" if previous else "assigned manually"
-    decision = Decision(version, alias, reason, None, previous)
+    decision = Decision(model_name, version, alias, reason, None, previous)
     _assign_alias(decision)
     return decision
 
 
-def previous_decision(model: LoggedModel) -> Decision | None:
+def previous_decision(model_name: str, model: LoggedModel) -> Decision | None:
     """Return the earlier decision on `model`, if there is one."""
-    version = registry.find_version(model)
+    version = registry.find_version(model_name, model)
     if version is None or "decision" not in version.tags:
         return None
     alias, _, reason = version.tags["decision"].partition(": ")
-    return Decision(str(version.version), alias, reason)
+    return Decision(model_name, str(version.version), alias, reason)
 
 
 def describe_standing(decision: Decision) -> str:
     """Return the present aliases of a version, and a command if the decided alias was moved or deleted."""
-    present = registry.list_aliases(decision.version)
+    present = registry.list_aliases(decision.model_name, decision.version)
     if decision.alias in present:
         return ", ".join(present)
     was = f"{', '.join(present) or 'no alias'}; it was {decision.alias}"
-    return f"{was}, and `python -m signdigits register --version {decision.version} --alias {decision.alias}` assigns it again"
+    return f"{was}, and `{registry.assign_command(decision.model_name, decision.version, decision.alias)}` assigns it again"
 
 
 def _assign_alias(decision: Decision) -> None:
@@ -221,30 +223,30 @@ def _assign_alias(decision: Decision) -> None:
         mlflow.log_metric("p_value", decision.contingency_table.p_value)
         mlflow.log_dict(asdict(decision.contingency_table), "gate/contingency_table.json")
     for name, value in facts.items():
-        client.set_model_version_tag(registry.REGISTERED_MODEL, decision.version, name, value)
+        client.set_model_version_tag(decision.model_name, decision.version, name, value)
     mlflow.set_tags(facts)
-    client.set_registered_model_alias(registry.REGISTERED_MODEL, decision.alias, decision.version)
-    challenger = registry.find_alias(registry.CHALLENGER)
+    client.set_registered_model_alias(decision.model_name, decision.alias, decision.version)
+    challenger = registry.find_alias(decision.model_name, registry.CHALLENGER)
     if decision.alias == registry.CHAMPION and challenger and str(challenger.version) == decision.version:
-        client.delete_registered_model_alias(registry.REGISTERED_MODEL, registry.CHALLENGER)
-    log.info(
-        "%s version %s is now %s: %s", registry.REGISTERED_MODEL, decision.version, decision.alias, decision.reason
-    )
+        client.delete_registered_model_alias(decision.model_name, registry.CHALLENGER)
+    log.info("%s version %s is now %s: %s", decision.model_name, decision.version, decision.alias, decision.reason)
 
 
-def show_champion() -> None:
+def show_champion(parameters: NameParameters) -> None:
     """Print the champion's version and its test accuracy. Raises ModelError if there is none."""
-    log.info("%s", describe_champion())
+    log.info("%s", describe_champion(parameters.model_name))
 
 
-def describe_champion() -> str:
-    champion = registry.find_alias(registry.CHAMPION)
+def describe_champion(model_name: str) -> str:
+    champion = registry.find_alias(model_name, registry.CHAMPION)
     if champion is None:
-        raise ModelError(registry.missing_alias(registry.CHAMPION))
+        raise ModelError(registry.missing_alias(model_name, registry.CHAMPION))
     tags = champion.tags
     if "test_accuracy" not in tags:
-        return f"{registry.REGISTERED_MODEL} version {champion.version}, {registry.CHAMPION}: registered by other means, never evaluated"
+        return (
+            f"{model_name} version {champion.version}, {registry.CHAMPION}: registered by other means, never evaluated"
+        )
     return (
-        f"{registry.REGISTERED_MODEL} version {champion.version}, {registry.CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "
+        f"{model_name} version {champion.version}, {registry.CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "
         f"{tags['test_images']} images of {tags['dataset']}"
     )

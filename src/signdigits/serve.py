@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 def serve(parameters: ServeParameters) -> None:
     """Serve until interrupted. Raises ServingError or ModelError if the server cannot start."""
-    version = registry.find_alias(parameters.alias)
+    version = registry.find_alias(parameters.model_name, parameters.alias)
     if version is None:
-        raise ModelError(registry.missing_alias(parameters.alias))
+        raise ModelError(registry.missing_alias(parameters.model_name, parameters.alias))
     _check_port(parameters)
     if not (parameters.token_file or is_loopback(parameters.host)):
         log.warning(

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from signdigits.config import ALIAS, Checked, parameter
+from signdigits.config import ALIAS, NameParameters, parameter
 from signdigits.errors import ParameterError
 
 
 @dataclass(frozen=True)
-class ServeParameters(Checked):
-    """The served alias, the address, the worker processes and the limits of the reverse proxy."""
+class ServeParameters(NameParameters):
+    """The served model and alias, the address, the worker processes and the limits of the reverse proxy."""
 
     host: str = parameter(
         "127.0.0.1",

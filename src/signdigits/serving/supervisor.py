@@ -175,7 +175,7 @@ class Supervisor:
     def find_version(self) -> ModelVersion | None:
         """Return the version of the alias; None, with a warning, if the registry does not reply or the alias is gone."""
         try:
-            version = registry.find_alias(self.parameters.alias)
+            version = registry.find_alias(self.parameters.model_name, self.parameters.alias)
             warning = "" if version else f"alias {self.parameters.alias} is gone"
         except Exception as error:  # of MLflow, a driver or the network; the next poll may succeed
             version, warning = None, f"{store.store_address()} does not reply ({str(error).splitlines()[0]})"

@@ -1,10 +1,13 @@
 """The model registry: the registered model, its versions and their aliases."""
 
+import shlex
+
 import mlflow
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from signdigits.config import MODEL_NAME
 from signdigits.errors import ModelError
 from signdigits.tracking import store
 from signdigits.tracking.runs import find_run
@@ -35,54 +38,69 @@ def _get_model(model_id: str, given: str) -> LoggedModel:
         raise ModelError(f"{given}: its model {model_id} is not in {store.store_address()}; train it again") from error
 
 
-def find_alias(alias: str) -> ModelVersion | None:
-    """Return the version with `alias`, if there is one."""
+def find_alias(model_name: str, alias: str) -> ModelVersion | None:
+    """Return the version of a registered model with `alias`, if there is one."""
     client = mlflow.MlflowClient()
-    found = client.search_registered_models(f"name = '{REGISTERED_MODEL}'")
+    found = client.search_registered_models(_name_filter(model_name))
     if not found or alias not in found[0].aliases:
         return None
-    return client.get_model_version(REGISTERED_MODEL, found[0].aliases[alias])
+    return client.get_model_version(model_name, found[0].aliases[alias])
 
 
 def version_of(model: LoggedModel) -> str:
     """Return the version number of `model`, or its id if it is not registered."""
-    version = find_version(model)
-    return str(model.model_id) if version is None else str(version.version)
+    found = mlflow.MlflowClient().search_model_versions(f"source_path = 'models:/{model.model_id}'")
+    return str(found[0].version) if found else str(model.model_id)
 
 
-def find_version(model: LoggedModel) -> ModelVersion | None:
-    """Return the registered version of `model`, if there is one."""
-    found = mlflow.MlflowClient().search_model_versions(f"name = '{REGISTERED_MODEL}'")
-    return next((version for version in found if version.source == f"models:/{model.model_id}"), None)
+def find_version(model_name: str, model: LoggedModel) -> ModelVersion | None:
+    """Return the version of the registered model that is `model`, if there is one."""
+    found = mlflow.MlflowClient().search_model_versions(f"source_path = 'models:/{model.model_id}'")
+    return next((version for version in found if version.name == model_name), None)
 
 
-def create_version(model: LoggedModel) -> ModelVersion:
-    """Register `model` with the tags that identify its data, study and commit."""
+def create_version(model_name: str, model: LoggedModel) -> ModelVersion:
+    """Register `model` as a version of `model_name`, with the tags that identify its data, study and commit."""
     client = mlflow.MlflowClient()
     own = {name: value for name, value in model.tags.items() if not name.startswith("mlflow.")}
-    version = mlflow.register_model(f"models:/{model.model_id}", REGISTERED_MODEL, tags=own)
-    client.update_registered_model(REGISTERED_MODEL, DESCRIPTION)
-    return client.get_model_version(REGISTERED_MODEL, version.version)
+    version = mlflow.register_model(f"models:/{model.model_id}", model_name, tags=own)
+    client.update_registered_model(model_name, DESCRIPTION)
+    return client.get_model_version(model_name, version.version)
 
 
-def missing_alias(alias: str) -> str:
+def missing_alias(model_name: str, alias: str) -> str:
     """Return the error message for a missing alias, with the command that assigns it."""
-    versions = mlflow.MlflowClient().search_model_versions(f"name = '{REGISTERED_MODEL}'")
+    versions = mlflow.MlflowClient().search_model_versions(_name_filter(model_name))
     newest = max((int(version.version) for version in versions), default=0)
-    remedy = f"python -m signdigits register --version {newest} --alias {alias}" if newest else "scripts/quickstart"
+    remedy = assign_command(model_name, str(newest), alias) if newest else "scripts/quickstart"
     found = f"none of its {len(versions)} versions has it" if newest else "no version is registered"
-    return f"{REGISTERED_MODEL} has no {alias} in {store.store_address()}, {found}; run {remedy}"
+    return f"{model_name} has no {alias} in {store.store_address()}, {found}; run {remedy}"
 
 
-def list_aliases(version: str) -> list[str]:
+def list_aliases(model_name: str, version: str) -> list[str]:
     """Return the aliases of a version."""
-    return sorted(mlflow.MlflowClient().get_model_version(REGISTERED_MODEL, version).aliases)
+    return sorted(mlflow.MlflowClient().get_model_version(model_name, version).aliases)
+
+
+def assign_command(model_name: str, version: str, alias: str) -> str:
+    """Return the command that assigns `alias` to a version."""
+    return f"python -m signdigits register --version {version} --alias {alias}{name_option(model_name)}"
+
+
+def name_option(model_name: str) -> str:
+    """Return the option of a command that names the registered model; empty for the default."""
+    return "" if model_name == MODEL_NAME else f" --model_name {shlex.quote(model_name)}"
+
+
+def _name_filter(model_name: str) -> str:
+    """Return MLflow's filter of a registered model; a name may hold either quotation mark, but not both."""
+    mark = '"' if "'" in model_name else "'"
+    return f"name = {mark}{model_name}{mark}"
 
 
 DESCRIPTION = """\
-Reads the digit (0 to 9) that a photographed hand signs. Takes rows with a column `image`, base64 text of a JPEG or
+Classifies photographs, such as of a hand that signs a digit. Takes rows with a column `image`, base64 text of a JPEG or
 PNG; answers with `label`, `probability` and `probabilities`. `champion` is served; a `challenger` did not beat it.
 """
 CHALLENGER = "challenger"
 CHAMPION = "champion"
-REGISTERED_MODEL = "sign-digits"

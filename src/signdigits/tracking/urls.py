@@ -9,7 +9,6 @@ from mlflow.entities import Run
 
 from signdigits.config import LinkParameters
 from signdigits.tracking import runs
-from signdigits.tracking.registry import REGISTERED_MODEL
 
 MODE = "workflowType=machine_learning"  # without it the UI shows its pages for language models
 MAX_COMPARED = 100  # trials in one link; browsers limit the length of a URL
@@ -40,8 +39,8 @@ def compare_url(ui: str, study: Run) -> str:
     return f"{ui}/#/compare-runs?runs={chosen}&experiments={quote(json.dumps([study.info.experiment_id]))}&{MODE}"
 
 
-def model_url(ui: str) -> str:
-    return f"{ui}/#/models/{REGISTERED_MODEL}"
+def model_url(ui: str, model_name: str) -> str:
+    return f"{ui}/#/models/{quote(model_name)}"
 
 
 def last_run_url() -> str:
