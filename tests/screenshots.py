@@ -8,7 +8,7 @@ scripts/screenshots PHOTOGRAPH         # in a third
 import argparse
 from pathlib import Path
 
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from signdigits import links
 from signdigits.config import LinkParameters
@@ -52,9 +52,12 @@ def show_trials(chromium: Browser, address: str, picture: Path) -> None:
 
 
 def show_page(chromium: Browser, address: str, photograph: Path, picture: Path) -> None:
+    """A reading, and the parts of the photograph that it depends on."""
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     page.goto(address)
     browser.read(page, photograph)
+    page.keyboard.press("e")
+    expect(page.locator("#overlay")).to_be_visible()
     page.screenshot(path=picture)
 
 
