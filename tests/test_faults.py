@@ -21,6 +21,7 @@ from signdigits.config import (
     DataParameters,
     Hyperparameters,
     ModelParameters,
+    NameParameters,
     RefitParameters,
     RegistryParameters,
     StudyParameters,
@@ -211,7 +212,7 @@ def test_closed_pipe_is_ignored(store: str, photographs: Path, arguments: list[s
 def test_unexpected_error_is_one_line(
     store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    def fail() -> None:
+    def fail(parameters: NameParameters) -> None:
         with runs.start_run("train", "train"):
             raise error
 
