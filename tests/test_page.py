@@ -368,6 +368,7 @@ def test_live_reading_asks_one_question_at_a_time(page: Page) -> None:
     page.route("**/invocations", count)
     open_camera(page)
     wait_until(lambda: page.evaluate("1") and len(counts) >= 6, seconds=60)
+    page.unroute_all(behavior="wait")
     assert set(counts) == {1}
 
 
