@@ -3,6 +3,7 @@
 They report on a detector and choose nothing: its threshold is fitted on validation images.
 """
 
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
@@ -81,6 +82,7 @@ OUTLIER_IMAGES: Mapping[str, Callable[[np.random.Generator], list[Image.Image]]]
 )
 
 
-def make_outlier_images(kind: str) -> list[Image.Image]:
+@functools.cache  # drawing takes longer than scoring, and `main` scores each refit
+def make_outlier_images(kind: str) -> tuple[Image.Image, ...]:
     """Return COUNT square RGB images of a kind of OUTLIER_IMAGES, the same ones each time."""
-    return OUTLIER_IMAGES[kind](np.random.default_rng(0))
+    return tuple(OUTLIER_IMAGES[kind](np.random.default_rng(0)))
