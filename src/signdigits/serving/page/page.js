@@ -70,7 +70,7 @@ page("open-camera").addEventListener("click", openCamera);
 page("take").addEventListener("click", takePicture);
 page("close-camera").addEventListener("click", () => {
   closeCamera();
-  clearReading("No photograph yet.");
+  begin("No photograph yet."); // the live reading ends
   page("advice").hidden = false;
   page("open-camera").focus();
 });
@@ -184,6 +184,7 @@ function showCamera(opened, signal) {
   const [track] = stream.getVideoTracks();
   track.addEventListener("ended", () => {
     closeCamera();
+    begin("Not read.");
     showTrouble(new Trouble("The camera has gone. Connect it again, or choose a photograph."));
   });
   page("video").srcObject = stream;
