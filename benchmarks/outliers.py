@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, logsumexp
 from sklearn.covariance import LedoitWolf
-from sklearn.metrics import roc_auc_score
 
 from benchmarks.measure import Row, temporary_store
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
+from signdigits.evaluate import compute_auroc
 from signdigits.model import input_pipeline, training
 from signdigits.model.outliers import MAX_REFUSED
 from signdigits.model.training import Fit
@@ -55,8 +55,7 @@ def compare_scores(fitted: Fit, loaded: loading.Data) -> list[Row]:
         threshold = np.quantile(inliers, 1 - MAX_REFUSED, method="higher")
         for kind, outputs in pictures.items():
             outliers = score(*outputs)
-            truth = np.repeat([0, 1], [len(inliers), len(outliers)])
-            auroc = float(roc_auc_score(truth, np.concatenate([inliers, outliers])))
+            auroc = compute_auroc(inliers, outliers)
             detail = f"{(outliers > threshold).mean():.1%} of {len(outliers)} detected, 1 % of photographs refused"
             found.append(Row(f"AUROC, {name}", f"validation photographs and {kind}", auroc, REACH, True, detail))
     return found

@@ -319,6 +319,11 @@ def test_dropped_text_is_reported(page: Page) -> None:
     expect_trouble(page, "That was no file.")
 
 
+def open_camera(page: Page) -> None:
+    page.get_by_role("button", name="Use the camera").click()
+    expect(page.get_by_label("Live view of the camera")).to_be_visible()
+
+
 def wait_for_the_camera(page: Page) -> None:
     """Wait for some frames: Chromium's first one may be blank. The page's policy allows no wait inside the page."""
     frames = "document.querySelector('video').getVideoPlaybackQuality().totalVideoFrames"
@@ -326,19 +331,13 @@ def wait_for_the_camera(page: Page) -> None:
 
 
 def test_camera_sends_the_framed_square(page: Page) -> None:
-    page.get_by_role("button", name="Use the camera").click()
-    expect(page.get_by_label("Live view of the camera")).to_be_visible()
+    open_camera(page)
     wait_for_the_camera(page)
     picture = sent(page, page.get_by_role("button", name="Take the picture").click)
     assert picture.size == (480, 480)
     expect_answer(page, "1")
     expect(page.get_by_label("Live view of the camera")).to_be_hidden()
     assert page.evaluate("document.querySelector('video').srcObject") is None, "the camera is off"
-
-
-def open_camera(page: Page) -> None:
-    page.get_by_role("button", name="Use the camera").click()
-    expect(page.get_by_label("Live view of the camera")).to_be_visible()
 
 
 def test_camera_is_read_live(window: Browser, made: Made, url: str) -> None:

@@ -14,6 +14,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.entities import LoggedModel
+from numpy.typing import ArrayLike
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
@@ -188,15 +189,15 @@ def _score_outliers(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd
     scored["all"] = pd.concat(scored.values())
     inliers = table["outlier_score"]
     rows = [
-        (kind, len(found), found["is_outlier"].mean(), _auroc(inliers, found["outlier_score"]))
+        (kind, len(found), found["is_outlier"].mean(), compute_auroc(inliers, found["outlier_score"]))
         for kind, found in scored.items()
     ]
     return pd.DataFrame(rows, columns=["kind", "images", "detected", "auroc"])
 
 
-def _auroc(inliers: pd.Series, outliers: pd.Series) -> float:
-    """Return the probability that an outlier has a higher score than an inlier."""
-    labels = np.repeat([0, 1], [len(inliers), len(outliers)])
+def compute_auroc(inliers: ArrayLike, outliers: ArrayLike) -> float:
+    """Return the area under the ROC curve: the probability that an outlier has a higher score than an inlier."""
+    labels = np.repeat([0, 1], [np.size(inliers), np.size(outliers)])
     return float(roc_auc_score(labels, np.concatenate([inliers, outliers])))
 
 

@@ -117,12 +117,12 @@ def fit_detector(fitted: Fit, training: Images) -> Detector:
     And to those of their mirror images, if the network was trained on mirror images.
     """
     chosen = np.linspace(0, len(training) - 1, min(len(training), MAX_KNOWN)).round().astype(int)
-    mirrored = [Augmentation(horizontal_flip=1.0)] if fitted.hyperparameters.horizontal_flip else []
-    known = [
-        compute_outputs(fitted, input_pipeline.validation_batches(training, CHUNK, augmentation, chosen))[1]
-        for augmentation in (Augmentation(), *mirrored)
-    ]
-    return Detector.fit(np.concatenate(known))
+    batches = input_pipeline.validation_batches(training, CHUNK, chosen=chosen)
+    if fitted.hyperparameters.horizontal_flip:
+        mirrored = Augmentation(horizontal_flip=1.0)
+        batches = batches.concatenate(input_pipeline.validation_batches(training, CHUNK, mirrored, chosen))
+    _, features = compute_outputs(fitted, batches)
+    return Detector.fit(features)
 
 
 def compute_outputs(fitted: Fit, batches: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:

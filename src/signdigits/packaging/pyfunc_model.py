@@ -96,7 +96,7 @@ class SignDigits(PythonModel):
             raise _bad_request(f"{len(model_input)} rows are more than the {MAX_ROWS} allowed; send several requests")
         opened = _require_usable(map(self.open, model_input["image"].tolist()))
         pixels = sum(self.images.count_pixels(image, self.image_size) for image in opened)
-        if pixels > MAX_REQUEST_PIXELS and len(opened) > 1:
+        if pixels > MAX_REQUEST_PIXELS:
             raise _bad_request(
                 f"{pixels:,} pixels in {len(opened)} rows are more than the {MAX_REQUEST_PIXELS:,} allowed; send several requests"
             )

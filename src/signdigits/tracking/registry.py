@@ -49,14 +49,18 @@ def find_alias(model_name: str, alias: str) -> ModelVersion | None:
 
 def version_of(model: LoggedModel) -> str:
     """Return the version number of `model`, or its id if it is not registered."""
-    found = mlflow.MlflowClient().search_model_versions(f"source_path = 'models:/{model.model_id}'")
+    found = _find_versions(model)
     return str(found[0].version) if found else str(model.model_id)
 
 
 def find_version(model_name: str, model: LoggedModel) -> ModelVersion | None:
     """Return the version of the registered model that is `model`, if there is one."""
-    found = mlflow.MlflowClient().search_model_versions(f"source_path = 'models:/{model.model_id}'")
-    return next((version for version in found if version.name == model_name), None)
+    return next((version for version in _find_versions(model) if version.name == model_name), None)
+
+
+def _find_versions(model: LoggedModel) -> list[ModelVersion]:
+    """Return the versions of any registered model that are `model`."""
+    return list(mlflow.MlflowClient().search_model_versions(f"source_path = 'models:/{model.model_id}'"))
 
 
 def create_version(model_name: str, model: LoggedModel) -> ModelVersion:

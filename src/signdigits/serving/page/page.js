@@ -203,24 +203,26 @@ function showCamera(opened, signal) {
 async function readLive(signal) {
   let answers = [];
   while (!signal.aborted) {
+    if (!canSee() || document.hidden) {
+      await pause(LIVE_INTERVAL);
+      continue;
+    }
     const next = performance.now() + LIVE_INTERVAL;
-    if (canSee() && !document.hidden) {
-      photograph = await draw(page("video"), framedSquare(), LIVE_SIDE);
-      try {
-        const answer = await post(photograph, signal);
-        const now = performance.now();
-        answers = [...answers.filter(({ time }) => now - time < STEADY), { ...answer, time: now }];
-        if (!signal.aborted) showAnswer(meanAnswer(answers), { live: true });
-      } catch (trouble) {
-        if (signal.aborted) return;
-        if (!trouble.again) {
-          closeCamera();
-          showPhotograph(photograph);
-        }
-        showTrouble(trouble);
-        if (!trouble.again) return;
-        await pause(LIVE_PAUSE);
+    photograph = await draw(page("video"), framedSquare(), LIVE_SIDE);
+    try {
+      const answer = await post(photograph, signal);
+      const now = performance.now();
+      answers = [...answers.filter(({ time }) => now - time < STEADY), { ...answer, time: now }];
+      if (!signal.aborted) showAnswer(meanAnswer(answers), { live: true });
+    } catch (trouble) {
+      if (signal.aborted) return;
+      if (!trouble.again) {
+        closeCamera();
+        showPhotograph(photograph);
+        return showTrouble(trouble);
       }
+      showTrouble(trouble);
+      await pause(LIVE_PAUSE);
     }
     await pause(next - performance.now());
   }
