@@ -87,7 +87,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champi
     with store_like(champion_store, folder), tempfile.TemporaryDirectory() as home:
         version = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, registry.CHAMPION)
         nginx.make_home(Path(home))
-        answering = WorkerPool("blue", version, ServeParameters(), Path(home))
+        copy = Path(mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder)))
+        answering = WorkerPool("blue", version, copy, ServeParameters(), Path(home))
         try:
             wait_until(answering.is_ready, seconds=240)
             answering.check_health()

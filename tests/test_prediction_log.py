@@ -27,7 +27,20 @@ pytestmark = pytest.mark.slow
 RANDOM = np.random.default_rng(0)
 PHOTOGRAPH = RANDOM.integers(0, 256, (16, 16, 3)).astype(np.float32)
 SHARES = {"0": 0.25, "1": 0.75}
-KEYS = {"time", "version", "width", "height", "brightness", "contrast", "sharpness", "probabilities", "is_outlier"}
+KEYS = {
+    "request_id",
+    "row",
+    "seconds",
+    "time",
+    "version",
+    "width",
+    "height",
+    "brightness",
+    "contrast",
+    "sharpness",
+    "probabilities",
+    "is_outlier",
+}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

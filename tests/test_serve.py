@@ -54,7 +54,7 @@ from mlflow.pyfunc import PythonModel
 
 class DoesNotStart(PythonModel):
     def load_context(self, context):
-        if "UVICORN_UDS" in os.environ:
+        if "SIGN_DIGITS_VERSION" in os.environ:
             import no_such_module
 
     def predict(self, context, model_input, params=None):
@@ -177,7 +177,7 @@ def promote(server: Server, registry: Registry, version: int) -> None:
     """Move the alias and wait until its version answers and the one before has ended."""
     move(version)
     wait_until(lambda: server.version(registry.request) == str(version), seconds=600)
-    wait_until(lambda: len(server.processes("mlflow models serve")) == 2, seconds=90)
+    wait_until(lambda: len(server.processes("serving.worker")) == 2, seconds=90)
 
 
 def command_line(pid: int) -> str:
@@ -262,7 +262,7 @@ def test_broken_version_is_refused(first: Server, registry: Registry, version: i
     with Load(first.port, registry.request) as load:
         move(version)
         wait_until(lambda: tags(version).get(STATE) == "refused", seconds=600)
-        wait_until(lambda: len(first.processes("mlflow models serve")) == 2, seconds=60)
+        wait_until(lambda: len(first.processes("serving.worker")) == 2, seconds=60)
         time.sleep(2)
     assert reason in tags(version)[REASON]
     assert {reply.version for reply in load.replies} == {"1"}
@@ -272,10 +272,10 @@ def test_broken_version_is_refused(first: Server, registry: Registry, version: i
 
 
 def test_killed_worker_is_restarted(first: Server, registry: Registry) -> None:
-    victim = first.processes("uvicorn --host")[0]
+    victim = first.processes("serving.worker")[0]
     with Load(first.port, registry.request) as load:
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: len(set(first.processes("uvicorn --host")) - {victim}) == 2, seconds=120)
+        wait_until(lambda: len(set(first.processes("serving.worker")) - {victim}) == 2, seconds=120)
         time.sleep(1)
     assert statuses(load) == {200}
 
@@ -336,7 +336,7 @@ def test_killed_supervisor_leaves_no_orphans(registry: Registry, tmp_path: Path)
     move(2)
     with started(registry, tmp_path / "killed.log") as server:
         below = descendants(server.process.pid)
-        assert len(below) >= 4  # nginx and its worker, MLflow and its uvicorn
+        assert len(below) >= 3  # nginx, its worker process, and ours
         (master,) = server.processes("nginx: master")
         home = command_line(master).partition(" -p ")[2].split()[0]
         server.process.kill()

@@ -17,12 +17,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from signdigits.errors import ModelError, ServingError
-from signdigits.serving import nginx, supervisor
+from signdigits.serving import nginx
 from signdigits.serving.options import ServeParameters
-from signdigits.serving.worker_pool import server_command, server_environment
+from signdigits.serving.processes import worker_command, worker_environment
 from signdigits.tracking import registry
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,13 @@ def serve(parameters: ServeParameters) -> None:
     program = shutil.which("nginx")
     if program is None:
         _serve_alone(parameters, version)
-    else:
-        with _runtime_folder() as folder:
-            _write_configuration(parameters, folder)
-            supervisor.Supervisor(parameters, program, folder).run(version)
+        return
+    with _runtime_folder() as folder:
+        _write_configuration(parameters, folder)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder / "metrics")
+        from signdigits.serving.supervisor import Supervisor  # with its metrics, which need the variable
+
+        Supervisor(parameters, program, folder).run(version)
 
 
 def _write_configuration(parameters: ServeParameters, home: Path) -> None:
@@ -80,7 +84,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
-    """Replace this process with `mlflow models serve`, which is all there is without nginx."""
+    """Replace this process with a worker, which is all there is without nginx."""
     unsupported = [
         f"{name}={value}"
         for name in ("token_file", "certificate", "requests_per_second", "connections_per_client")
@@ -89,13 +93,20 @@ def _serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
     if unsupported:
         raise ServingError(f"{', '.join(unsupported)}: needs nginx; install it (Debian: apt install nginx-light)")
     log.warning(
-        "nginx is not installed, or not in PATH: serving version %s on %s without reverse proxy; no page, limits or timeouts, "
+        "nginx is not installed, or not in PATH: serving version %s on %s without reverse proxy; no page, no limits per client, "
         "and a promotion needs a restart. Debian: apt install nginx-light",
         version.version,
-        supervisor.server_url(parameters),
+        parameters.url,
     )
-    os.environ.update(server_environment(version))
-    line = [*server_command(version, parameters), "--host", parameters.host, "--port", str(parameters.port)]
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+    os.environ.update(worker_environment(str(version.version)))
+    line = [
+        *worker_command(str(version.version), folder, parameters),
+        "--host",
+        parameters.host,
+        "--port",
+        str(parameters.port),
+    ]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     sys.stdout.flush()

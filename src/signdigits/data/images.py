@@ -6,6 +6,7 @@ This file is packaged with each model, and therefore imports only Pillow, pillow
 import io
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,19 @@ class ImageError(ValueError):
     """The bytes are not a usable image; the message gives the reason."""
 
 
+class InterruptibleFile(io.BytesIO):
+    """The bytes of an image; reading them fails once `is_cancelled()`, which ends a decoding that is under way."""
+
+    def __init__(self, data: bytes, is_cancelled: Callable[[], bool]) -> None:
+        super().__init__(data)
+        self.is_cancelled = is_cancelled
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.is_cancelled():
+            raise OSError("cancelled")
+        return super().read(size)
+
+
 # The transposition that turns an image upright, by its EXIF orientation (Exif 2.3, tag 274).
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,10 +69,10 @@ def read_file(path: Path) -> bytes:
         return file.read(MAX_BYTES + 1)
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, is_cancelled: Callable[[], bool] | None = None) -> Image.Image:
     """Read the header of the image in `data`; its pixels are not yet decoded, its EXIF orientation not yet applied.
 
-    Raises ImageError if there are more bytes than MAX_BYTES, if they are no image of one of the FORMATS, or if it has more
+    Decoding stops soon after `is_cancelled()` becomes true. Raises ImageError if there are more bytes than MAX_BYTES, if they are no image of one of the FORMATS, or if it has more
     pixels than MAX_PIXELS.
     """
     if len(data) > MAX_BYTES:
@@ -68,7 +82,7 @@ def open_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(InterruptibleFile(data, is_cancelled) if is_cancelled else io.BytesIO(data))
     except UnidentifiedImageError:
         raise ImageError("not an image") from None
     except Exception as error:  # Pillow raises many types for damaged files

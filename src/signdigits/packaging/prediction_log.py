@@ -83,15 +83,20 @@ class PredictionLog:
         arrays: Sequence[np.ndarray],
         probabilities: Sequence[dict[str, float]],
         are_outliers: Sequence[bool],
+        request_id: str = "",
+        seconds: float = 0.0,
     ) -> None:
-        """Log the predictions of a request; never raises."""
+        """Log the predictions of a request, which took `seconds`; never raises."""
         if time.monotonic() < self.paused_until:
             return
         try:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            shared = {"time": now, "version": self.version, "request_id": request_id, "seconds": round(seconds, 6)}
             lines = [
-                self._format(now, image_statistics(size, array), row, is_outlier)
-                for size, array, row, is_outlier in zip(sizes, arrays, probabilities, are_outliers, strict=True)
+                _format({**shared, "row": number, **image_statistics(size, array)}, row, is_outlier)
+                for number, (size, array, row, is_outlier) in enumerate(
+                    zip(sizes, arrays, probabilities, are_outliers, strict=True)
+                )
             ]
             with self.lock:
                 for line in lines:
@@ -101,17 +106,6 @@ class PredictionLog:
             log.warning("prediction log %s paused for %.0f s: %s", self.folder, RETRY_INTERVAL, error)
             with self.lock:
                 self._close()
-
-    def _format(self, now: str, found: dict[str, float], row: dict[str, float], is_outlier: bool) -> bytes:
-        shares = {name: round(probability, 6) for name, probability in row.items()}
-        entry: dict[str, Any] = {
-            "time": now,
-            "version": self.version,
-            **found,
-            "probabilities": shares,
-            "is_outlier": is_outlier,
-        }
-        return json.dumps(entry).encode() + b"\n"
 
     def _write(self, line: bytes) -> None:
         """Append a line, to a new file if the present one is full or was removed."""
@@ -141,6 +135,11 @@ class PredictionLog:
             with contextlib.suppress(OSError):
                 os.close(self.file)
         self.file = None
+
+
+def _format(entry: Mapping[str, Any], probabilities: Mapping[str, float], is_outlier: bool) -> bytes:
+    shares = {name: round(probability, 6) for name, probability in probabilities.items()}
+    return json.dumps({**entry, "probabilities": shares, "is_outlier": is_outlier}).encode() + b"\n"
 
 
 @contextlib.contextmanager

@@ -9,11 +9,15 @@ import base64
 import binascii
 import importlib.util
 import json
+import math
 import os
 import queue
+import threading
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +27,7 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import DEADLINE_EXCEEDED, INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 # Rows of a request that are processed in parallel: decoder and network release the GIL, and an endpoint seldom has more CPUs
@@ -33,6 +37,8 @@ INTERPRETERS = 2
 # Of a request. All pixels count that must be decoded: of a JPEG, which is decoded at a smaller scale, few.
 MAX_ROWS = 1000
 MAX_REQUEST_PIXELS = 240_000_000  # twice those of the largest photograph; 64 of a telephone's JPEGs are 12,000,000
+# A request with more is decoded in one thread, and no second one beside it: the others keep a CPU.
+LARGE_REQUEST_PIXELS = 16_000_000
 
 GRID = 10  # cells on a side of an occlusion map
 MAX_EXPLAINED = 16  # rows of a request with `explain`: each takes GRID * GRID passes through the network
@@ -76,6 +82,10 @@ class SignDigits(PythonModel):
             interpreter.allocate_tensors()
             self.interpreters.put(interpreter)
         self.threads = ThreadPoolExecutor(INTERPRETERS)
+        # A server's time-out ends its reply, not the work on it: that is what the timer and the event are for.
+        self.timeout = float(os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "inf"))
+        self.request = ContextVar[Any]("request", default=None)  # an Invocation, set by signdigits.serving.worker
+        self.large_request = threading.Lock()
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -88,30 +98,23 @@ class SignDigits(PythonModel):
         MAX_REQUEST_PIXELS; before any is decoded.
         """
         explain = bool((params or {}).get("explain"))
-        if not len(model_input):
-            raise _bad_request("no rows: send one photograph or more in the column 'image'")
-        if explain and len(model_input) > MAX_EXPLAINED:
-            raise _bad_request(f"{len(model_input)} rows are more than the {MAX_EXPLAINED} allowed with explain=true")
-        if len(model_input) > MAX_ROWS:
-            raise _bad_request(f"{len(model_input)} rows are more than the {MAX_ROWS} allowed; send several requests")
-        opened = _require_usable(map(self.open, model_input["image"].tolist()))
-        pixels = sum(self.images.count_pixels(image, self.image_size) for image in opened)
-        if pixels > MAX_REQUEST_PIXELS:
-            raise _bad_request(
-                f"{pixels:,} pixels in {len(opened)} rows are more than the {MAX_REQUEST_PIXELS:,} allowed; send several requests"
-            )
-        map_rows = self.threads.map if len(opened) > 1 else map  # a single row needs no thread
-        decoded = _require_usable(map_rows(self.infer, opened))
+        images = model_input["image"].tolist()
+        _check_rows(len(images), explain)
+        started = time.perf_counter()
+        decoded = self.decode(images, self.start_timer())
         probabilities = softmax(np.array([photograph.logits for photograph in decoded], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
         scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
         are_outliers = scores > 1
-        if self.prediction_log is not None:
+        request = self.request.get()
+        if self.prediction_log is not None and getattr(request, "is_logged", True):
             self.prediction_log.add(
                 [photograph.size for photograph in decoded],
                 [photograph.pixels for photograph in decoded],
                 by_class,
                 are_outliers.tolist(),
+                request_id=getattr(request, "id", ""),
+                seconds=time.perf_counter() - started,
             )
         best = probabilities.argmax(axis=1)
         columns: dict[str, Any] = {
@@ -124,6 +127,35 @@ class SignDigits(PythonModel):
         if explain:
             columns["explanation"] = list(map(self.explain, decoded, best))
         return pd.DataFrame(columns)
+
+    def start_timer(self) -> Callable[[], bool]:
+        """Return a function that tells whether the request need not be answered any more."""
+        request, deadline = self.request.get(), time.monotonic() + self.timeout
+        return lambda: time.monotonic() > deadline or (request is not None and request.cancelled.is_set())
+
+    def decode(self, images: list[Any], is_over: Callable[[], bool]) -> list["Decoded"]:
+        """Decode the photographs of a request and compute their logits and features.
+
+        A large request of a server waits for no other: it is told to come again. Raises MlflowException.
+        """
+        opened = _require_usable(self.open(image, is_over) for image in images)
+        pixels = sum(self.images.count_pixels(image, self.image_size) for image in opened)
+        if pixels > MAX_REQUEST_PIXELS:
+            raise _bad_request(
+                f"{pixels:,} pixels in {len(opened)} rows are more than the {MAX_REQUEST_PIXELS:,} allowed; send several requests"
+            )
+        is_large = pixels > LARGE_REQUEST_PIXELS and math.isfinite(self.timeout)
+        map_rows = map if is_large or len(opened) == 1 else self.threads.map  # a single row needs no thread
+        if is_large and not self.large_request.acquire(blocking=False):
+            raise MlflowException("busy with other large photographs; try again", TEMPORARILY_UNAVAILABLE)
+        try:
+            results = list(map_rows(lambda image: self.infer(image, is_over), opened))
+        finally:
+            if is_large:
+                self.large_request.release()
+        if is_over():
+            raise MlflowException("no reply in time; send fewer photographs in one request", DEADLINE_EXCEEDED)
+        return _require_usable(results)
 
     def explain(self, photograph: Decoded, label: int) -> list[list[float]]:
         """Return the occlusion map: how much the log-odds of the label fall when a part of the photograph is covered.
@@ -149,15 +181,17 @@ class SignDigits(PythonModel):
         rows: list[list[float]] = lost.reshape(GRID, GRID).tolist()
         return rows
 
-    def open(self, value: Any) -> Any:
+    def open(self, value: Any, is_over: Callable[[], bool]) -> Any:
         """Read the header of a photograph; return the image, or the reason for which it is unusable."""
         try:
-            return self.images.open_image(to_bytes(value))
+            return self.images.open_image(to_bytes(value), is_over)
         except ValueError as error:  # ImageError among them
             return str(error)
 
-    def infer(self, image: Any) -> "Decoded | str":
+    def infer(self, image: Any, is_over: Callable[[], bool]) -> "Decoded | str":
         """Decode an opened image and compute its logits and features, or return the reason for which it is unusable."""
+        if is_over():
+            return "no time left"
         size = image.size
         try:
             pixels = self.images.to_array(image, self.image_size, self.color_mode).astype(np.float32)
@@ -173,6 +207,16 @@ class SignDigits(PythonModel):
             return _run_network(interpreter, pixels)
         finally:
             self.interpreters.put(interpreter)
+
+
+def _check_rows(rows: int, explain: bool) -> None:
+    """Raise MlflowException if a request has no rows, or more than allowed."""
+    if not rows:
+        raise _bad_request("no rows: send one photograph or more in the column 'image'")
+    if explain and rows > MAX_EXPLAINED:
+        raise _bad_request(f"{rows} rows are more than the {MAX_EXPLAINED} allowed with explain=true")
+    if rows > MAX_ROWS:
+        raise _bad_request(f"{rows} rows are more than the {MAX_ROWS} allowed; send several requests")
 
 
 def _require_usable(results: Iterable[T | str]) -> list[T]:

@@ -17,14 +17,14 @@ import jinja2
 
 from signdigits.data import images
 from signdigits.errors import ServingError
-from signdigits.serving.options import ServeParameters
+from signdigits.serving.options import KEEP_ALIVE, ServeParameters
 
 POOLS = ("blue", "green")
 NO_POOL = "none"
+METRICS = "metrics"  # the folder of the metrics' values
 
 PAGE = Path(__file__).parent / "page"
 TEMPLATE = Path(__file__).with_name("nginx.conf.template")
-KEEP_ALIVE = 60  # seconds that nginx keeps an idle connection to a worker; the worker must keep it longer
 
 TOKEN = r"[A-Za-z0-9._~+/=-]{16,512}"
 
@@ -98,9 +98,6 @@ def _list_errors(parameters: ServeParameters) -> dict[int, ErrorReply]:
     }  # fmt: skip
 
 
-UNPARSABLE = ErrorReply(400, "BAD_REQUEST", "JSON nested too deeply, or a number with too many digits; send one table")
-
-
 def socket_path(home: Path, pool: str, number: int) -> Path:
     """Return the Unix socket of a worker; `number` starts at 1."""
     return home / f"{pool}-{number}.sock"
@@ -111,8 +108,8 @@ def make_home(home: Path) -> None:
 
     A copy, because these do not run as root, and may have no access to the project's folder.
     """
-    for pool in (*POOLS, NO_POOL):
-        (home / pool).mkdir()
+    for folder in (*POOLS, NO_POOL, METRICS):
+        (home / folder).mkdir()
     shutil.copytree(PAGE, home / "page", copy_function=shutil.copyfile)
     if os.geteuid() == 0:
         account = _worker_account()
@@ -169,19 +166,14 @@ def render_configuration(parameters: ServeParameters, home: Path, token: str = "
         options=parameters,
         home=home,
         user=_worker_user(),
-        listen=f"{bracket_ipv6(parameters.host)}:{parameters.port}",
+        listen=parameters.address,
         pools={pool: [socket_path(home, pool, number) for number in numbers] for pool in POOLS},
         keep_alive=KEEP_ALIVE,
         token_pattern=re.sub(r"[.+/=~-]", lambda character: f"[{character[0]}]", token),
         errors=_list_errors(parameters),
-        unparsable=UNPARSABLE,
         page_headers=PAGE_HEADERS,
         image_limits=_image_limits(),
     )
-
-
-def bracket_ipv6(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _worker_user() -> str:

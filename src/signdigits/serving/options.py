@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from signdigits.config import ALIAS, NameParameters, parameter
 from signdigits.errors import ParameterError
 
+KEEP_ALIVE = 60  # seconds that nginx keeps an idle connection to a worker; the worker must keep it longer
+
 
 @dataclass(frozen=True)
 class ServeParameters(NameParameters):
@@ -23,6 +25,9 @@ class ServeParameters(NameParameters):
     timeout: int = parameter(60, "request timeout in seconds", low=1)
     drain_timeout: float = parameter(60.0, "seconds that a replaced version may take to finish its requests", low=0)
     client_timeout: int = parameter(10, "seconds without progress after which a client is disconnected", low=1)
+    max_waiting: int = parameter(
+        256, "requests that may wait for a worker process; the next one is refused at once (503)", low=1
+    )
     max_body_mb: int = parameter(64, "maximum size of a request body in megabytes", low=1)
     requests_per_second: int = parameter(0, "rate limit per client address; 0: no limit", low=0)
     burst: int = parameter(20, "requests above the rate limit that are accepted at once", low=0)
@@ -36,3 +41,12 @@ class ServeParameters(NameParameters):
         super().__post_init__()
         if bool(self.certificate) != bool(self.key):
             raise ParameterError(f"certificate={self.certificate!r}, key={self.key!r}: give both, or neither")
+
+    @property
+    def address(self) -> str:
+        """Host and port, an IPv6 address in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.certificate else 'http'}://{self.address}"

@@ -15,8 +15,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from signdigits.packaging import prediction_log
+from signdigits.serving.options import KEEP_ALIVE, ServeParameters
 from signdigits.startup import NOISE
 
 PR_SET_CHILD_SUBREAPER = 36  # from Linux' prctl.h
@@ -27,6 +29,21 @@ def adopt_orphans() -> None:
     """Make this process the subreaper of its descendants, so that it sees their end."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def worker_command(version: str, folder: Path, parameters: ServeParameters) -> list[str]:
+    """Return the command of a worker process that serves the model in `folder`; without an address."""
+    limits = {"timeout": parameters.timeout, "max_waiting": parameters.max_waiting, "keep_alive": KEEP_ALIVE + 15}
+    options = [text for name, value in limits.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "signdigits.serving.worker", "--model", str(folder), "--version", version, *options]
+
+
+def worker_environment(version: str) -> dict[str, str]:
+    return {
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        prediction_log.VERSION: version,  # a model does not know its own version
+        "SIGN_DIGITS_ANSWERS": os.environ.get(prediction_log.FOLDER, ""),  # the name in versions logged by 0.1
+    }
 
 
 class Process:
@@ -112,10 +129,17 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self.path))
 
 
-def send_request(path: Path, method: str, target: str, body: bytes | None = None, timeout: float = 60) -> Reply:
+def send_request(
+    path: Path,
+    method: str,
+    target: str,
+    body: bytes | None = None,
+    timeout: float = 60,
+    headers: Mapping[str, str] | None = None,
+) -> Reply:
     """Send a request to the server at a Unix socket. Raises OSError or HTTPException if it does not reply."""
     with contextlib.closing(UnixConnection(path, timeout)) as connection:
-        headers: dict[str, Any] = {"Content-Type": "application/json"} if body is not None else {}
-        connection.request(method, target, body, headers)
+        content_type = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(method, target, body, {**content_type, **(headers or {})})
         reply = connection.getresponse()
         return Reply(reply.status, dict(reply.getheaders()), reply.read())

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
+from signdigits import files
 from signdigits.errors import ServingError
-from signdigits.serving import nginx
+from signdigits.serving import metrics, nginx
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import Process, adopt_orphans
 from signdigits.serving.worker_pool import HealthCheckFailed, WorkerPool
@@ -32,12 +33,8 @@ TICK = 0.2  # seconds between two checks of the processes
 STATE, REASON, TIME = "serving_state", "serving_reason", "serving_time"
 LIVE, RETIRED, REFUSED, WAITING = "live", "retired", "refused", "waiting"
 
-MAX_FAILED_STARTS = 2  # of a version: the first may be due to artifacts or a registry that cannot be reached
-
-
-def server_url(parameters: ServeParameters) -> str:
-    scheme = "https" if parameters.certificate else "http"
-    return f"{scheme}://{nginx.bracket_ipv6(parameters.host)}:{parameters.port}"
+MAX_FAILED_STARTS = 2  # of a version: the machine may have been at fault for the first
+MAX_PAUSE = 60.0  # seconds between two attempts to start a version
 
 
 def is_listening(parameters: ServeParameters) -> bool:
@@ -62,6 +59,13 @@ def _record_state(version: ModelVersion, state: str, reason: str = "") -> None:
             store.store_address(),
             error,
         )
+
+
+def _copy_model(uri: str, folder: Path) -> None:
+    """Copy a model from the artifact store to `folder`, unless it is there."""
+    if not folder.exists():
+        with files.atomic_folder(folder) as partial_folder:
+            mlflow.artifacts.download_artifacts(uri, dst_path=str(partial_folder))
 
 
 def _served_before(version: ModelVersion) -> list[ModelVersion]:
@@ -102,8 +106,9 @@ class Supervisor:
         self.nginx_process: Process | None = None
         self.live: WorkerPool | None = None
         self.rejected = ""  # the version of the alias, if it was refused
-        self.n_failed_starts = 0  # of the version of the alias
-        self.next_start = 0.0  # earliest time of its next start
+        self.n_attempts = 0  # to start the version of the alias
+        self.n_failed_starts = 0  # of these, with its artifacts at hand
+        self.next_start = 0.0  # earliest time of the next attempt
         self.last_warning = ""
         self.last_poll = 0.0
         self.registry = BackgroundThread()
@@ -114,7 +119,7 @@ class Supervisor:
         started = time.monotonic()
         try:
             self.start(version)
-            log.info("ready after %.1f s: %s", time.monotonic() - started, server_url(self.parameters))
+            log.info("ready after %.1f s: %s", time.monotonic() - started, self.parameters.url)
             while True:
                 self.supervise()
                 self.poll_alias()
@@ -151,6 +156,7 @@ class Supervisor:
             self.nginx_process.signal(signal.SIGKILL)  # its worker processes, which hold the port
             if self.nginx_process.has_exited():
                 log.warning("nginx exited (%s): restarted", self.nginx_process.exit_reason())
+                metrics.RESTARTS.labels("nginx").inc()
                 self.nginx_process = self.start_nginx()
 
     def poll_alias(self) -> None:
@@ -166,7 +172,10 @@ class Supervisor:
             return
         version, self.polling, self.last_poll = self.polling.result(), None, time.monotonic()
         assert self.live is not None
-        if version is None or str(version.version) == self.rejected or time.monotonic() < self.next_start:
+        if version is None or time.monotonic() < self.next_start:
+            return
+        metrics.IS_CURRENT.set(version.version == self.live.version.version)
+        if str(version.version) == self.rejected:
             return
         self.rejected = ""
         if version.version != self.live.version.version:
@@ -187,8 +196,12 @@ class Supervisor:
     def switch_to(self, version: ModelVersion) -> bool:
         """Start the version in the idle pool, check its health, and then send the requests to it."""
         log.info("starting version %s", version.version)
+        self.n_attempts += 1
+        folder = self.fetch_model(version)
+        if folder is None:
+            return False
         idle = "green" if self.live and self.live.name == "blue" else "blue"
-        pool = WorkerPool(idle, version, self.parameters, self.home)
+        pool = WorkerPool(idle, version, folder, self.parameters, self.home)
         try:
             self.check_health(pool)
         except HealthCheckFailed as failure:
@@ -198,29 +211,61 @@ class Supervisor:
         except BaseException:
             self.drain(pool, seconds=0)
             raise
-        self.n_failed_starts = 0
+        self.n_attempts = self.n_failed_starts = 0
         previous, self.live = self.live, pool
         nginx.point_live(self.home, pool.name)
-        stops = f"; version {previous.version.version} stops" if previous else ""
-        log.info("version %s is live%s", version.version, stops)
-        self.registry.submit(_record_state, version, LIVE)
+        self.report_live(version, previous)
         if previous:
-            self.registry.submit(_record_state, previous.version, RETIRED, f"replaced by version {version.version}")
             self.drain(previous, seconds=self.parameters.drain_timeout)
         return True
 
+    def report_live(self, version: ModelVersion, previous: WorkerPool | None) -> None:
+        metrics.VERSION.set(int(version.version))
+        metrics.CREATED.set(version.creation_timestamp / 1000)
+        metrics.IS_CURRENT.set(1)
+        self.registry.submit(_record_state, version, LIVE)
+        if previous is None:
+            log.info("version %s is live", version.version)
+            return
+        log.info("version %s is live; version %s stops", version.version, previous.version.version)
+        metrics.PROMOTIONS.inc()
+        self.registry.submit(_record_state, previous.version, RETIRED, f"replaced by version {version.version}")
+
+    def fetch_model(self, version: ModelVersion) -> Path | None:
+        """Copy the version's model to this machine. If it cannot be reached, try again later, and return None.
+
+        In the thread of the registry, because MLflow retries for minutes, and supervision must go on.
+        """
+        folder = self.home / f"model-{version.version}"
+        uri = f"models:/{version.name}/{version.version}"
+        fetching = self.registry.submit(_copy_model, uri, folder)
+        while not fetching.done():
+            self.supervise()
+        try:
+            fetching.result()
+        except Exception as error:  # of the store, its driver, the network or a disk
+            reason = f"its model cannot be fetched ({str(error).strip() or type(error).__name__})"
+            self.wait(version, f"{reason}; was the store or the project moved?")
+            return None
+        return folder
+
+    def wait(self, version: ModelVersion, reason: str) -> None:
+        """Try the version again after a pause, which grows."""
+        pause = min(MAX_PAUSE, self.parameters.poll_interval * 2**self.n_attempts)
+        self.next_start = time.monotonic() + pause
+        log.warning("version %s is waiting: %s; next attempt in %.0f s", version.version, reason, pause)
+        self.registry.submit(_record_state, version, WAITING, reason)
+
     def reject(self, version: ModelVersion, failure: HealthCheckFailed) -> None:
-        """Refuse a version for a wrong reply or a second failed start; else retry it, with exponential backoff."""
+        """Refuse a version for a wrong reply or a second failed start; else try it again."""
         self.n_failed_starts += 1
         if failure.may_pass and self.n_failed_starts < MAX_FAILED_STARTS:
-            delay = self.parameters.poll_interval * 2**self.n_failed_starts
-            self.next_start = time.monotonic() + delay
-            log.warning("version %s does not start yet: %s; retry in %.0f s", version.version, failure, delay)
-            self.registry.submit(_record_state, version, WAITING, str(failure))
+            self.wait(version, str(failure))
             return
         log.warning("version %s is refused: %s", version.version, failure)
+        metrics.REFUSALS.inc()
         self.registry.submit(_record_state, version, REFUSED, str(failure))
-        self.rejected, self.n_failed_starts = str(version.version), 0
+        self.rejected, self.n_attempts, self.n_failed_starts = str(version.version), 0, 0
 
     def check_health(self, pool: WorkerPool) -> None:
         """Raise HealthCheckFailed unless the pool starts in time and replies correctly to its input example."""
@@ -252,6 +297,7 @@ class Supervisor:
         pool.signal(signal.SIGKILL)
         while not pool.have_exited():
             self.supervise()
+        pool.forget()
 
     def stop(self) -> None:
         """Shut down nginx gracefully, and then the workers."""

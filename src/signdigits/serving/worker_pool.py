@@ -1,30 +1,27 @@
-"""The worker processes of one version, each `mlflow models serve` at a Unix socket."""
+"""The worker processes of one version, each with MLflow's scoring server at a Unix socket."""
 
 import http.client
 import json
 import logging
 import math
-import os
+import shutil
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits.packaging import prediction_log
-from signdigits.serving import nginx
+from signdigits.serving import metrics, nginx
 from signdigits.serving.options import ServeParameters
-from signdigits.serving.processes import Process, Reply, send_request
+from signdigits.serving.processes import Process, Reply, send_request, worker_command, worker_environment
+from signdigits.serving.worker import HEALTH_CHECK, INPUT_EXAMPLE, REQUEST_ID
 
 log = logging.getLogger(__name__)
 
-VERSION_HEADER = "Model-Version"
 WARMUP_REQUESTS = 3  # per worker, before it goes live
-PING_INTERVAL = 2.0  # seconds
+HEALTH_INTERVAL, HEALTH_TIMEOUT = 2.0, 1.5  # seconds
 MAX_BACKOFF = 30.0  # seconds between two starts of a worker that keeps exiting
 
 
@@ -36,38 +33,13 @@ class HealthCheckFailed(Exception):
         self.may_pass = may_pass
 
 
-def server_command(version: ModelVersion, parameters: ServeParameters) -> list[str]:
-    uri = f"models:/{version.name}/{version.version}"
-    serve = ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "--timeout", str(parameters.timeout)]
-    return [sys.executable, "-m", *serve]
-
-
-def server_environment(version: ModelVersion) -> dict[str, str]:
-    """Return the environment of a worker; uvicorn, which MLflow starts, reads its options from it.
-
-    The worker itself adds the header with its version to its replies.
-    """
-    return {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # MLflow looks for uvicorn in it
-        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        prediction_log.VERSION: str(version.version),  # a model does not know its own version
-        "SIGN_DIGITS_ANSWERS": os.environ.get(prediction_log.FOLDER, ""),  # the name in versions logged by 0.1
-        "UVICORN_HEADERS": f"{VERSION_HEADER}:{version.version}",
-        "UVICORN_LOG_LEVEL": "warning",
-        "UVICORN_ACCESS_LOG": "false",
-        "UVICORN_TIMEOUT_KEEP_ALIVE": str(nginx.KEEP_ALIVE + 15),
-    }
-
-
 class Worker:
     """A worker process at a Unix socket, restarted when it exits."""
 
     def __init__(self, path: Path, command: list[str], environment: Mapping[str, str]) -> None:
         self.path = path
-        self.command = command
-        self.environment = {**environment, "UVICORN_UDS": str(path)}
+        self.command = [*command, "--uds", str(path)]
+        self.environment = environment
         self.starts = 0
         self.start()
 
@@ -75,31 +47,34 @@ class Worker:
         self.path.unlink(missing_ok=True)
         self.process = Process(self.path.stem, self.command, self.environment)
         self.starts += 1
-        self.last_reply = self.last_ping = time.monotonic()
+        self.last_reply = self.last_check = time.monotonic()
 
-    def is_healthy(self) -> bool:
-        self.last_ping = time.monotonic()
+    def replies_to(self, target: str) -> bool:
+        """Tell whether the process replies with 200 to /ping (it runs) or /health (its model answers)."""
+        self.last_check = time.monotonic()
         try:
-            healthy = send_request(self.path, "GET", "/ping", timeout=1).status == 200
+            replies = send_request(self.path, "GET", target, timeout=HEALTH_TIMEOUT).status == 200
         except (OSError, http.client.HTTPException):
             return False
-        if healthy:
+        if replies:
             self.last_reply = time.monotonic()
-        return healthy
+        return replies
 
     def restart_if_dead(self, timeout: float) -> None:
         """Restart the process if it has exited, or kill it if it failed its health check for `timeout` seconds."""
         now = time.monotonic()
         if self.process.running:
-            silent = now - self.last_ping > PING_INTERVAL and not self.is_healthy()
+            silent = now - self.last_check > HEALTH_INTERVAL and not self.replies_to("/health")
             if silent and now - self.last_reply > timeout:
-                log.warning("%s has not replied for %.0f seconds: killed", self.path.stem, timeout)
+                log.warning("%s has not been healthy for %.0f seconds: killed", self.path.stem, timeout)
                 self.process.signal(signal.SIGKILL)
             return
         # Remaining descendants would remove the new process's socket when they exit.
         self.process.signal(signal.SIGKILL)
         if self.process.has_exited() and now - self.process.started >= self.backoff():
             log.warning("%s exited (%s): restarted", self.path.stem, self.process.exit_reason())
+            metrics.forget_process(self.process.popen.pid)
+            metrics.RESTARTS.labels("worker").inc()
             self.start()
 
     def backoff(self) -> float:
@@ -112,30 +87,35 @@ class Worker:
 class WorkerPool:
     """The worker processes of one version."""
 
-    def __init__(self, name: str, version: ModelVersion, parameters: ServeParameters, home: Path) -> None:
+    def __init__(self, name: str, version: ModelVersion, folder: Path, parameters: ServeParameters, home: Path) -> None:
         self.name = name
         self.version = version
+        self.folder = folder  # of the model, on this machine: a worker starts without the registry
         self.parameters = parameters
-        command, environment = server_command(version, parameters), server_environment(version)
+        number = str(version.version)
+        command, environment = worker_command(number, folder, parameters), worker_environment(number)
         paths = [nginx.socket_path(home, name, number) for number in range(1, parameters.processes + 1)]
         self.workers = [Worker(path, command, environment) for path in paths]
 
     def is_ready(self) -> bool:
-        """Tell whether all workers are healthy. Raises HealthCheckFailed if one has exited."""
+        """Tell whether all workers run. Raises HealthCheckFailed if one has exited."""
         for worker in self.workers:
             if not worker.process.running:
                 raise HealthCheckFailed(f"it does not start: {worker.process.exit_reason()}", may_pass=True)
-        return all(worker.is_healthy() for worker in self.workers)
+        return all(worker.replies_to("/ping") for worker in self.workers)
 
     def check_health(self) -> None:
         """Send the model's input example to each worker, which warms it up. Raises HealthCheckFailed for a wrong reply."""
-        body, rows = _read_input_example(self.version)
+        body, rows = _read_input_example(self.folder)
         for worker in self.workers:
             for _ in range(WARMUP_REQUESTS):
                 try:
-                    reply = send_request(worker.path, "POST", "/invocations", body, self.parameters.timeout)
+                    reply = send_request(
+                        worker.path, "POST", "/invocations", body, self.parameters.timeout, {REQUEST_ID: HEALTH_CHECK}
+                    )
                 except (OSError, http.client.HTTPException) as error:
-                    raise HealthCheckFailed(f"it does not reply to its own input example ({error})") from error
+                    reason = f"it does not reply to its own input example ({error})"
+                    raise HealthCheckFailed(reason, may_pass=True) from error
                 if problem := _find_problem(reply, rows):
                     raise HealthCheckFailed(f"it replies to its own input example with {problem}")
 
@@ -150,16 +130,20 @@ class WorkerPool:
     def have_exited(self) -> bool:
         return all(worker.process.has_exited() for worker in self.workers)
 
+    def forget(self) -> None:
+        """Remove what a pool that has exited leaves: the copy of its model, and its processes' gauges."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for worker in self.workers:
+            metrics.forget_process(worker.process.popen.pid)
 
-def _read_input_example(version: ModelVersion) -> tuple[bytes, int]:
-    """Return the version's input example as a request, and its number of rows. Raises HealthCheckFailed if it has none."""
-    uri = f"models:/{version.name}/{version.version}/serving_input_example.json"
+
+def _read_input_example(folder: Path) -> tuple[bytes, int]:
+    """Return the model's input example as a request, and its number of rows. Raises HealthCheckFailed if it has none."""
     try:
-        text = mlflow.artifacts.load_text(uri)
-        rows = len(json.loads(text)["dataframe_split"]["data"])
-    except Exception as error:  # of the store, the network or the file
-        raise HealthCheckFailed(f"it has no usable input example ({error})", may_pass=True) from error
-    return text.encode(), rows
+        content = (folder / INPUT_EXAMPLE).read_bytes()
+        return content, len(json.loads(content)["dataframe_split"]["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HealthCheckFailed(f"it has no usable input example ({error!r})") from error
 
 
 def _find_problem(reply: Reply, rows: int) -> str:
