@@ -44,8 +44,9 @@ class Server:
         found = {}
         for child in psutil.Process(self.process).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "uvicorn" in " ".join(child.cmdline()[:2]):
-                    found[Path(child.environ()["UVICORN_UDS"])] = child.pid
+                line = child.cmdline()
+                if "signdigits.serving.worker" in line:
+                    found[Path(line[line.index("--uds") + 1])] = child.pid
         return found
 
 

@@ -193,7 +193,8 @@ def test_endpoint_logs_every_prediction(
     assert (first["version"], first["width"], first["height"]) == ("1", 24, 24)
     answered = reply["predictions"][0]["probabilities"]
     assert first["probabilities"] == {name: round(share, 6) for name, share in answered.items()}
-    assert {**first, "time": ""} == {**second, "time": ""}
+    assert (first["row"], second["row"]) == (0, 1)
+    assert {**first, "time": "", "row": 0} == {**second, "time": "", "row": 0}
     assert text(content)[:40] not in prediction_log.list_log_files(tmp_path / "log")[0].read_text()
 
 

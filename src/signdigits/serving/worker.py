@@ -217,6 +217,8 @@ def shorten_message(message: str) -> str:
     if message.startswith("Ensure that input is a valid JSON"):
         return 'the body is not valid JSON; send {"dataframe_records": [{"image": BASE64}]}'
     if message.startswith("Failed to predict data"):
+        message = message.partition("'. \nError: ")[2]
+    if message.startswith("Failed to enforce schema"):
         message = message.rpartition("Error: ")[2]
     return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
 
