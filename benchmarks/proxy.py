@@ -87,11 +87,11 @@ def move(version: int) -> None:
 
 
 @contextlib.contextmanager
-def started(folder: Path, body: bytes) -> Iterator[Server]:
+def started(folder: Path, body: bytes, workers: int = PROCESSES) -> Iterator[Server]:
     """The server on a free port, version 1 live."""
     move(1)
     port = serving.free_port()
-    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--processes", str(PROCESSES)]
+    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--processes", str(workers)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
     log = folder / "proxy.log"
     with log.open("w") as file:

@@ -139,9 +139,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(port: int) -> bool:
+def answers(port: int, target: str = "/ping") -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{target}", timeout=5):
             return True
     except OSError:
         return False

@@ -192,7 +192,7 @@ def test_bearer_token_is_required(model: Model, token: str) -> None:
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {SECRET.lower()}"}):
             status, headers, reply = found.post(model.request, **given)
             assert (status, headers["WWW-Authenticate"], reply["error_code"]) == (401, "Bearer", "UNAUTHENTICATED")
-        assert found.ask("GET", "/version")[0] == 401
+        assert found.ask("GET", "/version")[0] == found.ask("GET", "/metrics")[0] == 401
         assert found.ask("GET", "/ping")[0] == found.ask("GET", "/")[0] == 200
         assert found.post(model.request, Authorization=f"Bearer {SECRET}")[0] == 200
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,11 @@ class Server:
         content = reply.read()
         connection.close()
         return reply.status, {name.lower(): value for name, value in reply.getheaders()}, json.loads(content)
+
+    def metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as reply:
+            lines = reply.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
     def version(self, body: bytes) -> str:
         status, headers, reply = self.ask(body)
@@ -269,6 +275,33 @@ def test_broken_version_is_refused(first: Server, registry: Registry, version: i
     assert statuses(load) == {200}
     starts = 1 if version == 3 else 2  # one that does not start is retried once
     assert first.said().count(f"starting version {version}\n") == starts
+
+
+def test_unreachable_model_is_waited_for(first: Server, registry: Registry) -> None:
+    model_id = mlflow.MlflowClient().get_model_version(MODEL_NAME, "2").source.rpartition("/")[2]
+    artifacts = Path(mlflow.get_logged_model(model_id).artifact_location)
+    away = artifacts.rename(artifacts.with_name("away"))
+    try:
+        move(2)
+        wait_until(lambda: tags(2).get(STATE) == "waiting", seconds=60)
+        assert "its model cannot be fetched" in tags(2)[REASON]
+        assert first.version(registry.request) == "1"
+        assert first.metrics()["signdigits_served_version"] == 1
+        assert first.metrics()["signdigits_alias_served"] == 0
+    finally:
+        away.rename(artifacts)
+    wait_until(lambda: first.version(registry.request) == "2", seconds=120)
+    wait_until(lambda: tags(2)[STATE] == "live", seconds=30)
+    assert first.metrics()["signdigits_alias_served"] == 1
+
+
+def test_metrics_are_merged(first: Server, registry: Registry) -> None:
+    for _ in range(20):  # to either process
+        first.ask(registry.request)
+    metrics = first.metrics()
+    assert metrics['signdigits_requests_total{status="200"}'] >= 20
+    assert metrics["signdigits_promotions_total"] >= 1
+    assert metrics["signdigits_served_version"] == 1
 
 
 def test_killed_worker_is_restarted(first: Server, registry: Registry) -> None:

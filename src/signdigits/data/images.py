@@ -141,7 +141,7 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     profile = _find_profile(image)
     mode = "RGB" if color_mode == "rgb" or profile else "L"
     try:
-        resized = _resize(_flatten_on_white(_apply_orientation(image)).convert(mode), image_size)
+        resized = _resize(_convert(_flatten_on_white(_apply_orientation(image)), mode), image_size).convert(mode)
         if profile:
             resized = _convert_to_srgb(resized, profile)
     except ImageError:
@@ -151,6 +151,11 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     if color_mode == "rgb":
         return _pad_to_square(np.array(resized))
     return (1 - _pad_to_square(np.array(resized.convert("L"))).astype(np.float32) / 255)[..., np.newaxis]
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to be resized; gray stays gray, with a third of the memory: resized, its channels are the same."""
+    return image if image.mode == "L" else image.convert(mode)
 
 
 def _resize(image: Image.Image, image_size: int) -> Image.Image:

@@ -197,6 +197,8 @@ class SignDigits(PythonModel):
             pixels = self.images.to_array(image, self.image_size, self.color_mode).astype(np.float32)
         except ValueError as error:
             return str(error)
+        finally:
+            image.close()  # its pixels, which may be 360 MB
         logits, features = np.split(self.run(pixels), [len(self.class_names)])
         return Decoded(size, pixels, logits, features)
 

@@ -47,7 +47,8 @@ def is_listening(parameters: ServeParameters) -> bool:
 
 def _record_state(version: ModelVersion, state: str, reason: str = "") -> None:
     """Record the serving state on the version; only warn if the registry does not reply."""
-    facts = {STATE: state, REASON: reason[:5000], TIME: datetime.now(UTC).isoformat(timespec="milliseconds")}
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    facts = {REASON: reason[:5000], TIME: now, STATE: state}  # the state last: who sees it sees its reason
     try:
         for name, value in facts.items():
             mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
