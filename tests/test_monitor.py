@@ -128,6 +128,7 @@ def test_max_predictions_limits_the_window(champion: str, loaded: loading.Data, 
     ask(loaded, tmp_path / "log", noisy)
     ask(loaded, tmp_path / "log", same)
     found = monitor(MonitorParameters(prediction_log="log", max_predictions=ENOUGH))
+    assert found is not None
     assert found.share == 0
     assert the_run().data.metrics["predictions"] == ENOUGH
 

@@ -319,7 +319,10 @@ def test_certificate_needs_key() -> None:
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("limits", [{}, {"requests_per_second": 5, "burst": 0}, {"connections_per_client": 2}])
-@pytest.mark.parametrize("others", [{}, {"access_log": "/dev/null", "processes": 3, "max_body_mb": 1}, {"host": "::1"}])
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"access_log": "/dev/null", "processes": 3, "max_body_mb": 1}, {"host": "::1"}, {"shadow": "challenger"}],
+)
 @pytest.mark.parametrize("secret", ["", SECRET])
 def test_nginx_accepts_configuration(
     certificate: dict[str, str], tmp_path: Path, tls: bool, limits: Any, others: Any, secret: str

@@ -33,7 +33,7 @@ from signdigits.serving.options import ServeParameters
 from signdigits.serving.supervisor import REASON, STATE, Supervisor, is_listening
 from signdigits.tracking import registry as tracking_registry
 
-from .conftest import free_port, store_like, wait_until
+from .conftest import command, free_port, store_like, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
 
@@ -363,6 +363,34 @@ def test_slow_registry_blocks_nothing(
     wait_until(looking.done, seconds=30)
     supervisor.poll_alias()
     assert supervisor.polling is None
+
+
+def test_shadow_gets_copies(registry: Registry, tmp_path: Path) -> None:
+    move(1)
+    mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "challenger", "2")
+    shadow = ["--shadow", "challenger", "--shadow_share", "1"]
+    with started(
+        registry, tmp_path / "server.log", *shadow, SIGN_DIGITS_PREDICTION_LOG=str(tmp_path / "log")
+    ) as server:
+        wait_until(lambda: "version 2 gets 100 % of the requests" in server.said(), seconds=60)
+
+        def both_answered() -> bool:
+            assert server.version(registry.request) == "1"
+            lines = [json.loads(line) for file in tmp_path.glob("log/*") for line in file.read_text().splitlines()]
+            return {line["version"] for line in lines} == {"1", "2"}
+
+        wait_until(both_answered, seconds=60)
+        for _ in range(3):
+            server.version(registry.request)
+        (worker,) = [pid for pid in server.processes("serving.worker") if "--shadow" in command_line(pid)]
+        os.kill(worker, signal.SIGSTOP)  # nobody feels that
+        asked = time.monotonic()
+        assert server.version(registry.request) == "1"
+        assert time.monotonic() - asked < 30
+    options = ["--prediction_log", str(tmp_path / "log"), "--shadow", "true", "--min_predictions", "2"]
+    done = command("monitor", *options, cwd=registry.folder)
+    assert done.returncode == 0, done.stderr
+    assert "version 1 and its shadow, version 2, agree on" in done.stdout
 
 
 def test_killed_supervisor_leaves_no_orphans(registry: Registry, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ MODEL_NAME = "sign-digits"
 SERVED_MODEL = f"models:/{MODEL_NAME}@champion"
 # MLflow's own rule, which it would only apply at the end of the work.
 ALIAS = (r"(?![vV][0-9]+$|latest$)[A-Za-z0-9_-]{1,255}", "letters, digits, - and _, but not latest or v1, v2")
+URL = (r"|https?://\S+", "an http or https URL")
 
 
 def parameter(
@@ -283,6 +284,10 @@ class MonitorParameters(Checked):
     drift_share: float = parameter(
         0.3, "fraction of the six columns that must drift for exit code 3; 0.3 is two of them", above=0, high=1
     )
+    shadow: bool = parameter(
+        False, "compare the predictions of the two versions that `serve --shadow` sent the same requests to, instead"
+    )
+    notify: str = parameter("", "URL that hears of drift (POST, JSON); empty: none", pattern=URL)
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,23 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
 from signdigits import plots, tables
+from signdigits.agreement import pair_predictions
 from signdigits.config import MonitorParameters
 from signdigits.drift import Drift, measure_drift
 from signdigits.errors import DataError, DriftFound, ModelError, TooFewPredictions
+from signdigits.notify import notify
 from signdigits.packaging import prediction_log
 from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
+NEEDED = {"time", "version", "probabilities", *prediction_log.STATISTICS}  # of an entry of the log
 
-def monitor(parameters: MonitorParameters) -> Drift:
+
+def monitor(parameters: MonitorParameters) -> Drift | None:
     """Compare the most recent predictions of a model with those of its test images, in a run of its own.
+
+    With `shadow`, compare them with those of the shadow for the same requests instead, and return None.
 
     Raises DriftFound, after logging, if the fraction `drift_share` of the columns has drifted; TooFewPredictions; DataError
     if there is no log; ModelError if there is no such model, or if it was not evaluated.
@@ -42,6 +48,9 @@ def monitor(parameters: MonitorParameters) -> Drift:
         )
     model = registry.find_model("", parameters.model_uri)
     version = registry.version_of(model)
+    if parameters.shadow:
+        _compare_with_shadow(folder, version, parameters)
+        return None
     reference = _select_columns(_read_reference(model))
     window = _read_window(folder, version, parameters)
     recent = _select_columns(_to_table(window))
@@ -59,9 +68,36 @@ def monitor(parameters: MonitorParameters) -> Drift:
         outliers = _log_outlier_share(window, model)
         runs.set_description(f"{outcome}{outliers}.\n\n{_drift_table(reference, recent, drift)}")
     if share >= parameters.drift_share:
+        if parameters.notify:
+            notify(parameters.notify, "drift", outcome, {"model_uri": parameters.model_uri, "version": version})
         raise DriftFound(f"{outcome}{outliers}; see the run, and evaluate the model on recent photographs")
     log.info("no drift: %s%s", outcome, outliers)
     return drift
+
+
+def _compare_with_shadow(folder: Path, version: str, parameters: MonitorParameters) -> None:
+    """Log the agreement of a version with its shadow, in a run of its own. Raises TooFewPredictions."""
+    found = pair_predictions(_read_records(folder, _start_time(parameters)), version)
+    count = 0 if found is None else len(found.predictions)
+    if found is None or count < parameters.min_predictions:
+        raise TooFewPredictions(
+            f"prediction_log={folder}: {count} photographs of version {version} and a shadow, {parameters.min_predictions} "
+            "needed; serve with --shadow challenger, wait for more, or lower --min_predictions"
+        )
+    tags = {"model_version": version, "shadow_version": found.versions[1]}
+    with runs.start_run("monitor", f"shadow version {found.versions[1]}", tags=tags):
+        runs.log_params(asdict(parameters))
+        latencies = found.latencies()
+        mlflow.log_metrics({"agreement": found.share, "predictions": count, **latencies})
+        disagreements = found.count_disagreements()
+        outcome = (
+            f"version {version} and its shadow, version {found.versions[1]}, agree on {found.share:.2%} of {count} photographs; "
+            f"median latency {1000 * latencies['live_latency_median']:.1f} and {1000 * latencies['shadow_latency_median']:.1f} ms"
+        )
+        rows = [("label", *disagreements), *((str(label), *row) for label, *row in disagreements.itertuples())]
+        runs.log_figure("disagreements.png", lambda: plots.plot_disagreements(found.predictions, found.versions))
+        runs.set_description(f"{outcome}.\n\n{runs.markdown_table(rows)}")
+    log.info("%s", outcome)
 
 
 def _read_reference(model: LoggedModel) -> pd.DataFrame:
@@ -83,18 +119,13 @@ def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> l
 
     A prediction without a version counts as one of `version`: its server was not told the version.
     """
-    since = ""
-    if parameters.window_hours:
-        start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.window_hours)
-        since = start.isoformat(timespec="milliseconds")
     versions: Counter[str] = Counter()
 
     def wanted() -> Iterator[tuple[str, int, dict[str, Any]]]:
-        for number, record in enumerate(_read_records(folder)):
-            if record["time"] >= since:
-                versions[record["version"]] += 1
-                if record["version"] in ("", version):
-                    yield record["time"], number, record
+        for number, record in enumerate(_read_records(folder, _start_time(parameters))):
+            versions[record["version"]] += 1
+            if record["version"] in ("", version):
+                yield record["time"], number, record
 
     window = [record for _, _, record in sorted(heapq.nlargest(parameters.max_predictions, wanted()))]
     if len(window) < parameters.min_predictions:
@@ -107,8 +138,16 @@ def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> l
     return window
 
 
-def _read_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete entries of the log; a killed process or a full disk may have left a partial line."""
+def _start_time(parameters: MonitorParameters) -> str:
+    """Return the start of the window as in the log; empty if it has none."""
+    if not parameters.window_hours:
+        return ""
+    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.window_hours)
+    return start.isoformat(timespec="milliseconds")
+
+
+def _read_records(folder: Path, since: str) -> Iterator[dict[str, Any]]:
+    """Yield the complete entries of the log from the time `since` on; a killed process or a full disk may have left a partial line."""
     for file in prediction_log.list_log_files(folder):
         try:
             lines = file.read_text(errors="replace").splitlines()
@@ -119,9 +158,7 @@ def _read_records(folder: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and {"time", "version", "probabilities", *prediction_log.STATISTICS} <= set(
-                record
-            ):
+            if isinstance(record, dict) and set(record) >= NEEDED and record["time"] >= since:
                 yield record
 
 

@@ -122,6 +122,22 @@ def plot_drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift"
     return figure
 
 
+def plot_disagreements(predictions: "pd.DataFrame", versions: tuple[str, str]) -> Figure:
+    """Plot how often each label of the live version (rows) is which label of its shadow (columns)."""
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    labels = sorted({*predictions["live"], *predictions["shadow"]})
+    ConfusionMatrixDisplay.from_predictions(
+        predictions["live"], predictions["shadow"], labels=labels, cmap="Blues", colorbar=False, ax=axes
+    )
+    axes.set_xlabel(f"version {versions[1]}, the shadow")
+    axes.set_ylabel(f"version {versions[0]}")
+    axes.set_title("Photographs by the labels of both versions")
+    return figure
+
+
 def plot_study(study: "optuna.Study", metric: str) -> dict[str, Figure]:
     """Return Optuna's plots of a study by name; some need two complete trials."""
     import optuna.visualization.matplotlib as draw

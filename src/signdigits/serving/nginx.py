@@ -21,6 +21,7 @@ from signdigits.serving.options import KEEP_ALIVE, ServeParameters
 
 POOLS = ("blue", "green")
 NO_POOL = "none"
+SHADOW = "shadow"  # the upstream of the copies of requests
 METRICS = "metrics"  # the folder of the metrics' values
 
 PAGE = Path(__file__).parent / "page"
@@ -108,7 +109,7 @@ def make_home(home: Path) -> None:
 
     A copy, because these do not run as root, and may have no access to the project's folder.
     """
-    for folder in (*POOLS, NO_POOL, METRICS):
+    for folder in (*POOLS, NO_POOL, METRICS, SHADOW):
         (home / folder).mkdir()
     shutil.copytree(PAGE, home / "page", copy_function=shutil.copyfile)
     if os.geteuid() == 0:
@@ -167,6 +168,7 @@ def render_configuration(parameters: ServeParameters, home: Path, token: str = "
         home=home,
         user=_worker_user(),
         listen=parameters.address,
+        shadow=socket_path(home, SHADOW, 1),
         pools={pool: [socket_path(home, pool, number) for number in numbers] for pool in POOLS},
         keep_alive=KEEP_ALIVE,
         token_pattern=re.sub(r"[.+/=~-]", lambda character: f"[{character[0]}]", token),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from signdigits.config import ALIAS, NameParameters, parameter
+from signdigits.config import ALIAS, URL, NameParameters, parameter
 from signdigits.errors import ParameterError
 
 KEEP_ALIVE = 60  # seconds that nginx keeps an idle connection to a worker; the worker must keep it longer
@@ -19,6 +19,17 @@ class ServeParameters(NameParameters):
     )
     port: int = parameter(5001, "port to listen on", low=1, high=65_535)
     alias: str = parameter("champion", "alias of the version to serve", pattern=ALIAS)
+    shadow: str = parameter(
+        "",
+        "alias of the version that gets a copy of some requests, such as challenger; nobody gets its replies; empty: none",
+        pattern=(rf"|{ALIAS[0]}", ALIAS[1]),
+    )
+    shadow_share: float = parameter(0.1, "fraction of the requests that the shadow gets", above=0, high=1)
+    notify: str = parameter(
+        "",
+        "URL that hears of promotions and refusals (POST, JSON); SIGN_DIGITS_NOTIFY_TOKEN is sent as bearer token",
+        pattern=URL,
+    )
     processes: int = parameter(1, "worker processes per version", low=1, high=256)
     poll_interval: float = parameter(2.0, "polling interval of the alias in seconds", above=0)
     start_timeout: float = parameter(120.0, "startup timeout of a version in seconds", above=0)

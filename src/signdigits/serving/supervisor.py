@@ -1,31 +1,27 @@
 """The supervisor of a server: keeps nginx and the worker processes alive, and follows the alias (blue/green)."""
 
 import logging
-import queue
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits import files
 from signdigits.errors import ServingError
+from signdigits.notify import notify
 from signdigits.serving import metrics, nginx
+from signdigits.serving.background import BackgroundThread
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import Process, adopt_orphans
+from signdigits.serving.shadow import Shadow
 from signdigits.serving.worker_pool import HealthCheckFailed, WorkerPool
 from signdigits.tracking import registry, store
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 TICK = 0.2  # seconds between two checks of the processes
 
@@ -62,39 +58,11 @@ def _record_state(version: ModelVersion, state: str, reason: str = "") -> None:
         )
 
 
-def _copy_model(uri: str, folder: Path) -> None:
-    """Copy a model from the artifact store to `folder`, unless it is there."""
-    if not folder.exists():
-        with files.atomic_folder(folder) as partial_folder:
-            mlflow.artifacts.download_artifacts(uri, dst_path=str(partial_folder))
-
-
 def _served_before(version: ModelVersion) -> list[ModelVersion]:
     """Return the other version that was live last, if any: it was not retired, only the server stopped."""
     versions = mlflow.MlflowClient().search_model_versions(f"name = '{version.name}'")
     live = [other for other in versions if other.tags.get(STATE) == LIVE and other.version != version.version]
     return sorted(live, key=lambda other: other.tags.get(TIME, ""))[-1:]
-
-
-class BackgroundThread:
-    """A thread for calls that may block on the registry, made in order."""
-
-    def __init__(self) -> None:
-        self.calls = queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        future = Future[Result]()
-        self.calls.put((future, function, arguments))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, function, arguments = self.calls.get()
-            try:
-                future.set_result(function(*arguments))
-            except Exception as error:
-                future.set_exception(error)
 
 
 class Supervisor:
@@ -112,7 +80,8 @@ class Supervisor:
         self.next_start = 0.0  # earliest time of the next attempt
         self.last_warning = ""
         self.last_poll = 0.0
-        self.registry = BackgroundThread()
+        self.registry, self.notifier = BackgroundThread(), BackgroundThread()
+        self.shadow = Shadow(parameters, home, BackgroundThread()) if parameters.shadow else None
         self.polling: Future[ModelVersion | None] | None = None
 
     def run(self, version: ModelVersion) -> None:
@@ -153,6 +122,8 @@ class Supervisor:
         time.sleep(TICK)
         if self.live:
             self.live.restart_dead_workers()
+        if self.shadow and self.nginx_process:
+            self.shadow.supervise()
         if self.nginx_process and not self.nginx_process.running:
             self.nginx_process.signal(signal.SIGKILL)  # its worker processes, which hold the port
             if self.nginx_process.has_exited():
@@ -230,6 +201,11 @@ class Supervisor:
             return
         log.info("version %s is live; version %s stops", version.version, previous.version.version)
         metrics.PROMOTIONS.inc()
+        self.notify(
+            "promotion",
+            f"version {version.version} of {version.name} replaces version {previous.version.version}",
+            version,
+        )
         self.registry.submit(_record_state, previous.version, RETIRED, f"replaced by version {version.version}")
 
     def fetch_model(self, version: ModelVersion) -> Path | None:
@@ -238,8 +214,7 @@ class Supervisor:
         In the thread of the registry, because MLflow retries for minutes, and supervision must go on.
         """
         folder = self.home / f"model-{version.version}"
-        uri = f"models:/{version.name}/{version.version}"
-        fetching = self.registry.submit(_copy_model, uri, folder)
+        fetching = self.registry.submit(registry.copy_model, version, folder)
         while not fetching.done():
             self.supervise()
         try:
@@ -265,8 +240,14 @@ class Supervisor:
             return
         log.warning("version %s is refused: %s", version.version, failure)
         metrics.REFUSALS.inc()
+        self.notify("refusal", f"version {version.version} of {version.name} is refused: {failure}", version)
         self.registry.submit(_record_state, version, REFUSED, str(failure))
         self.rejected, self.n_attempts, self.n_failed_starts = str(version.version), 0, 0
+
+    def notify(self, event: str, text: str, version: ModelVersion) -> None:
+        if self.parameters.notify:
+            facts = {"model_name": version.name, "version": str(version.version)}
+            self.notifier.submit(notify, self.parameters.notify, event, text, facts)
 
     def check_health(self, pool: WorkerPool) -> None:
         """Raise HealthCheckFailed unless the pool starts in time and replies correctly to its input example."""
@@ -310,5 +291,7 @@ class Supervisor:
             while not proxy.has_exited() and time.monotonic() < deadline:
                 time.sleep(TICK / 4)
             proxy.signal(signal.SIGKILL)
+        if self.shadow:
+            self.shadow.stop()
         if pool:
             self.drain(pool, seconds=self.parameters.drain_timeout)

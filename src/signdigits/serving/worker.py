@@ -41,6 +41,8 @@ INPUT_EXAMPLE = "serving_input_example.json"  # MLflow's name of the file in a m
 SMALL_REQUESTS, LARGE_REQUESTS = 4, 1
 LARGE_BODY = 2_000_000  # bytes
 
+SHADOW_REQUESTS = 8  # copies of requests that wait in a shadow; the next one is dropped
+
 # Brackets, braces and commas in a body: a row has three, and base64 none. Parsing 64 MB of empty rows takes a gigabyte.
 MAX_STRUCTURE = 100_000
 
@@ -109,21 +111,35 @@ def invocation_variable(model: PyFuncModel) -> ContextVar[Any]:
 class Admission:
     """An ASGI middleware that limits the requests to /invocations, and cancels those that nobody waits for."""
 
-    def __init__(self, app: Any, model: PyFuncModel, timeout: float, max_waiting: int) -> None:
+    def __init__(self, app: Any, model: PyFuncModel, timeout: float, max_waiting: int, is_shadow: bool) -> None:
         self.app, self.timeout, self.max_waiting = app, timeout, max_waiting
         self.invocation = invocation_variable(model)
         self.small, self.large = asyncio.Semaphore(SMALL_REQUESTS), asyncio.Semaphore(LARGE_REQUESTS)
         self.waiting = 0
+        self.copies: set[asyncio.Task[Response]] | None = set() if is_shadow else None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != "/invocations" or scope["method"] != "POST":
             await self.app(scope, receive, send)
+            return
+        if self.copies is not None:
+            await self.take_copy(scope, receive)
+            await Response(status_code=202)(scope, receive, send)
             return
         started = time.monotonic()
         response = await self.answer(Request(scope, receive))
         metrics.SECONDS.observe(time.monotonic() - started)
         metrics.REQUESTS.labels(response.status_code).inc()
         await response(scope, receive, send)
+
+    async def take_copy(self, scope: Message, receive: Receive) -> None:
+        """Read a shadow's request, to process it later, or drop it if too many are waiting."""
+        assert self.copies is not None
+        body = await Request(scope, receive).body()
+        if len(self.copies) < SHADOW_REQUESTS:
+            copy = asyncio.create_task(self.answer(Request(scope, _repeat(body))))
+            self.copies.add(copy)
+            copy.add_done_callback(self.copies.discard)
 
     async def answer(self, request: Request) -> Response:
         if self.waiting >= self.max_waiting:
@@ -178,9 +194,6 @@ async def _call(app: Any, scope: Message, body: bytes) -> tuple[int, bytes]:
     """Return status and content of an ASGI application's reply to a request with `body`; 500 if it fails."""
     status, parts = 500, []
 
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body}
-
     async def send(message: Message) -> None:
         nonlocal status
         status = message.get("status", status)
@@ -188,8 +201,20 @@ async def _call(app: Any, scope: Message, body: bytes) -> tuple[int, bytes]:
 
     # MLflow's server raises only if Python cannot parse the JSON; its own reply is sent before.
     with contextlib.suppress(Exception):
-        await app(scope, receive, send)
+        await app(scope, _repeat(body), send)
     return status, b"".join(parts)
+
+
+def _repeat(body: bytes) -> Receive:
+    """Return an ASGI channel of a client that sends `body` and waits."""
+    messages: list[Message] = [{"type": "http.request", "body": body}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.Future()
+        return messages.pop()
+
+    return receive
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
@@ -256,11 +281,11 @@ def _render_metrics(request: Request) -> Response:
     return Response(metrics.render_metrics(), media_type="text/plain; version=0.0.4")
 
 
-def create_app(folder: Path, timeout: float, max_waiting: int) -> Starlette:
+def create_app(folder: Path, timeout: float, max_waiting: int, is_shadow: bool) -> Starlette:
     """Return the application that serves the model in `folder`."""
     os.environ[MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.name] = str(timeout)  # the model reads it, too
     model = mlflow.pyfunc.load_model(str(folder))
-    server = Admission(scoring_server.init(CountingModel(model)), model, timeout, max_waiting)
+    server = Admission(scoring_server.init(CountingModel(model)), model, timeout, max_waiting, is_shadow)
     routes = [
         Route("/health", HealthCheck(model, folder).reply),
         Route("/metrics", _render_metrics),
@@ -279,9 +304,12 @@ def main() -> None:
     parser.add_argument("--uds")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5001)
+    parser.add_argument("--shadow", action="store_true")
     options = parser.parse_args()
+    if options.shadow:
+        os.nice(10)  # the live workers come first
     uvicorn.run(
-        create_app(options.model, options.timeout, options.max_waiting),
+        create_app(options.model, options.timeout, options.max_waiting, options.shadow),
         uds=options.uds,
         host=options.host,
         port=options.port,

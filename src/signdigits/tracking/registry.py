@@ -1,12 +1,14 @@
 """The model registry: the registered model, its versions and their aliases."""
 
 import shlex
+from pathlib import Path
 
 import mlflow
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from signdigits import files
 from signdigits.config import MODEL_NAME
 from signdigits.errors import ModelError
 from signdigits.tracking import store
@@ -45,6 +47,14 @@ def find_alias(model_name: str, alias: str) -> ModelVersion | None:
     if not found or alias not in found[0].aliases:
         return None
     return client.get_model_version(model_name, found[0].aliases[alias])
+
+
+def copy_model(version: ModelVersion, folder: Path) -> None:
+    """Copy the version's model from the artifact store to `folder`, unless it is there."""
+    if not folder.exists():
+        with files.atomic_folder(folder) as partial_folder:
+            uri = f"models:/{version.name}/{version.version}"
+            mlflow.artifacts.download_artifacts(uri, dst_path=str(partial_folder))
 
 
 def version_of(model: LoggedModel) -> str:
