@@ -68,7 +68,7 @@ def test_compose_file_matches_schema() -> None:
         "check_jsonschema",
         "--builtin-schema",
         "vendor.compose-spec",
-        DEPLOY / "compose.yaml",
+        str(DEPLOY / "compose.yaml"),
     ]
     checked = subprocess.run(line, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
