@@ -28,7 +28,8 @@ def load(path: Path) -> Any:
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    return dict(re.findall(r"^([A-Za-z0-9-]+)==([^ ;\n]+)", path.read_text(), re.MULTILINE))
+    found = re.findall(r"^([\w-]+)==([^ ;\n]+)", path.read_text(), re.MULTILINE)
+    return {name.lower().replace("_", "-"): version for name, version in found}
 
 
 def endpoint_container() -> Any:
@@ -77,7 +78,7 @@ def test_compose_file_matches_schema() -> None:
 def test_image_has_pinned_versions() -> None:
     pins, image = read_pins(PROJECT / "requirements.txt"), read_pins(DEPLOY / "requirements.txt")
     listed = (DEPLOY / "requirements.in").read_text()
-    named = {name.lower() for name in re.findall(r"^[A-Za-z0-9-]+", listed, re.MULTILINE)}
+    named = {name.replace("_", "-") for name in re.findall(r"^[\w-]+", listed, re.MULTILINE)}
     assert named <= set(image)
     assert image["mlflow-skinny"] == pins["mlflow"]
     shared = set(pins) & set(image)

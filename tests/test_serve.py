@@ -385,7 +385,7 @@ def test_unsupervised_server_ends_with_worker(registry: Registry, tmp_path: Path
     options = ("--supervise", "false", "--model_uri", f"models:/{MODEL_NAME}/2")
     with started(registry, tmp_path / "log", *options) as server:
         assert server.version(registry.request) == "2"
-        (worker,) = server.processes("mlflow models serve")
+        (worker,) = server.processes("signdigits.serving.worker")
         os.kill(worker, signal.SIGKILL)
         assert server.process.wait(60) == 2
     assert "blue-1 exited (killed by signal 9); start the server again" in server.said()

@@ -1,6 +1,7 @@
 """The model registry: the registered model, its versions and their aliases."""
 
 import shlex
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,7 +58,10 @@ def download_version(model_uri: str, folder: Path) -> ModelVersion:
     file. Raises ModelError if there is no model.
     """
     try:
-        mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder))
+        if Path(model_uri).is_dir():
+            shutil.copytree(model_uri, folder)
+        else:
+            mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder))
         model = mlflow.models.Model.load(folder)
     except Exception as error:  # of MLflow, a driver or the network
         raise ModelError(f"model_uri={model_uri}: no such model ({error})") from error
