@@ -183,6 +183,7 @@ def test_baked_version_needs_no_registry(container: Container, tmp_path: Path) -
         assert (status, version) == (200, "1")
         assert reply["predictions"][0]["label"] in {"0", "1", "2"}
         assert [endpoint.ask("GET", path)[0] for path in ("/", "/ping", "/health")] == [200] * 3
+        assert b"\nsigndigits_served_version 1.0\n" in endpoint.ask("GET", "/metrics")[2]
         assert endpoint.ask("GET", "/invocations")[0] == 405
         (server,) = server_pids(endpoint.port)
         assert re.search(r"^Uid:\s+10001\s+10001", Path(f"/proc/{server}/status").read_text(), re.MULTILINE)
