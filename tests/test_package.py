@@ -1,10 +1,14 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import mlflow.cli
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
 from signdigits.config import DataParameters
 from signdigits.data import loading
@@ -59,3 +63,12 @@ def test_tags_name_data_and_commit(store: str, loaded: loading.Data) -> None:
 def test_input_example_is_training_photograph(loaded: loading.Data) -> None:
     example = package.make_input_example(loaded)
     assert json.loads(example.to_json(orient="records"))[0]["image"].startswith("/9j/"), "JPEG in base64"
+
+
+def test_mlflow_generates_dockerfile(log_model: Callable[..., Any], tmp_path: Path) -> None:
+    uri = log_model().model_uri
+    line = ["models", "generate-dockerfile", "--model-uri", uri, "--output-directory", str(tmp_path / "image")]
+    generated = CliRunner().invoke(mlflow.cli.cli, line)
+    assert generated.exit_code == 0, generated.output
+    assert "COPY model_dir /opt/ml/model" in (tmp_path / "image" / "Dockerfile").read_text()
+    assert (tmp_path / "image" / "model_dir" / "MLmodel").is_file()

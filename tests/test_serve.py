@@ -409,6 +409,26 @@ def test_killed_supervisor_leaves_no_orphans(registry: Registry, tmp_path: Path)
         assert "version 3 is refused" in server.said()
 
 
+def test_unsupervised_server_ends_with_worker(registry: Registry, tmp_path: Path) -> None:
+    options = ("--supervise", "false", "--model_uri", f"models:/{MODEL_NAME}/2")
+    with started(registry, tmp_path / "log", *options) as server:
+        assert server.version(registry.request) == "2"
+        (worker,) = server.processes("signdigits.serving.worker")
+        os.kill(worker, signal.SIGKILL)
+        assert server.process.wait(60) == 2
+    assert "blue-1 exited (killed by signal 9); start the server again" in server.said()
+
+
+def test_unsupervised_server_refuses_broken_version(registry: Registry) -> None:
+    line = [sys.executable, "-m", "signdigits", "serve", "--supervise", "false", "--port", str(free_port())]
+    failed = subprocess.run(
+        [*line, "--model_uri", f"models:/{MODEL_NAME}/3"], cwd=registry.folder, capture_output=True, text=True
+    )
+    assert failed.returncode == 2
+    assert "version 3 cannot be served: it replies to its own input example with 400" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
 def test_model_is_served_without_nginx(registry: Registry, tmp_path: Path) -> None:
     move(1)
     programs = tmp_path / "bin"

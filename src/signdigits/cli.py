@@ -245,7 +245,7 @@ def _run_command(command: Command, name: str, values: dict[str, Any]) -> None:
 
     if command.is_entry_point:
         runs.open_experiment(name)
-    else:
+    elif not values.get("model_uri"):  # a model in a folder needs no store
         store.connect_store()
     arguments = [_load(group) if isinstance(group, config.DataParameters) else group for group in groups]
     if command.needs_tensorflow:

@@ -31,25 +31,35 @@ log = logging.getLogger(__name__)
 
 def serve(parameters: ServeParameters) -> None:
     """Serve until interrupted. Raises ServingError or ModelError if the server cannot start."""
+    with _runtime_folder() as home:
+        version = _find_version(parameters, home)
+        _check_port(parameters)
+        if not (parameters.token_file or is_loopback(parameters.host)):
+            log.warning(
+                "host=%s: listening without authentication; anyone who can reach this host can send requests",
+                parameters.host,
+            )
+        if program := shutil.which("nginx"):
+            _write_configuration(parameters, home)
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(home / "metrics")
+            from signdigits.serving import supervisor  # with its metrics, which need the variable
+
+            server = supervisor.Supervisor if parameters.supervise else supervisor.Unsupervised
+            server(parameters, program, home).run(version)
+            return
+    _serve_alone(parameters, version)
+
+
+def _find_version(parameters: ServeParameters, home: Path) -> ModelVersion:
+    """Return the version to serve first, the model of `model_uri` copied to `home`. Raises ModelError if there is none."""
+    if parameters.model_uri:
+        version = registry.download_version(parameters.model_uri, home / "model")
+        (home / "model").rename(nginx.model_folder(home, version.version))
+        return version
     version = registry.find_alias(parameters.model_name, parameters.alias)
     if version is None:
         raise ModelError(registry.missing_alias(parameters.model_name, parameters.alias))
-    _check_port(parameters)
-    if not (parameters.token_file or is_loopback(parameters.host)):
-        log.warning(
-            "host=%s: listening without authentication; anyone who can reach this host can send requests",
-            parameters.host,
-        )
-    program = shutil.which("nginx")
-    if program is None:
-        _serve_alone(parameters, version)
-        return
-    with _runtime_folder() as folder:
-        _write_configuration(parameters, folder)
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder / "metrics")
-        from signdigits.serving.supervisor import Supervisor  # with its metrics, which need the variable
-
-        Supervisor(parameters, program, folder).run(version)
+    return version
 
 
 def _write_configuration(parameters: ServeParameters, home: Path) -> None:
@@ -87,7 +97,7 @@ def _serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
     """Replace this process with a worker, which is all there is without nginx."""
     unsupported = [
         f"{name}={value}"
-        for name in ("token_file", "certificate", "requests_per_second", "connections_per_client")
+        for name in ("model_uri", "token_file", "certificate", "requests_per_second", "connections_per_client")
         if (value := getattr(parameters, name))
     ]
     if unsupported:

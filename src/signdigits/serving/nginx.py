@@ -104,6 +104,11 @@ def socket_path(home: Path, pool: str, number: int) -> Path:
     return home / f"{pool}-{number}.sock"
 
 
+def model_folder(home: Path, version: str) -> Path:
+    """Return the folder of the copy of a version's model."""
+    return home / f"model-{version}"
+
+
 def make_home(home: Path) -> None:
     """Create the pools' folders in `home`, and a copy of the page that only nginx's worker processes can read.
 

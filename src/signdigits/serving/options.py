@@ -19,6 +19,14 @@ class ServeParameters(NameParameters):
     )
     port: int = parameter(5001, "port to listen on", low=1, high=65_535)
     alias: str = parameter("champion", "alias of the version to serve", pattern=ALIAS)
+    supervise: bool = parameter(
+        True,
+        "restart what exits, and follow the alias; false: serve one version, and exit with nginx or a worker, for a "
+        "platform that restarts containers",
+    )
+    model_uri: str = parameter(
+        "", "with supervise=false, URI or folder of the model to serve; empty: the alias's version at the start"
+    )
     shadow: str = parameter(
         "",
         "alias of the version that gets a copy of some requests, such as challenger; nobody gets its replies; empty: none",
@@ -52,6 +60,10 @@ class ServeParameters(NameParameters):
         super().__post_init__()
         if bool(self.certificate) != bool(self.key):
             raise ParameterError(f"certificate={self.certificate!r}, key={self.key!r}: give both, or neither")
+        if self.model_uri and self.supervise:
+            raise ParameterError(
+                f"model_uri={self.model_uri!r}: a supervised server follows an alias; pass --supervise false as well"
+            )
 
     @property
     def address(self) -> str:

@@ -100,7 +100,7 @@ class Supervisor:
 
     def start(self, version: ModelVersion) -> None:
         """Start the version, or the previously served one if that fails, and then nginx."""
-        for candidate in [version, *_served_before(version)]:
+        for candidate in [version, *self.find_fallbacks(version)]:
             if self.switch_to(candidate):
                 break
         else:
@@ -113,6 +113,9 @@ class Supervisor:
             if not self.nginx_process.running or time.monotonic() > deadline:
                 raise ServingError(f"nginx does not start: {self.nginx_process.exit_reason()}")
             time.sleep(TICK / 10)
+
+    def find_fallbacks(self, version: ModelVersion) -> list[ModelVersion]:
+        return _served_before(version)
 
     def start_nginx(self) -> Process:
         return Process("nginx", self.nginx_command)
@@ -195,7 +198,7 @@ class Supervisor:
         metrics.VERSION.set(int(version.version))
         metrics.CREATED.set(version.creation_timestamp / 1000)
         metrics.IS_CURRENT.set(1)
-        self.registry.submit(_record_state, version, LIVE)
+        self.record(version, LIVE)
         if previous is None:
             log.info("version %s is live", version.version)
             return
@@ -206,14 +209,14 @@ class Supervisor:
             f"version {version.version} of {version.name} replaces version {previous.version.version}",
             version,
         )
-        self.registry.submit(_record_state, previous.version, RETIRED, f"replaced by version {version.version}")
+        self.record(previous.version, RETIRED, f"replaced by version {version.version}")
 
     def fetch_model(self, version: ModelVersion) -> Path | None:
         """Copy the version's model to this machine. If it cannot be reached, try again later, and return None.
 
         In the thread of the registry, because MLflow retries for minutes, and supervision must go on.
         """
-        folder = self.home / f"model-{version.version}"
+        folder = nginx.model_folder(self.home, version.version)
         fetching = self.registry.submit(registry.copy_model, version, folder)
         while not fetching.done():
             self.supervise()
@@ -230,7 +233,7 @@ class Supervisor:
         pause = min(MAX_PAUSE, self.parameters.poll_interval * 2**self.n_attempts)
         self.next_start = time.monotonic() + pause
         log.warning("version %s is waiting: %s; next attempt in %.0f s", version.version, reason, pause)
-        self.registry.submit(_record_state, version, WAITING, reason)
+        self.record(version, WAITING, reason)
 
     def reject(self, version: ModelVersion, failure: HealthCheckFailed) -> None:
         """Refuse a version for a wrong reply or a second failed start; else try it again."""
@@ -241,13 +244,16 @@ class Supervisor:
         log.warning("version %s is refused: %s", version.version, failure)
         metrics.REFUSALS.inc()
         self.notify("refusal", f"version {version.version} of {version.name} is refused: {failure}", version)
-        self.registry.submit(_record_state, version, REFUSED, str(failure))
+        self.record(version, REFUSED, str(failure))
         self.rejected, self.n_attempts, self.n_failed_starts = str(version.version), 0, 0
 
     def notify(self, event: str, text: str, version: ModelVersion) -> None:
         if self.parameters.notify:
             facts = {"model_name": version.name, "version": str(version.version)}
             self.notifier.submit(notify, self.parameters.notify, event, text, facts)
+
+    def record(self, version: ModelVersion, state: str, reason: str = "") -> None:
+        self.registry.submit(_record_state, version, state, reason)
 
     def check_health(self, pool: WorkerPool) -> None:
         """Raise HealthCheckFailed unless the pool starts in time and replies correctly to its input example."""
@@ -295,3 +301,33 @@ class Supervisor:
             self.shadow.stop()
         if pool:
             self.drain(pool, seconds=self.parameters.drain_timeout)
+
+
+class Unsupervised(Supervisor):
+    """nginx and the workers of one version, for a platform that restarts containers: an exit ends this process, too.
+
+    It neither follows the alias nor writes to the registry, which need not be there.
+    """
+
+    def supervise(self) -> None:
+        """Wait for a moment. Raises ServingError if nginx or a worker has exited."""
+        time.sleep(TICK)
+        workers = [worker.process for worker in self.live.workers] if self.live else []
+        for process in filter(None, [self.nginx_process, *workers]):
+            if not process.running:
+                raise ServingError(f"{process.name} exited ({process.exit_reason()}); start the server again")
+
+    def poll_alias(self) -> None:
+        pass
+
+    def find_fallbacks(self, version: ModelVersion) -> list[ModelVersion]:
+        return []
+
+    def wait(self, version: ModelVersion, reason: str) -> None:
+        raise ServingError(f"version {version.version} cannot be served: {reason}")
+
+    def reject(self, version: ModelVersion, failure: HealthCheckFailed) -> None:
+        self.wait(version, str(failure))
+
+    def record(self, version: ModelVersion, state: str, reason: str = "") -> None:
+        pass

@@ -1,9 +1,12 @@
 """The model registry: the registered model, its versions and their aliases."""
 
 import shlex
+import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import mlflow
+import yaml
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -55,6 +58,26 @@ def copy_model(version: ModelVersion, folder: Path) -> None:
         with files.atomic_folder(folder) as partial_folder:
             uri = f"models:/{version.name}/{version.version}"
             mlflow.artifacts.download_artifacts(uri, dst_path=str(partial_folder))
+
+
+def download_version(model_uri: str, folder: Path) -> ModelVersion:
+    """Copy the model that `model_uri`, a URI or a folder, names to `folder`, and return its version.
+
+    A folder needs no tracking store. Its version is in the file that MLflow adds to a downloaded version; 0 without the
+    file. Raises ModelError if there is no model.
+    """
+    try:
+        if Path(model_uri).is_dir():
+            shutil.copytree(model_uri, folder)
+        else:
+            mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder))
+        model = mlflow.models.Model.load(folder)
+    except Exception as error:  # of MLflow, a driver or the network
+        raise ModelError(f"model_uri={model_uri}: no such model ({error})") from error
+    file = folder / "registered_model_meta"
+    meta = yaml.safe_load(file.read_text()) if file.exists() else {"model_name": MODEL_NAME, "model_version": 0}
+    created = datetime.fromisoformat(str(model.utc_time_created)).replace(tzinfo=UTC)
+    return ModelVersion(meta["model_name"], str(meta["model_version"]), int(created.timestamp() * 1000))
 
 
 def version_of(model: LoggedModel) -> str:
