@@ -60,7 +60,7 @@ class Front:
         """Send a signal to the model's processes, behind the back of who would start them again."""
         os.kill(self.supervisor, signal.SIGSTOP)
         children = Path(f"/proc/{self.supervisor}/task/{self.supervisor}/children").read_text().split()
-        (model,) = (child for child in children if b"mlflow" in Path(f"/proc/{child}/cmdline").read_bytes())
+        (model,) = (child for child in children if b"serving.worker" in Path(f"/proc/{child}/cmdline").read_bytes())
         os.killpg(int(model), number)
 
     def go_on(self) -> None:
@@ -250,6 +250,27 @@ def is_question(request: Request) -> bool:
 def photograph_in(request: Request) -> Image.Image:
     (record,) = json.loads(request.post_data or "")["dataframe_records"]
     return Image.open(io.BytesIO(base64.b64decode(record["image"])))
+
+
+def test_correction_is_kept(window: Browser, made: Made, tmp_path: Path) -> None:
+    with front(made, "--corrections", str(tmp_path / "corrections")) as opened, visit(window, opened.url) as page:
+        choose(page, made.photographs / "2" / "IMG_0000.JPG")
+        expect_answer(page, "2")
+        page.get_by_label("Not right? Say what it is").select_option("1")
+        assert Axe().run(page).violations_count == 0
+        page.get_by_role("button", name="Send the correction").click()
+        expect(page.get_by_text("Kept. Thank you.")).to_be_visible()
+    (kept,) = (tmp_path / "corrections").glob("pending/1/*.jpeg")
+    assert kept.read_bytes() == (made.photographs / "2" / "IMG_0000.JPG").read_bytes()
+    facts = json.loads(kept.with_suffix(".json").read_text())
+    assert (facts["label"], facts["prediction"], facts["version"]) == ("1", "2", "1")
+
+
+def test_no_correction_is_offered_by_default(page: Page, made: Made, url: str) -> None:
+    choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect_answer(page, "2")
+    expect(page.locator("#correction")).to_be_hidden()
+    assert page.request.post(f"{url}/corrections", data={"image": "", "label": "1"}).status in (404, 405)
 
 
 def test_chosen_photograph_is_read(page: Page, made: Made) -> None:

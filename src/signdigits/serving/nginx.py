@@ -179,7 +179,7 @@ def render_configuration(parameters: ServeParameters, home: Path, token: str = "
         token_pattern=re.sub(r"[.+/=~-]", lambda character: f"[{character[0]}]", token),
         errors=_list_errors(parameters),
         page_headers=PAGE_HEADERS,
-        image_limits=_image_limits(),
+        page_settings=_page_settings(parameters),
     )
 
 
@@ -191,9 +191,15 @@ def _worker_user() -> str:
     return f"{account.pw_name} {grp.getgrgid(account.pw_gid).gr_name}"
 
 
-def _image_limits() -> str:
-    """Return the limits of the decoder as JSON, for the page."""
-    return json.dumps({"max_bytes": images.MAX_BYTES, "media_types": sorted(set(images.FORMATS.values()))})
+def _page_settings(parameters: ServeParameters) -> str:
+    """Return what the page must know, as JSON: the limits of the decoder, and whether corrections are taken."""
+    return json.dumps(
+        {
+            "max_bytes": images.MAX_BYTES,
+            "media_types": sorted(set(images.FORMATS.values())),
+            "takes_corrections": bool(parameters.corrections),
+        }
+    )
 
 
 def _quote_path(path: str) -> str:

@@ -51,6 +51,10 @@ class ServeParameters(NameParameters):
     requests_per_second: int = parameter(0, "rate limit per client address; 0: no limit", low=0)
     burst: int = parameter(20, "requests above the rate limit that are accepted at once", low=0)
     connections_per_client: int = parameter(0, "concurrent requests per client address; 0: no limit", low=0)
+    corrections: str = parameter(
+        "", "folder of photographs that visitors send with the right label, for `review`; empty: none are taken"
+    )
+    corrections_mb: int = parameter(64, "maximum size of that folder in megabytes", low=1)
     token_file: str = parameter("", "file with the bearer token that clients must send; empty: no authentication")
     certificate: str = parameter("", "TLS certificate chain (PEM file)")
     key: str = parameter("", "private key of the certificate (PEM file)")

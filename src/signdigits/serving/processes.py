@@ -33,7 +33,13 @@ def adopt_orphans() -> None:
 
 def worker_command(version: str, folder: Path, parameters: ServeParameters) -> list[str]:
     """Return the command of a worker process that serves the model in `folder`; without an address."""
-    limits = {"timeout": parameters.timeout, "max_waiting": parameters.max_waiting, "keep_alive": KEEP_ALIVE + 15}
+    limits: dict[str, object] = {
+        "timeout": parameters.timeout,
+        "max_waiting": parameters.max_waiting,
+        "keep_alive": KEEP_ALIVE + 15,
+    }
+    if parameters.corrections:
+        limits |= {"corrections": parameters.corrections, "corrections_mb": parameters.corrections_mb}
     options = [text for name, value in limits.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", "signdigits.serving.worker", "--model", str(folder), "--version", version, *options]
 

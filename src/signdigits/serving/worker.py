@@ -12,11 +12,8 @@ import asyncio
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +30,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from signdigits.serving import metrics
-
-INPUT_EXAMPLE = "serving_input_example.json"  # MLflow's name of the file in a model
+from signdigits.serving.corrections import Corrections
+from signdigits.serving.invocation import (
+    INPUT_EXAMPLE,
+    INTERNAL,
+    REQUEST_ID,
+    Invocation,
+    invocation_variable,
+)
 
 # Requests that a process works on at once: the model releases the GIL for most of the time. Of the large ones, a single one,
 # so that small ones need not wait for it.
@@ -68,23 +71,6 @@ TOO_LATE = JSONResponse(
 )
 
 
-# The id of requests that are not logged as predictions. nginx sets its own id on those of clients.
-HEALTH_CHECK = "health-check"
-REQUEST_ID = "X-Request-ID"
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """A request, for the model: its id, and an event that says that nobody waits for the reply any more."""
-
-    id: str
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def is_logged(self) -> bool:
-        return self.id != HEALTH_CHECK
-
-
 class CountingModel:
     """A model whose predictions are counted in the metrics."""
 
@@ -101,11 +87,6 @@ class CountingModel:
         if isinstance(predictions, pd.DataFrame) and "label" in predictions:
             metrics.count_predictions(predictions)
         return predictions
-
-
-def invocation_variable(model: PyFuncModel) -> ContextVar[Any]:
-    """Return the variable in which the model looks for its request; models of version 0.1 look for none."""
-    return getattr(model.unwrap_python_model(), "request", ContextVar("request"))
 
 
 class Admission:
@@ -271,7 +252,7 @@ class HealthCheck:
 
     async def ask(self) -> None:
         """Let the model answer its input example, in the threads that requests are answered in."""
-        self.invocation.set(Invocation(HEALTH_CHECK))
+        self.invocation.set(Invocation(INTERNAL))
         with contextlib.suppress(Exception):  # that is what 503 says
             await asyncio.to_thread(self.model.predict, self.example)
             self.answered = time.monotonic()
@@ -281,35 +262,42 @@ def _render_metrics(request: Request) -> Response:
     return Response(metrics.render_metrics(), media_type="text/plain; version=0.0.4")
 
 
-def create_app(folder: Path, timeout: float, max_waiting: int, is_shadow: bool) -> Starlette:
-    """Return the application that serves the model in `folder`."""
-    os.environ[MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.name] = str(timeout)  # the model reads it, too
-    model = mlflow.pyfunc.load_model(str(folder))
-    server = Admission(scoring_server.init(CountingModel(model)), model, timeout, max_waiting, is_shadow)
-    routes = [
-        Route("/health", HealthCheck(model, folder).reply),
-        Route("/metrics", _render_metrics),
-        Mount("/", server),
-    ]
-    return Starlette(routes=routes)
+def create_app(options: argparse.Namespace) -> Starlette:
+    """Return the application that serves the model in the folder `options.model`."""
+    os.environ[MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.name] = str(options.timeout)  # the model reads it, too
+    model = mlflow.pyfunc.load_model(str(options.model))
+    server = Admission(
+        scoring_server.init(CountingModel(model)), model, options.timeout, options.max_waiting, options.shadow
+    )
+    routes = [Route("/health", HealthCheck(model, options.model).reply), Route("/metrics", _render_metrics)]
+    if options.corrections:
+        corrections = Corrections(model, options.version, options.corrections, options.corrections_mb * 1_000_000)
+        routes.append(Route("/corrections", corrections.reply, methods=["POST"]))
+    return Starlette(routes=[*routes, Mount("/", server)])
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--version", required=True)
     parser.add_argument("--timeout", type=int, default=60)
     parser.add_argument("--max_waiting", type=int, default=256)
     parser.add_argument("--keep_alive", type=int, default=75)
+    parser.add_argument("--corrections", type=Path)
+    parser.add_argument("--corrections_mb", type=int, default=64)
     parser.add_argument("--uds")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5001)
     parser.add_argument("--shadow", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = read_options()
     if options.shadow:
         os.nice(10)  # the live workers come first
     uvicorn.run(
-        create_app(options.model, options.timeout, options.max_waiting, options.shadow),
+        create_app(options),
         uds=options.uds,
         host=options.host,
         port=options.port,

@@ -14,9 +14,9 @@ from typing import Any
 from mlflow.entities.model_registry import ModelVersion
 
 from signdigits.serving import metrics, nginx
+from signdigits.serving.invocation import INPUT_EXAMPLE, INTERNAL, REQUEST_ID
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import Process, Reply, send_request, worker_command, worker_environment
-from signdigits.serving.worker import HEALTH_CHECK, INPUT_EXAMPLE, REQUEST_ID
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class WorkerPool:
             for _ in range(WARMUP_REQUESTS):
                 try:
                     reply = send_request(
-                        worker.path, "POST", "/invocations", body, self.parameters.timeout, {REQUEST_ID: HEALTH_CHECK}
+                        worker.path, "POST", "/invocations", body, self.parameters.timeout, {REQUEST_ID: INTERNAL}
                     )
                 except (OSError, http.client.HTTPException) as error:
                     reason = f"it does not reply to its own input example ({error})"

@@ -25,7 +25,7 @@ const CAMERA_WORDS = {
   NotReadableError: "The camera is used by another program. Close that one, or choose a photograph.",
 };
 
-const limits = fetch("limits.json").then((reply) => reply.json()); // the decoder's: max_bytes, media_types
+const settings = fetch("settings.json").then((reply) => reply.json()); // max_bytes, media_types, takes_corrections
 
 const page = (id) => document.getElementById(id);
 
@@ -91,6 +91,19 @@ page("access").addEventListener("submit", (event) => {
   page("choose").focus(); // the form has gone
 });
 
+page("correction").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const { signal } = work;
+  try {
+    await sendCorrection(photograph, page("label").value, signal);
+    if (signal.aborted) return;
+    page("correction").hidden = true;
+    page("thanks").hidden = false;
+  } catch (trouble) {
+    if (!signal.aborted) showTrouble(trouble);
+  }
+});
+
 /** End what is under way and begin something else; what awaits must stop when this signal is aborted. */
 function begin(words) {
   work.abort();
@@ -122,7 +135,7 @@ async function take(file) {
  * browser cannot read either goes as it is: the server says what is wrong with it.
  */
 async function prepare(file) {
-  const { max_bytes, media_types } = await limits;
+  const { max_bytes, media_types } = await settings;
   let picture;
   try {
     picture = await createImageBitmap(file); // upright: the browser follows the EXIF orientation
@@ -294,12 +307,7 @@ async function ask(blob, signal) {
 
 /** The server's answer: { label, probability, probabilities, is_outlier, explanation, version }. Throws Trouble. */
 async function post(blob, signal, params) {
-  const token = sessionStorage.getItem(TOKEN);
-  const headers = { "Content-Type": "application/json" };
-  if (token) headers.Authorization = `Bearer ${token}`;
-  const body = JSON.stringify({ dataframe_records: [{ image: await base64(blob) }], params });
-  const { reply, text } = await send({ method: "POST", headers, body }, signal);
-  if (!reply.ok) throw refusal(reply.status, text, token);
+  const { reply, text } = await send("invocations", { dataframe_records: [{ image: await base64(blob) }], params }, signal);
   try {
     return { ...JSON.parse(text).predictions[0], version: reply.headers.get("Model-Version") };
   } catch {
@@ -307,11 +315,26 @@ async function post(blob, signal, params) {
   }
 }
 
-async function send(options, signal) {
+/** Send a photograph with the label that it should have been given. Throws Trouble. */
+async function sendCorrection(blob, label, signal) {
+  await send("corrections", { image: await base64(blob), label }, signal);
+}
+
+/** Post a value as JSON; the reply, and its text. Throws Trouble. */
+async function send(target, value, signal) {
+  const token = sessionStorage.getItem(TOKEN);
+  const headers = { "Content-Type": "application/json" };
+  if (token) headers.Authorization = `Bearer ${token}`;
+  const { reply, text } = await exchange(target, { method: "POST", headers, body: JSON.stringify(value) }, signal);
+  if (!reply.ok) throw refusal(reply.status, text, token);
+  return { reply, text };
+}
+
+async function exchange(target, options, signal) {
   const limit = new AbortController();
   setTimeout(() => limit.abort(), PATIENCE);
   try {
-    const reply = await fetch("invocations", { ...options, signal: AbortSignal.any([signal, limit.signal]) });
+    const reply = await fetch(target, { ...options, signal: AbortSignal.any([signal, limit.signal]) });
     return { reply, text: await reply.text() };
   } catch {
     const words = limit.signal.aborted
@@ -405,7 +428,7 @@ function showPhotograph(blob) {
 }
 
 function clearReading(words) {
-  for (const id of ["digit", "advice", "result", "trouble", "again", "access", "explaining"]) page(id).hidden = true;
+  for (const id of ["digit", "advice", "result", "trouble", "again", "access", "explaining", "correction", "thanks"]) page(id).hidden = true;
   hideExplanation();
   if (page("summary").textContent !== words) page("summary").textContent = words; // screen readers speak what changes
 }
@@ -438,7 +461,18 @@ function showAnswer({ label, probability, probabilities, is_outlier, version }, 
     page("result").hidden = false;
   }
   page("explaining").hidden = live || page("photograph").hidden;
-  if (!live) comeIntoView();
+  if (live) return;
+  offerCorrection(Object.keys(probabilities), label);
+  comeIntoView();
+}
+
+/** Let the visitor say which label is right, if this server takes corrections. */
+async function offerCorrection(names, label) {
+  const { signal } = work;
+  const { takes_corrections } = await settings;
+  if (signal.aborted || !takes_corrections) return;
+  page("label").replaceChildren(...names.map((name) => new Option(name, name, false, name === label)));
+  page("correction").hidden = false;
 }
 
 /** On a telephone the reading stands below the photograph. */

@@ -1,0 +1,31 @@
+"""What a worker tells the model of a request, and what the supervisor and a worker agree on."""
+
+import threading
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlflow.pyfunc import PyFuncModel
+
+INPUT_EXAMPLE = "serving_input_example.json"  # MLflow's name of the file in a model
+
+# The id of requests that are not logged as predictions. nginx sets its own id on those of clients.
+INTERNAL = "internal"
+REQUEST_ID = "X-Request-ID"
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A request, for the model: its id, and an event that says that nobody waits for the reply any more."""
+
+    id: str
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_logged(self) -> bool:
+        return self.id != INTERNAL
+
+
+def invocation_variable(model: PyFuncModel) -> ContextVar[Any]:
+    """Return the variable in which the model looks for its request; models of version 0.1 look for none."""
+    return getattr(model.unwrap_python_model(), "request", ContextVar("request"))
