@@ -103,7 +103,7 @@ def _name_filter(model_name: str) -> str:
 
 
 DESCRIPTION = """\
-Classifies photographs, such as of a hand that signs a digit. Takes rows with a column `image`, base64 text of a JPEG or
+Classifies photographs. Takes rows with a column `image`, base64 text of a JPEG or
 PNG; answers with `label`, `probability` and `probabilities`. `champion` is served; a `challenger` did not beat it.
 """
 CHALLENGER = "challenger"
