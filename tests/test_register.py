@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow.entities import LoggedModel
 
 from signdigits import register
 from signdigits.config import MODEL_NAME, ModelParameters, RegistryParameters, VersionParameters
+from signdigits.data import loading
 from signdigits.errors import ModelError, ParameterError
 from signdigits.tracking import runs
 
@@ -92,6 +94,40 @@ def test_force_skips_the_comparison(store: str, log_model: Log) -> None:
     assert aliases() == {"champion": "2"}
 
 
+def test_champion_of_other_images_is_challenged(store: str, log_model: Log, loaded: loading.Data) -> None:
+    """The champion's artifact is asked; it is untrained, and knows at most some of the challenger's test images."""
+    promote(scored(log_model, 12, test_digest="another"))
+    dataset, indices = loaded.dataset, loaded.split.testing
+    labels = [dataset.class_names[label] for label in dataset.labels[indices]]
+    table = pd.DataFrame(
+        {"path": [dataset.photographs[i].path for i in indices], "label": labels, "prediction": labels}
+    )
+    table[[f"p({name})" for name in dataset.class_names]] = np.eye(3)[dataset.labels[indices]]
+    with runs.start_run("evaluate", "evaluate") as run:
+        mlflow.log_text(table.to_csv(index=False), runs.PREDICTIONS)
+        mlflow.log_input(runs.dataset_input(dataset, indices), context="testing")
+    tags = {"test_accuracy": "1", "test_images": "12", "test_digest": loaded.split.test_digest}
+    decision = promote(log_model(**tags, test_run_id=run.info.run_id))
+    assert (decision.version, decision.alias) == ("2", "champion")
+    assert "about which the champion (tested on bars, split random) was asked" in decision.reason
+    last = mlflow.last_active_run()
+    assert last.data.tags["champion_trained_on"] == "unknown"
+    assert {"p_value", "p_mcnemar", "p_log_loss", "p_not_worse"} <= set(last.data.metrics)
+    answers = mlflow.artifacts.load_text(f"runs:/{last.info.run_id}/gate/predictions.csv")
+    assert len(answers.splitlines()) == 1 + 12
+    assert "MODEL_CARD.md" in {item.path for item in mlflow.MlflowClient().list_artifacts(last.info.run_id)}
+
+
+def test_equal_model_passes_as_not_worse(store: str, log_model: Log) -> None:
+    promote(scored(log_model, 6))
+    model = scored(log_model, 6)
+    assert promote(model).alias == "challenger"
+    decision = promote(model, gate="not_worse", margin=0.4)
+    assert decision.alias == "champion"
+    assert "score test that the accuracy is not lower by 0.4) decides" in decision.reason
+    assert version_tags("2")["gate_test"] == "not_worse"
+
+
 def test_missing_predictions_name_remedy(store: str, log_model: Log) -> None:
     champion = scored(log_model, 6)
     promote(champion)
@@ -100,6 +136,7 @@ def test_missing_predictions_name_remedy(store: str, log_model: Log) -> None:
     with pytest.raises(ModelError, match=r"evaluate it again \(python -m signdigits evaluate --model_uri models:/m-"):
         promote(other)
     assert aliases() == {"champion": "1"}
+    assert promote(other, force=True).reason.startswith("forced, although version 1: its predictions are missing")
 
 
 def test_registering_twice_makes_one_version(store: str, log_model: Log) -> None:
