@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def passes(self) -> bool:
-        """Whether the challenger passes the gate; with more mistakes than the champion it is not better."""
+        """Return whether the challenger passes the gate; with more mistakes than the champion it is not better."""
         table = self.contingency_table
         has_more_mistakes = table.challenger_only < table.champion_only
         is_significant = self.p_values[self.test] < self.rules.significance_level
