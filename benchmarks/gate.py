@@ -29,8 +29,8 @@ RULES = {
 
 def rows(photographs: str) -> list[Row]:
     equal = {f"equal models, accuracy {accuracy}": (accuracy, accuracy) for accuracy in (0.90, 0.98, 0.99, 0.995)}
-    tempered = {
-        f"equal accuracy 0.98, the champion's log-odds times {confidence}": (0.98, 0.98, confidence)
+    calibrated = {
+        f"equal accuracy 0.98, calibrated; the champion's log-odds times {confidence}": (0.98, 0.98, confidence)
         for confidence in (0.8, 1.25, 0.5, 2.0)
     }
     better = {
@@ -38,8 +38,8 @@ def rows(photographs: str) -> list[Row]:
         for champion, challenger in ((0.95, 0.97), (0.98, 0.99), (0.985, 0.995), (0.99, 0.995), (0.99, 0.998))
     }
     return [
-        *(_make_row("false promotions", case, simulate_gate(*models)) for case, models in (equal | tempered).items()),
-        *(_make_row("power", case, simulate_gate(*models)) for case, models in better.items()),
+        *(_make_row("false promotions", case, simulate_gate(*models)) for case, models in equal.items()),
+        *(_make_row("power", case, simulate_gate(*models)) for case, models in (better | calibrated).items()),
         _describe_margin(0.99),
     ]
 
