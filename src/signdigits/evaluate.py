@@ -108,7 +108,7 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     active = mlflow.active_run()
     assert active is not None
     facts = {**asdict(scores), **summary, "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
-    mlflow.set_logged_model_tags(model.model_id, {name: str(value) for name, value in facts.items()})
+    registry.tag_model(model, {name: str(value) for name, value in facts.items()})
     log.info("%s", scores)
     return scores
 

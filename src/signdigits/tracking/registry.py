@@ -1,6 +1,7 @@
 """The model registry: the registered model, its versions and their aliases."""
 
 import shlex
+from collections.abc import Mapping
 
 import mlflow
 from mlflow.entities import LoggedModel
@@ -70,6 +71,14 @@ def create_version(model_name: str, model: LoggedModel) -> ModelVersion:
     version = mlflow.register_model(f"models:/{model.model_id}", model_name, tags=own)
     client.update_registered_model(model_name, DESCRIPTION)
     return client.get_model_version(model_name, version.version)
+
+
+def tag_model(model: LoggedModel, tags: Mapping[str, str]) -> None:
+    """Set tags of a logged model and of its registered versions, which would otherwise keep those of an earlier evaluation."""
+    mlflow.set_logged_model_tags(model.model_id, dict(tags))
+    for version in _find_versions(model):
+        for name, value in tags.items():
+            mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
 
 
 def missing_alias(model_name: str, alias: str) -> str:
