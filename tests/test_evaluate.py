@@ -79,8 +79,11 @@ def test_outliers_are_measured(store: str, loaded: loading.Data, log_model: Call
 
 
 def test_scores_are_logged_with_model(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
-    scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model().model_uri))
+    version = mlflow.register_model(log_model().model_uri, "bars")
+    scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=version.source))
     (model,) = mlflow.search_logged_models(output_format="list")
+    tags = mlflow.MlflowClient().get_model_version("bars", version.version).tags
+    assert tags["test_run_id"] == model.tags["test_run_id"] == mlflow.last_active_run().info.run_id
     assert float(model.tags["test_accuracy"]) == pytest.approx(scores.test_accuracy)
     assert model.tags["test_images"] == "12"
     assert {metric.key: metric.value for metric in model.metrics}["test_accuracy"] == pytest.approx(

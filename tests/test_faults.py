@@ -256,8 +256,9 @@ def test_class_names_stay_text(store: str, tmp_path: Path, classes: tuple[str, s
         scores = evaluate.evaluate(loaded.parameters, ModelParameters(run_id=run_id))
         decision = register.register(ModelParameters(run_id=run_id), VersionParameters(significance_level=0.5))
     assert scores.test_accuracy == 1
-    assert decision.contingency_table is not None
-    assert decision.contingency_table.both + decision.contingency_table.challenger_only == scores.test_images
+    assert decision.comparison is not None
+    table = decision.comparison.contingency_table
+    assert table.both + table.challenger_only == scores.test_images
 
 
 def test_every_format_is_accepted(store: str, tmp_path: Path) -> None:

@@ -80,6 +80,10 @@ def test_mlflow_run_produces_served_champion(store: str, loaded: loading.Data, t
     }
     assert expected <= set(champion.tags)
     assert str(champion.version) == "1"
+    card = mlflow.artifacts.load_text(f"runs:/{study.info.run_id}/MODEL_CARD.md")
+    assert card == champion.description
+    assert "mlflow run . -e main --env-manager local -P data=" in card
+    assert "-P epochs=6:8" in card
 
     photograph = loaded.dataset.folder / "1" / "IMG_0007.JPG"
     row = {"image": base64.b64encode(photograph.read_bytes()).decode()}

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow.entities import LoggedModel
 
 from signdigits import register
 from signdigits.config import MODEL_NAME, ModelParameters, RegistryParameters, VersionParameters
+from signdigits.data import loading
 from signdigits.errors import ModelError, ParameterError
 from signdigits.tracking import runs
 
@@ -22,6 +24,7 @@ def scored(log_model: Log, right: int, **tags: str) -> LoggedModel:
     """A model that reads the first `right` of twelve test images correctly, as if `evaluate` had scored it."""
     table = pd.DataFrame({"path": [f"0/{n}.jpg" for n in range(12)], "label": "0"})
     table["prediction"] = ["0"] * right + ["1"] * (12 - right)
+    table["p(0)"], table["p(1)"], table["p(2)"] = [0.8] * right + [0.1] * (12 - right), 0.1, 0.1
     with runs.start_run("evaluate", "evaluate") as run:
         mlflow.log_text(table.to_csv(index=False), runs.PREDICTIONS)
     found = {"test_accuracy": str(right / 12), "test_images": "12", "test_digest": "d", "test_run_id": run.info.run_id}
@@ -59,12 +62,15 @@ def test_challenger_must_be_significantly_better(
 ) -> None:
     """Against a champion with 6 of 12: one-sided, k of k images that only the challenger reads have p = 1 / 2^k."""
     promote(scored(log_model, 6))
-    decision = promote(scored(log_model, right))
+    decision = promote(scored(log_model, right), significance_test="mcnemar")
     assert decision.alias == alias
-    assert decision.contingency_table is not None
-    assert decision.contingency_table.p_value == pytest.approx(p_value)
+    assert decision.comparison is not None
+    assert decision.comparison.p_mcnemar == pytest.approx(p_value)
     assert aliases() == ({"champion": "2"} if alias == "champion" else {"champion": "1", "challenger": "2"})
-    assert float(version_tags("2")["p_value"]) == pytest.approx(p_value)
+    tags = version_tags("2")
+    assert float(tags["p_value"]) == float(tags["p_mcnemar"]) == pytest.approx(p_value)
+    assert (tags["gate"], tags["gate_test"]) == ("better", "mcnemar")
+    assert float(tags["p_log_loss"]) == pytest.approx(p_value), "losses differ by the same where they differ"
     counts = json.loads(version_tags("2")["contingency_table"])
     assert counts["challenger_only"] == max(right - 6, 0)
     assert counts["champion_only"] == max(6 - right, 0)
@@ -88,14 +94,38 @@ def test_force_skips_the_comparison(store: str, log_model: Log) -> None:
     assert aliases() == {"champion": "2"}
 
 
-def test_different_test_images_are_not_compared(store: str, log_model: Log) -> None:
+def test_champion_of_other_images_is_challenged(store: str, log_model: Log, loaded: loading.Data) -> None:
+    """The champion's artifact is asked; it is untrained, and knows at most some of the challenger's test images."""
+    promote(scored(log_model, 12, test_digest="another"))
+    dataset, indices = loaded.dataset, loaded.split.testing
+    labels = [dataset.class_names[label] for label in dataset.labels[indices]]
+    table = pd.DataFrame(
+        {"path": [dataset.photographs[i].path for i in indices], "label": labels, "prediction": labels}
+    )
+    table[[f"p({name})" for name in dataset.class_names]] = np.eye(3)[dataset.labels[indices]]
+    with runs.start_run("evaluate", "evaluate") as run:
+        mlflow.log_text(table.to_csv(index=False), runs.PREDICTIONS)
+        mlflow.log_input(runs.dataset_input(dataset, indices), context="testing")
+    tags = {"test_accuracy": "1", "test_images": "12", "test_digest": loaded.split.test_digest}
+    decision = promote(log_model(**tags, test_run_id=run.info.run_id))
+    assert (decision.version, decision.alias) == ("2", "champion")
+    assert "about which the champion (tested on bars, split random) was asked" in decision.reason
+    last = mlflow.last_active_run()
+    assert last.data.tags["champion_trained_on"] == "unknown"
+    assert {"p_value", "p_mcnemar", "p_log_loss", "p_not_worse"} <= set(last.data.metrics)
+    answers = mlflow.artifacts.load_text(f"runs:/{last.info.run_id}/gate/predictions.csv")
+    assert len(answers.splitlines()) == 1 + 12
+    assert "MODEL_CARD.md" in {item.path for item in mlflow.MlflowClient().list_artifacts(last.info.run_id)}
+
+
+def test_equal_model_passes_as_not_worse(store: str, log_model: Log) -> None:
     promote(scored(log_model, 6))
-    decision = promote(scored(log_model, 12, test_digest="another", split="grouped"))
-    assert decision.alias == "challenger"
-    assert "was tested on other images (bars, split random; not bars, split grouped)" in decision.reason
-    assert "--force true" in decision.reason
-    assert aliases() == {"champion": "1", "challenger": "2"}
-    assert promote(scored(log_model, 12, test_digest="another"), force=True).alias == "champion"
+    model = scored(log_model, 6)
+    assert promote(model).alias == "challenger"
+    decision = promote(model, gate="not_worse", margin=0.4)
+    assert decision.alias == "champion"
+    assert "score test that the accuracy is not lower by 0.4) decides" in decision.reason
+    assert version_tags("2")["gate_test"] == "not_worse"
 
 
 def test_missing_predictions_name_remedy(store: str, log_model: Log) -> None:
@@ -106,6 +136,7 @@ def test_missing_predictions_name_remedy(store: str, log_model: Log) -> None:
     with pytest.raises(ModelError, match=r"evaluate it again \(python -m signdigits evaluate --model_uri models:/m-"):
         promote(other)
     assert aliases() == {"champion": "1"}
+    assert promote(other, force=True).reason.startswith("forced, although version 1: its predictions are missing")
 
 
 def test_registering_twice_makes_one_version(store: str, log_model: Log) -> None:

@@ -229,12 +229,25 @@ class NameParameters(Checked):
 
 @dataclass(frozen=True)
 class RegistryParameters(NameParameters):
-    """The registered model, the alias to assign, and the test that decides."""
+    """The registered model, the alias to assign, and the gate before it."""
 
     alias: str = parameter("champion", "alias to assign; the champion is served", pattern=ALIAS)
-    significance_level: float = parameter(
-        0.05, "p-value of McNemar's test below which a challenger replaces the champion", above=0, high=1
+    gate: str = parameter(
+        "better",
+        "how a challenger replaces the champion: better, or not_worse (its accuracy is not lower by margin), for a model "
+        "that was trained on more",
+        choices=("better", "not_worse"),
     )
+    significance_test: str = parameter(
+        "log_loss",
+        "test of gate=better: log_loss (permutation test, sees a difference where hardly a mistake is left) or mcnemar "
+        "(exact test of correct and wrong)",
+        choices=("log_loss", "mcnemar"),
+    )
+    significance_level: float = parameter(
+        0.05, "p-value below which a challenger replaces the champion", above=0, high=1
+    )
+    margin: float = parameter(0.01, "loss of accuracy that gate=not_worse rules out", above=0, high=0.5)
     force: bool = parameter(False, "assign the alias whatever the comparison says")
 
 

@@ -49,6 +49,10 @@ class ModelError(SignDigitsError):
     exit_code = 2
 
 
+class IncomparableError(ModelError):
+    """Two versions cannot be compared on the same test images."""
+
+
 class TrackingError(SignDigitsError):
     """The tracking store cannot be used, or lacks a run that it should hold."""
 

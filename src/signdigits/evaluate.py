@@ -108,7 +108,7 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     active = mlflow.active_run()
     assert active is not None
     facts = {**asdict(scores), **summary, "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
-    mlflow.set_logged_model_tags(model.model_id, {name: str(value) for name, value in facts.items()})
+    registry.tag_model(model, {name: str(value) for name, value in facts.items()})
     log.info("%s", scores)
     return scores
 
@@ -164,7 +164,7 @@ def _describe_corruption(table: pd.DataFrame, class_names: tuple[str, ...], temp
 
 def _log_robustness(robustness: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:
     """Log table, picture and metrics of the robustness; return its summary: mean and worst accuracy, mean ECE."""
-    mlflow.log_text(tables.to_csv(robustness.reset_index()), "test/robustness.csv")
+    mlflow.log_text(tables.to_csv(robustness.reset_index()), runs.ROBUSTNESS)
     runs.log_figure("test/robustness.png", lambda: plots.plot_robustness(robustness))
     corrupted = robustness.drop(index="none")
     metrics = {
@@ -203,7 +203,7 @@ def compute_auroc(inliers: ArrayLike, outliers: ArrayLike) -> float:
 
 def _log_outliers(outliers: pd.DataFrame, table: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:
     """Log table and metrics of the outlier detection; return the metrics."""
-    mlflow.log_text(tables.to_csv(outliers), "test/outliers.csv")
+    mlflow.log_text(tables.to_csv(outliers), runs.OUTLIERS)
     every = outliers.to_dict("records")[-1]
     metrics = {
         "outlier_auroc": every["auroc"],

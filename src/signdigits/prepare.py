@@ -46,7 +46,7 @@ def log_report(data: Data) -> None:
         }
     )
     mlflow.log_dict(report, "data/report.json")
-    mlflow.log_text(tables.to_csv(_files_table(data)), "data/files.csv")
+    mlflow.log_text(tables.to_csv(quality.tabulate_files(data)), runs.FILES)
     runs.log_figure("data/sample.png", lambda: _plot_sample(data))
     mlflow.log_text(tables.to_csv(findings), "data/findings.csv")
     if set(findings["finding"]) - {"imbalance"}:
@@ -101,25 +101,6 @@ def _describe_dataset(data: Data) -> str:
     """Describe the data set for the run's page."""
     rows = runs.markdown_table([("class", "photographs"), *data.dataset.counts().items()])
     return f"The photographs of `{data.parameters.data}`. Digest `{data.dataset.digest}`.\n\n{rows}"
-
-
-def _files_table(data: Data) -> pd.DataFrame:
-    """Return a row per photograph: path, class, part of the split, size, mode, orientation and checksum."""
-    parts = quality.part_names(data)
-    rows = [
-        {
-            "path": photograph.path,
-            "class": data.dataset.class_names[photograph.label],
-            "part": part,
-            "width": photograph.size[0],
-            "height": photograph.size[1],
-            "mode": photograph.mode,
-            "orientation": photograph.orientation,
-            "sha256": photograph.checksum,
-        }
-        for photograph, part in zip(data.dataset.photographs, parts, strict=True)
-    ]
-    return pd.DataFrame(rows)
 
 
 def _plot_sample(data: Data) -> plots.Figure:

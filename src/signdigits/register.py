@@ -5,53 +5,23 @@ python -m signdigits register --version 1                  # roll back
 mlflow run . -e register -P run_id=RUN
 """
 
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import mlflow
-import pandas as pd
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from signdigits import tables
 from signdigits.config import ModelParameters, NameParameters, RegistryParameters, VersionParameters
-from signdigits.errors import ModelError, ParameterError
+from signdigits.errors import IncomparableError, ModelError, ParameterError
+from signdigits.promotion import model_card, predictions
+from signdigits.promotion.comparison import Comparison, compare_predictions
 from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ContingencyTable:
-    """The test images that both, one or neither of two models classify correctly."""
-
-    both: int
-    challenger_only: int
-    champion_only: int
-    neither: int
-
-    @property
-    def p_value(self) -> float:
-        """The p-value of McNemar's test (1947), exact and one-sided.
-
-        The null hypothesis: where only one of the two is right, each is so with probability 1/2.
-        """
-        from scipy.stats import binomtest  # takes a second to import, which a rollback does not need
-
-        differing = self.challenger_only + self.champion_only
-        return float(binomtest(self.challenger_only, differing, alternative="greater").pvalue) if differing else 1.0
-
-    def to_markdown(self) -> str:
-        return runs.markdown_table(
-            [
-                ("", "champion right", "champion wrong"),
-                ("**challenger right**", self.both, self.challenger_only),
-                ("**challenger wrong**", self.champion_only, self.neither),
-            ]
-        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +32,7 @@ class Decision:
     version: str
     alias: str
     reason: str
-    contingency_table: ContingencyTable | None = field(default=None)
+    comparison: Comparison | None = None
     previous: str = ""
 
 
@@ -83,7 +53,8 @@ def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
         else:
             decision = promote_model(registry.find_model(which.run_id, which.model_uri), parameters)
         mlflow.set_tags({"version": decision.version, "alias": decision.alias})
-        table = f"\n\n{decision.contingency_table.to_markdown()}" if decision.contingency_table else ""
+        comparison = decision.comparison
+        table = f"\n\n{comparison.contingency_table.to_markdown()}" if comparison else ""
         runs.set_description(
             f"`{decision.model_name}` version {decision.version} is `{decision.alias}`: {decision.reason}.{table}"
         )
@@ -105,7 +76,7 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
     version = registry.find_version(name, model) or registry.create_version(name, model)
     champion = registry.find_alias(name, parameters.alias)
     previous = str(champion.version) if champion else ""
-    table = None
+    comparison = None
     if parameters.alias != registry.CHAMPION:
         deserves, reason = True, "as asked"
     elif champion is None:
@@ -113,68 +84,48 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
     elif previous == str(version.version):
         deserves, reason = True, "it is the champion already"
     else:
-        table, reason = _compare_versions(version, champion)
-        deserves = table is not None and table.p_value < parameters.significance_level
+        deserves, reason, comparison = _challenge(version, champion, parameters)
         if parameters.force and not deserves:
             deserves, reason = True, f"forced, although {reason}"
     alias = parameters.alias if deserves else registry.CHALLENGER
-    decision = Decision(name, str(version.version), alias, reason, table, previous)
+    decision = Decision(name, str(version.version), alias, reason, comparison, previous)
+    model_card.publish_card(version, model)
     _assign_alias(decision)
     return decision
 
 
-def _compare_versions(version: ModelVersion, champion: ModelVersion) -> tuple[ContingencyTable | None, str]:
-    """Compare two versions on the same test images, both scored by `evaluate`; return the table and the result in words.
+def _challenge(
+    version: ModelVersion, champion: ModelVersion, rules: RegistryParameters
+) -> tuple[bool, str, Comparison | None]:
+    """Compare a version with the champion; return whether it passes the gate, the result in words and the comparison.
 
-    There is no table if the versions cannot be compared.
+    There is no comparison if the versions cannot be compared. Raises ModelError if one of them cannot be asked, unless the
+    promotion is forced.
     """
-    mine, theirs = version.tags, champion.tags
-    if theirs.get("test_digest") != mine["test_digest"]:
-        return None, (
-            f"version {champion.version} was tested on other images ({theirs.get('dataset')}, split "
-            f"{theirs.get('split')}; not {mine['dataset']}, split {mine['split']}), and cannot be compared; "
-            "--force true assigns the alias anyway"
-        )
-    table = _count_outcomes(_read_predictions(version), _read_predictions(champion))
-    return table, (
-        f"test accuracy {float(mine['test_accuracy']):.4f} against {float(theirs['test_accuracy']):.4f} of version "
-        f"{champion.version} on the same {mine['test_images']} images: {table.challenger_only} classified correctly by the "
-        f"challenger only, {table.champion_only} by the champion only, p = {table.p_value:.3g} (McNemar's exact test)"
-        f"{_compare_robustness(mine, theirs)}"
+    try:
+        collected = predictions.collect_predictions(version, champion)
+    except ModelError as error:
+        if not isinstance(error, IncomparableError) and not rules.force:
+            raise
+        return False, str(error), None
+    comparison = compare_predictions(collected.challenger, collected.champion, rules)
+    mlflow.log_text(tables.to_csv(collected.to_table()), "gate/predictions.csv")
+    mlflow.set_tag("champion_trained_on", collected.n_known)
+    table = comparison.contingency_table
+    return (
+        comparison.passes,
+        f"test accuracy {table.accuracy:.4f} against {table.champion_accuracy:.4f} of version {champion.version} on "
+        f"{collected.description}; {comparison}{_compare_robustness(version.tags, champion.tags)}",
+        comparison,
     )
 
 
 def _compare_robustness(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """Return the robust accuracies of two versions in words; empty if one was evaluated before they were measured."""
+    """Return the robust accuracies of two versions in words; empty if they were not measured on the same images."""
     name = "robust_accuracy"
-    if name not in mine or name not in theirs:
+    if name not in mine or name not in theirs or mine["test_digest"] != theirs.get("test_digest"):
         return ""
     return f"; robust accuracy {float(mine[name]):.4f} against {float(theirs[name]):.4f}"
-
-
-def _read_predictions(version: ModelVersion) -> pd.DataFrame:
-    """Return the predictions that `evaluate` recorded for a version, a row per test image."""
-    run_id = version.tags.get("test_run_id", "")
-    try:
-        text = mlflow.artifacts.load_text(f"runs:/{run_id}/{runs.PREDICTIONS}")
-    except (MlflowException, OSError) as error:
-        raise ModelError(
-            f"version {version.version}: its predictions are missing from run {run_id!r}; evaluate it again "
-            f"(python -m signdigits evaluate --model_uri {version.source}), or pass --force true"
-        ) from error
-    return tables.read_csv(text, tables.is_probability)
-
-
-def _count_outcomes(challenger: pd.DataFrame, champion: pd.DataFrame) -> ContingencyTable:
-    """Count the correct predictions of two tables of the same images."""
-    both = challenger.merge(champion, on="path", validate="one_to_one", suffixes=("", "_champion"))
-    mine, theirs = both["prediction"] == both["label"], both["prediction_champion"] == both["label_champion"]
-    return ContingencyTable(
-        int((mine & theirs).sum()),
-        int((mine & ~theirs).sum()),
-        int((~mine & theirs).sum()),
-        int((~mine & ~theirs).sum()),
-    )
 
 
 def _move_alias(model_name: str, version: str, alias: str) -> Decision:
@@ -215,13 +166,10 @@ def _assign_alias(decision: Decision) -> None:
     """Assign the alias, record the reason on the version and the active run, and let a new champion be no challenger."""
     client = mlflow.MlflowClient()
     facts = {"decision": f"{decision.alias}: {decision.reason}", "previous_version": decision.previous}
-    if decision.contingency_table is not None:
-        facts |= {
-            "p_value": str(decision.contingency_table.p_value),
-            "contingency_table": json.dumps(asdict(decision.contingency_table)),
-        }
-        mlflow.log_metric("p_value", decision.contingency_table.p_value)
-        mlflow.log_dict(asdict(decision.contingency_table), "gate/contingency_table.json")
+    if decision.comparison is not None:
+        facts |= decision.comparison.facts()
+        mlflow.log_metrics({name: float(value) for name, value in facts.items() if name.startswith("p_")})
+        mlflow.log_dict(asdict(decision.comparison.contingency_table), "gate/contingency_table.json")
     for name, value in facts.items():
         client.set_model_version_tag(decision.model_name, decision.version, name, value)
     mlflow.set_tags(facts)

@@ -9,7 +9,9 @@ from dataclasses import asdict
 
 import mlflow
 
+from signdigits import tables
 from signdigits.config import Hyperparameters
+from signdigits.data import quality
 from signdigits.data.loading import Data
 from signdigits.model import training
 from signdigits.packaging import package
@@ -26,6 +28,7 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
     with runs.start_run("train", "train") as run:
         runs.log_params(asdict(data.parameters) | asdict(hyperparameters))
         runs.log_data(data, parts=("training", "validation"))
+        mlflow.log_text(tables.to_csv(quality.tabulate_files(data)), runs.FILES)
         runs.log_versions()
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters)

@@ -57,6 +57,25 @@ def part_names(data: Data) -> np.ndarray:
     return names
 
 
+def tabulate_files(data: Data) -> pd.DataFrame:
+    """Return a row per photograph: path, class, part of the split, size, mode, orientation and checksum."""
+    parts = part_names(data)
+    rows = [
+        {
+            "path": photograph.path,
+            "class": data.dataset.class_names[photograph.label],
+            "part": part,
+            "width": photograph.size[0],
+            "height": photograph.size[1],
+            "mode": photograph.mode,
+            "orientation": photograph.orientation,
+            "sha256": photograph.checksum,
+        }
+        for photograph, part in zip(data.dataset.photographs, parts, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
 def _find_imbalance(dataset: Dataset) -> Iterator[Finding]:
     counts = dataset.counts()
     largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)

@@ -23,6 +23,12 @@ SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dat
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
 
+LICENCES = {
+    HANDWRITTEN_DIGITS: "E. Alpaydin and C. Kaynak, 1998, as shipped with scikit-learn (BSD-3-Clause)",
+    SIGN_LANGUAGE_DIGITS: "Apache-2.0, Zeynep Dikle, Arda Mavi and the students of Turkey Ankara Ayrancı Anadolu High School",
+}
+
+
 def resolve_source(data: str, home: Path = Path("data")) -> Path:
     """Return the folder that `data` names: a named data set, created under `home` if it is missing, or a path."""
     if data == HANDWRITTEN_DIGITS:

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -105,6 +106,14 @@ def create_version(model_name: str, model: LoggedModel) -> ModelVersion:
     return client.get_model_version(model_name, version.version)
 
 
+def tag_model(model: LoggedModel, tags: Mapping[str, str]) -> None:
+    """Set tags of a logged model and of its registered versions, which would otherwise keep those of an earlier evaluation."""
+    mlflow.set_logged_model_tags(model.model_id, dict(tags))
+    for version in _find_versions(model):
+        for name, value in tags.items():
+            mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
+
+
 def missing_alias(model_name: str, alias: str) -> str:
     """Return the error message for a missing alias, with the command that assigns it."""
     versions = mlflow.MlflowClient().search_model_versions(_name_filter(model_name))
@@ -136,7 +145,7 @@ def _name_filter(model_name: str) -> str:
 
 
 DESCRIPTION = """\
-Classifies photographs, such as of a hand that signs a digit. Takes rows with a column `image`, base64 text of a JPEG or
+Classifies photographs. Takes rows with a column `image`, base64 text of a JPEG or
 PNG; answers with `label`, `probability` and `probabilities`. `champion` is served; a `challenger` did not beat it.
 """
 CHALLENGER = "challenger"

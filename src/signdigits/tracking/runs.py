@@ -46,6 +46,12 @@ PROCESS = "process"
 # The artifact with the predictions of the test images, which the champion/challenger comparison reads.
 PREDICTIONS = "test/predictions.csv"
 
+# The artifacts with the scores under each corruption, and of pictures of something else, which the model card shows.
+ROBUSTNESS, OUTLIERS = "test/robustness.csv", "test/outliers.csv"
+
+# The artifact with a row per photograph: path, class, part of the split, size, mode, orientation and checksum.
+FILES = "data/files.csv"
+
 # The artifact with the same images in the columns of the prediction log, which `monitor` reads.
 REFERENCE = "test/reference.csv"
 

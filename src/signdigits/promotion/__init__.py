@@ -1,0 +1,1 @@
+"""Promotion: compare a challenger with the champion, and describe a version."""

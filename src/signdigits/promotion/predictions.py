@@ -1,0 +1,193 @@
+"""The predictions of challenger and champion on the same test images.
+
+Where the champion was tested on other images, its own artifact is asked about the challenger's. Those that it may have been
+trained on are left out: it would know them by heart.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from signdigits import tables
+from signdigits.batch.scoring import Scorer, read_photograph
+from signdigits.data import images
+from signdigits.errors import IncomparableError, ModelError
+from signdigits.files import compute_digest
+from signdigits.threads import map_in_threads
+from signdigits.tracking import runs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Two tables of predictions of the same test images; both models classify the same number of them.
+
+    `known` holds the paths of further test images, left out because the champion may have been trained on them; None if its
+    training images are not recorded.
+    """
+
+    challenger: pd.DataFrame
+    champion: pd.DataFrame
+    description: str
+    known: frozenset[str] | None = frozenset()
+
+    @property
+    def n_known(self) -> str:
+        return "unknown" if self.known is None else str(len(self.known))
+
+    def to_table(self) -> pd.DataFrame:
+        """Return a row per test image of the challenger: path, label and both predictions; none for those left out."""
+        theirs = self.champion.set_index("path")["prediction"].rename("champion").reset_index()
+        mine = self.challenger[["path", "label", "prediction"]].rename(columns={"prediction": "challenger"})
+        left_out = pd.DataFrame({"path": sorted(self.known or ())})
+        is_known = "unknown" if self.known is None else False
+        return pd.concat(
+            [
+                mine.merge(theirs, on="path").assign(champion_trained_on=is_known),
+                left_out.assign(champion_trained_on=True),
+            ],
+        )
+
+
+def collect_predictions(version: ModelVersion, champion: ModelVersion) -> Predictions:
+    """Return the predictions of both versions on the test images of `version`, the challenger.
+
+    Raises IncomparableError if the classes differ or the champion was trained on all of the images, and ModelError if
+    predictions, photographs or the champion's artifact cannot be read.
+    """
+    challenger = read_predictions(version)
+    if champion.tags.get("test_digest") == version.tags["test_digest"]:
+        return Predictions(challenger, read_predictions(champion), f"the same {len(challenger)} images")
+    scorer = _load_scorer(champion)
+    _check_classes(scorer, challenger, champion)
+    folder = _find_folder(version)
+    checksums = _read_checksums(folder, version, challenger)
+    fitted = find_fitted_checksums(champion)
+    known = None if fitted is None else frozenset(path for path, checksum in checksums.items() if checksum in fitted)
+    unseen = challenger[~challenger["path"].isin(known or ())].reset_index(drop=True)
+    if unseen.empty:
+        raise IncomparableError(
+            f"version {champion.version} was trained on all of the {len(challenger)} test images, and cannot be compared; "
+            "--force true assigns the alias anyway"
+        )
+    return Predictions(unseen, _ask_champion(scorer, folder, unseen), _describe_images(champion, unseen, known), known)
+
+
+def read_predictions(version: ModelVersion) -> pd.DataFrame:
+    """Return the predictions that `evaluate` recorded for a version, a row per test image."""
+    run_id = version.tags.get("test_run_id", "")
+    try:
+        text = mlflow.artifacts.load_text(f"runs:/{run_id}/{runs.PREDICTIONS}")
+    except (MlflowException, OSError) as error:
+        raise ModelError(
+            f"version {version.version}: its predictions are missing from run {run_id!r}; evaluate it again "
+            f"(python -m signdigits evaluate --model_uri {version.source}), or pass --force true"
+        ) from error
+    return tables.read_csv(text, tables.is_probability)
+
+
+def list_classes(table: pd.DataFrame) -> list[str]:
+    """Return the sorted class names of a table of predictions, from its columns `p(CLASS)`."""
+    return sorted(column[2:-1] for column in map(str, table) if column.startswith("p("))
+
+
+def find_fitted_checksums(champion: ModelVersion) -> set[str] | None:
+    """Return the SHA-256 of the photographs that a version was trained or calibrated on; None if they are not recorded.
+
+    The run that trained it has the table of files, or the study that its refit belongs to.
+    """
+    try:
+        run = mlflow.get_run(champion.run_id)
+    except MlflowException:  # deleted for good, or the version was registered without a run
+        return None
+    for run_id in (run.info.run_id, run.data.tags.get("mlflow.parentRunId")):
+        try:
+            text = mlflow.artifacts.load_text(f"runs:/{run_id}/{runs.FILES}")
+        except (MlflowException, OSError):
+            continue
+        files = tables.read_csv(text)
+        return set(files.loc[files["part"] != "testing", "sha256"])
+    return None
+
+
+def _load_scorer(champion: ModelVersion) -> Scorer:
+    try:
+        return Scorer(f"models:/{champion.name}/{champion.version}")
+    except (MlflowException, OSError, AttributeError) as error:  # AttributeError: a model of another kind
+        raise ModelError(
+            f"version {champion.version}: its model cannot be loaded and asked ({error}); pass --force true to replace it "
+            "without a comparison"
+        ) from error
+
+
+def _check_classes(scorer: Scorer, challenger: pd.DataFrame, champion: ModelVersion) -> None:
+    """Raise IncomparableError if the champion knows other classes than the challenger."""
+    names, others = list_classes(challenger), sorted(scorer.class_names)
+    if names != others:
+        raise IncomparableError(
+            f"version {champion.version} knows other classes ({', '.join(others)}; not {', '.join(names)}), and cannot be "
+            "compared; --model_name NAME gives these classes a champion of their own, --force true assigns the alias anyway"
+        )
+
+
+def _find_folder(version: ModelVersion) -> Path:
+    """Return the folder of the test images of a version, as recorded by the run that scored it."""
+    run_id = version.tags["test_run_id"]
+    try:
+        used = mlflow.get_run(run_id).inputs.dataset_inputs
+        (tested,) = [item for item in used if any(tag.value == "testing" for tag in item.tags)]
+        return Path(mlflow.data.get_source(tested).load())
+    except (MlflowException, OSError, ValueError) as error:
+        raise ModelError(
+            f"version {version.version}: run {run_id} does not lead to its test images ({error}); evaluate it again (python -m "
+            f"signdigits evaluate --data FOLDER --model_uri {version.source}), or pass --force true"
+        ) from error
+
+
+def _read_checksums(folder: Path, version: ModelVersion, challenger: pd.DataFrame) -> dict[str, str]:
+    """Return the SHA-256 of each test image by its path. Raises ModelError if one is missing or has changed."""
+
+    def compute_checksum(path: str) -> str:
+        return hashlib.sha256(images.read_file(folder / path)).hexdigest()
+
+    remedy = "; restore them, or pass --force true"
+    try:
+        checksums = map_in_threads(compute_checksum, list(challenger["path"]), "reading")
+        found = dict(zip(challenger["path"], checksums, strict=True))
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or folder}: {error.strerror}, and the champion is to be asked about the test images of version "
+            f"{version.version}{remedy}"
+        ) from error
+    if compute_digest(found.items()) != version.tags["test_digest"]:
+        raise ModelError(f"{folder}: the test images of version {version.version} have changed{remedy}")
+    return found
+
+
+def _ask_champion(scorer: Scorer, folder: Path, challenger: pd.DataFrame) -> pd.DataFrame:
+    """Return the champion's predictions; a photograph that it refuses is wrong, and all its classes equally probable."""
+    log.info("asking the champion about %d test images of the challenger", len(challenger))
+    table = scorer.score_photographs(list(challenger["path"]), lambda path: read_photograph(folder / path))
+    probabilities = [f"p({name})" for name in scorer.class_names]
+    table.loc[table["label"].isna(), probabilities] = 1 / len(probabilities)
+    return table.rename(columns={"label": "prediction"}).assign(path=challenger["path"], label=challenger["label"])
+
+
+def _describe_images(champion: ModelVersion, unseen: pd.DataFrame, known: frozenset[str] | None) -> str:
+    tags: Mapping[str, str] = champion.tags
+    tested = f"tested on {tags['dataset']}, split {tags['split']}" if "test_digest" in tags else "never tested"
+    if known is None:
+        overlap = "whether it was trained on some of them is unknown"
+    elif known:
+        overlap = f"{len(known)} more are left out, because it was trained on them"
+    else:
+        overlap = "it was trained on none of them"
+    return f"{len(unseen)} test images of the challenger, about which the champion ({tested}) was asked: {overlap}"
