@@ -50,6 +50,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["serve"], "has no champion"),
         (["serve", "--port", "70000"], "port=70000: must be 65535 or less"),
         (["serve", "--host", "a b"], "host='a b': must be a host name or an address"),
+        (["serve", "--supervise", "false", "--shadow", "challenger"], "shadow='challenger': needs the supervisor"),
         (["serve", "--model_uri", "model"], "model_uri='model': a supervised server follows an alias"),
         (["serve", "--supervise", "false", "--model_uri", "/no/such/model"], "model_uri=/no/such/model: no such model"),
         (["serve", "--key", "key.pem"], "certificate='', key='key.pem': give both, or neither"),

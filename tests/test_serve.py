@@ -425,7 +425,7 @@ def test_unsupervised_server_refuses_broken_version(registry: Registry) -> None:
         [*line, "--model_uri", f"models:/{MODEL_NAME}/3"], cwd=registry.folder, capture_output=True, text=True
     )
     assert failed.returncode == 2
-    assert "version 3 cannot be served: it replies to its own input example with 400" in failed.stderr
+    assert "version 3 cannot be served: it replies to its own input example with 500" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 

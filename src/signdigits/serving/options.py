@@ -64,6 +64,8 @@ class ServeParameters(NameParameters):
         super().__post_init__()
         if bool(self.certificate) != bool(self.key):
             raise ParameterError(f"certificate={self.certificate!r}, key={self.key!r}: give both, or neither")
+        if self.shadow and not self.supervise:
+            raise ParameterError(f"shadow={self.shadow!r}: needs the supervisor; leave out --supervise false")
         if self.model_uri and self.supervise:
             raise ParameterError(
                 f"model_uri={self.model_uri!r}: a supervised server follows an alias; pass --supervise false as well"

@@ -64,8 +64,8 @@ def copy_model(version: ModelVersion, folder: Path) -> None:
 def download_version(model_uri: str, folder: Path) -> ModelVersion:
     """Copy the model that `model_uri`, a URI or a folder, names to `folder`, and return its version.
 
-    A folder needs no tracking store. Its version is in the file that MLflow adds to a downloaded version; 0 without the
-    file. Raises ModelError if there is no model.
+    A folder needs no tracking store. Its version is in the file that MLflow adds to a downloaded version; it is 0 for a model
+    that is not registered. Raises ModelError if there is no model.
     """
     try:
         if Path(model_uri).is_dir():
@@ -76,9 +76,10 @@ def download_version(model_uri: str, folder: Path) -> ModelVersion:
     except Exception as error:  # of MLflow, a driver or the network
         raise ModelError(f"model_uri={model_uri}: no such model ({error})") from error
     file = folder / "registered_model_meta"
-    meta = yaml.safe_load(file.read_text()) if file.exists() else {"model_name": MODEL_NAME, "model_version": 0}
+    meta = yaml.safe_load(file.read_text()) if file.exists() else {}
+    name, number = meta.get("model_name") or MODEL_NAME, meta.get("model_version") or 0
     created = datetime.fromisoformat(str(model.utc_time_created)).replace(tzinfo=UTC)
-    return ModelVersion(meta["model_name"], str(meta["model_version"]), int(created.timestamp() * 1000))
+    return ModelVersion(name, str(number), int(created.timestamp() * 1000))
 
 
 def version_of(model: LoggedModel) -> str:
