@@ -241,8 +241,10 @@ def _run_command(command: Command, name: str, values: dict[str, Any]) -> None:
     from signdigits import startup
 
     startup.configure_mlflow()
+    from signdigits import home
     from signdigits.tracking import runs, store
 
+    home.enter_home()
     if command.is_entry_point:
         runs.open_experiment(name)
     else:

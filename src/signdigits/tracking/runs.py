@@ -263,6 +263,8 @@ def _close_stale_runs() -> None:
 
 def note_failure(error: Exception) -> None:
     """Record the reason on the run that `mlflow run` created for this process, unless it has one."""
+    if (database := store.database_file()) and not database.exists():
+        return  # a client would create it
     client, run_id = mlflow.MlflowClient(), os.environ["MLFLOW_RUN_ID"]
     if "failure_reason" not in client.get_run(run_id).data.tags:
         client.set_tag(run_id, "failure_reason", f"{type(error).__name__}: {error}"[:5000])
