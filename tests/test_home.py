@@ -1,11 +1,14 @@
 """The home folder, and a whole job that `mlflow run` starts from a git address, in a folder of its own."""
 
+import base64
+import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,9 +18,10 @@ import mlflow
 import pytest
 
 from signdigits import home
+from signdigits.config import MODEL_NAME, SERVED_MODEL
 from signdigits.errors import TrackingError
 
-from .conftest import PROJECT, free_port, use_store, wait_until, write_photographs
+from .conftest import PROJECT, free_port, serving, use_store, wait_until, write_photographs
 
 
 @pytest.fixture
@@ -101,21 +105,22 @@ def repository(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_git_address_continues_after_kill(tmp_path: Path, repository: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two starts from an empty folder, in two clones: the second continues the first, which was killed in its second trial."""
+    """Two starts from an empty folder, in two clones: the second continues the first, killed in its second trial."""
     folder, clones = tmp_path / "folder", tmp_path / "clones"
     write_photographs(folder / "bars")
     clones.mkdir()
     monkeypatch.setenv("TMPDIR", str(clones))
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "anywhere")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     values = {
-        "data": "bars", "image_size": 16, "batch_size": 16, "space": "notebook", "n_trials": 2, "n_seeds": 1, "pruner": "none",
-        "memory_budget": 0,
+        "data": "bars", "image_size": 16, "batch_size": 8, "epochs": "6:8", "initial_learning_rate": "1e-3:5e-3", "n_trials": 3,
+        "space": "notebook", "n_seeds": 1, "memory_budget": 0,
     }  # fmt: skip
     line = [sys.executable, "-m", "mlflow", "run", repository, "-e", "main", "--env-manager", "local"]
     line += [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
 
     first = subprocess.Popen(line, cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL)
-    wait_until(lambda: count_trials(folder) == {"COMPLETE": 1, "RUNNING": 1} or first.poll() is not None, seconds=300)
+    wait_until(lambda: count_trials(folder)["RUNNING"] == 1 and count_trials(folder).total() == 2, seconds=300)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     cached = {path: path.stat().st_mtime_ns for path in (folder / "data").rglob("*.npy")}
@@ -123,18 +128,46 @@ def test_git_address_continues_after_kill(tmp_path: Path, repository: str, monke
 
     again = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
+    assert "test accuracy" in again.stdout
+    assert "oneDNN" not in again.stderr
     assert f"mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db" in again.stdout
-    assert count_trials(folder) == {"COMPLETE": 2, "FAIL": 1}
+    assert count_trials(folder) == {"COMPLETE": 3, "FAIL": 1}
     assert {path: path.stat().st_mtime_ns for path in (folder / "data").rglob("*.npy")} == cached, "decoded once"
-    assert {path.name for path in folder.iterdir()} == {"bars", "data", "mlflow.db", "mlruns", "optuna.db"}
-    assert not [
-        path for path in clones.rglob("*") if path.name in ("data", "optuna.db", "mlruns") and "src" not in path.parts
-    ]
+    kept = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    assert kept == {"bars", "data", "mlflow.db", "mlruns", "optuna.db"}
+    assert not {"data", "mlflow.db", "mlruns", "optuna.db"} & {path.name for path in clones.glob("*/*")}
     with use_store(folder):
-        runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
-        roles = Counter(run.data.tags["role"] for run in runs)
-        assert roles == {"study": 1, "resume": 1, "trial": 3, "refit": 1}
-        assert mlflow.MlflowClient().get_model_version_by_alias("sign-digits", "champion").version == "1"
+        check_recorded_job()
+        check_served_champion(folder / "bars" / "1" / "IMG_0007.JPG", tmp_path / "server.log")
+
+
+def check_recorded_job() -> None:
+    """Assert the runs of the two starts, and the tags of the champion."""
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    roles = Counter((run.data.tags["role"], run.info.status) for run in runs)
+    once = {("study", "FINISHED"): 1, ("trial", "FINISHED"): 3, ("trial", "KILLED"): 1, ("refit", "FINISHED"): 1}
+    assert roles == once | {("resume", "FINISHED"): 1}
+    by_role = {run.data.tags["role"]: run for run in runs}
+    assert by_role["resume"].data.metrics == {"trials_added": 2}
+    for run in runs:
+        if run.data.tags["role"] in ("trial", "refit"):
+            assert run.data.tags["mlflow.parentRunId"] == by_role["study"].info.run_id
+            assert float(run.data.params["initial_learning_rate"]) > 0
+            assert {"decay_rate", "epochs"} <= set(run.data.params)
+    champion = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion")
+    evaluated = {"val_accuracy", "test_accuracy", "test_images"}
+    assert {"study", "trial", "dataset_digest", "split", "git_commit", *evaluated} <= set(champion.tags)
+    assert str(champion.version) == "1"
+
+
+def check_served_champion(photograph: Path, log: Path) -> None:
+    row = {"image": base64.b64encode(photograph.read_bytes()).decode()}
+    with serving(SERVED_MODEL, log) as url:
+        body = json.dumps({"dataframe_records": [row]}).encode()
+        request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            (answer,) = json.load(reply)["predictions"]
+    assert answer["label"] == "1"
 
 
 def count_trials(folder: Path) -> Counter[str]:

@@ -82,6 +82,12 @@ COMMANDS = {
         is_resumable=True,
     ),
     "monitor": Command("check recent predictions for drift", (config.MonitorParameters,), "signdigits.monitor:monitor"),
+    "export": Command(
+        "write the network as a file for use without MLflow",
+        (config.ExportParameters,),
+        "signdigits.export:export",
+        needs_tensorflow=True,
+    ),
     "show": Command(
         "show the champion", (config.NameParameters,), "signdigits.register:show_champion", is_entry_point=False
     ),
