@@ -60,8 +60,8 @@ def with_probabilities(network: "keras.Sequential", temperature: float) -> "kera
     """Return a model that shares the network's layers; output: probabilities at `temperature`, (n, n_classes)."""
     from keras import Model, layers
 
-    scaled = layers.Rescaling(1 / temperature, name="temperature")(network.output)
-    return Model(network.input, layers.Softmax(name="probabilities")(scaled), name="sign_digits")
+    scaled = layers.Rescaling(1 / temperature, name="temperature")(network.outputs[0])
+    return Model(network.inputs[0], layers.Softmax(name="probabilities")(scaled), name="sign_digits")
 
 
 def check_blocks(conv_blocks: int, image_size: int) -> None:

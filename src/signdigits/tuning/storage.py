@@ -148,8 +148,8 @@ def _digest(text: str) -> str:
 
 
 def _unusable_storage(storage: str, error: Exception) -> StudyError:
-    if isinstance(error, ModuleNotFoundError):
-        return StudyError(f"storage={storage}: {error}; {install_hint('cluster')}")
+    if isinstance(error, ImportError):  # the driver is missing
+        return StudyError(f"storage={storage}: {first_line(error)}; {install_hint('cluster')}")
     return StudyError(f"storage={storage}: {first_line(error)}")
 
 
