@@ -24,6 +24,7 @@ GROUPS = {
     "Registry": config.VersionParameters,
     "Batch prediction": config.PredictParameters,
     "Monitoring": config.MonitorParameters,
+    "Export": config.ExportParameters,
     "MLflow UI": config.LinkParameters,
     "Server": ServeParameters,
 }

@@ -1,4 +1,5 @@
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_mlproject_matches_command_line() -> None:
     assert set(project["entry_points"]) == {name for name, command in cli.COMMANDS.items() if command.is_entry_point}
     parser = cli.make_parser()
     for name, entry in project["entry_points"].items():
-        assert entry["command"].split()[:5] == ["PYTHONPATH=src", "python", "-m", "signdigits", name]
+        assert entry["command"].split()[:5] == ["PYTHONPATH=$PWD/src", "python", "-m", "signdigits", name]
         passed = entry["command"].split()[5:]
         options = [f"--{parameter}" for parameter in entry["parameters"]]
         assert passed == [word for option in options for word in (option, f"{{{option[2:]}}}")]
@@ -113,5 +114,11 @@ def test_mlproject_matches_command_line() -> None:
 def test_pins_are_exact() -> None:
     pins = [line.split("#")[0].strip() for line in (PROJECT / "requirements.txt").read_text().splitlines()]
     assert all("==" in pin for pin in pins if pin)
+
+
+def test_conda_environment_has_extras() -> None:
+    """The environment that `mlflow run` makes can run every entry point."""
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     environment = yaml.safe_load((PROJECT / "conda.yaml").read_text())
-    assert environment["dependencies"][-1] == {"pip": ["-r requirements.txt"]}
+    pins = ["-r requirements.txt", *extras["cluster"], *extras["export"]]
+    assert environment["dependencies"][-1] == {"pip": pins}

@@ -1,14 +1,8 @@
-"""The whole job with `mlflow run`, and a request to the served champion."""
+"""The whole job; tests/test_home.py starts it with `mlflow run`, and serves its champion."""
 
-import base64
 import dataclasses
-import json
-import subprocess
-import sys
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -29,8 +23,6 @@ from signdigits.data import loading
 from signdigits.model import training
 from signdigits.tuning.space import Range, Space
 
-from .conftest import PROJECT, serving
-
 pytestmark = pytest.mark.slow
 
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
@@ -40,62 +32,6 @@ TWO = RefitParameters(n_seeds=2)
 
 def runs() -> list[Run]:
     return list(mlflow.search_runs(search_all_experiments=True, output_format="list"))
-
-
-def test_mlflow_run_produces_served_champion(store: str, loaded: loading.Data, tmp_path: Path) -> None:
-    values = {
-        "data": loaded.parameters.data, "image_size": 16, "batch_size": 8, "epochs": "6:8", "n_trials": 3,
-        "space": "notebook", "n_seeds": 2,
-        "initial_learning_rate": "1e-3:5e-3", "storage": f"sqlite:///{tmp_path}/optuna.db",
-    }  # fmt: skip
-    line = [sys.executable, "-m", "mlflow", "run", str(PROJECT), "-e", "main", "--env-manager", "local"]
-    line += [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
-    for _ in range(2):  # the second start finds all done
-        done = subprocess.run(line, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert "test accuracy" in done.stdout
-        assert "oneDNN" not in done.stderr
-    roles = Counter((run.data.tags["role"], run.info.status) for run in runs())
-    once = {("study", "FINISHED"): 1, ("trial", "FINISHED"): 3, ("refit", "FINISHED"): 2}
-    assert roles == once | {("resume", "FINISHED"): 1}
-    (resume,) = [run for run in runs() if run.data.tags["role"] == "resume"]
-    assert resume.data.metrics == {"trials_added": 0}
-
-    (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
-    for run in runs():
-        if run.data.tags["role"] in ("trial", "refit"):
-            assert run.data.tags["mlflow.parentRunId"] == study.info.run_id
-            assert {"initial_learning_rate", "decay_rate", "epochs"} <= set(run.data.params)
-            assert float(run.data.params["initial_learning_rate"]) > 0
-    champion = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion")
-    expected = {
-        "study",
-        "trial",
-        "dataset_digest",
-        "split",
-        "git_commit",
-        "val_accuracy",
-        "test_accuracy",
-        "test_images",
-    }
-    assert expected <= set(champion.tags)
-    assert str(champion.version) == "1"
-    card = mlflow.artifacts.load_text(f"runs:/{study.info.run_id}/MODEL_CARD.md")
-    assert card == champion.description
-    assert "mlflow run . -e main --env-manager local -P data=" in card
-    assert "-P epochs=6:8" in card
-
-    photograph = loaded.dataset.folder / "1" / "IMG_0007.JPG"
-    row = {"image": base64.b64encode(photograph.read_bytes()).decode()}
-    with serving("models:/sign-digits@champion", tmp_path / "server.log") as url:
-        request = urllib.request.Request(
-            f"{url}/invocations",
-            json.dumps({"dataframe_records": [row]}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            (answer,) = json.load(reply)["predictions"]
-    assert answer["label"] == "1"
 
 
 def test_interrupted_job_is_resumed(store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
 import sqlite3
+import stat
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +26,31 @@ def test_password_in_url_is_refused() -> None:
     with pytest.raises(StudyError, match="storage=postgresql://me:\\*\\*\\*@nowhere/db: passwords in URLs") as raised:
         storage.open_storage("postgresql://me:secret@nowhere/db")
     assert "secret" not in str(raised.value)
+
+
+def test_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(
+        StudyError, match=r"storage=postgresql://nowhere/db: .*psycopg.*\.\[cluster\].*--env-manager uv"
+    ):
+        storage.open_storage("postgresql://nowhere/db")
+
+
+def test_lock_lies_beside_database(tmp_path: Path) -> None:
+    """Every account that may write the database may lock its studies."""
+    database = tmp_path / "optuna.db"
+    database.touch()
+    database.chmod(0o660)
+    with storage.lock_study(f"sqlite:///{database}", "mine"):
+        (lock,) = tmp_path.glob("optuna.db-*.lock")
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o660
+
+
+def test_memory_has_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with storage.lock_study("sqlite:///:memory:", "mine"):
+        assert not list(tmp_path.iterdir())
 
 
 class Dialect:

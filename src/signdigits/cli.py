@@ -82,6 +82,12 @@ COMMANDS = {
         is_resumable=True,
     ),
     "monitor": Command("check recent predictions for drift", (config.MonitorParameters,), "signdigits.monitor:monitor"),
+    "export": Command(
+        "write the network as a file for use without MLflow",
+        (config.ExportParameters,),
+        "signdigits.export:export",
+        needs_tensorflow=True,
+    ),
     "show": Command(
         "show the champion", (config.NameParameters,), "signdigits.register:show_champion", is_entry_point=False
     ),
@@ -241,8 +247,10 @@ def _run_command(command: Command, name: str, values: dict[str, Any]) -> None:
     from signdigits import startup
 
     startup.configure_mlflow()
+    from signdigits import home
     from signdigits.tracking import runs, store
 
+    home.enter_home()
     if command.is_entry_point:
         runs.open_experiment(name)
     elif not values.get("model_uri"):  # a model in a folder needs no store

@@ -303,6 +303,22 @@ class MonitorParameters(Checked):
     notify: str = parameter("", "URL that hears of drift (POST, JSON); empty: none", pattern=URL)
 
 
+EXPORT_FORMATS = ("keras", "tflite", "tflite-int8", "onnx")
+
+
+@dataclass(frozen=True)
+class ExportParameters(Checked):
+    """The model, its format, and the photographs that it is checked on."""
+
+    format: str = parameter("tflite", "format of the file: keras, tflite, tflite-int8 or onnx", choices=EXPORT_FORMATS)
+    model_uri: str = parameter(SERVED_MODEL, "URI of the model")
+    output: str = parameter("exported", "folder of the file", pattern=(r"(?s).+", "a folder"))
+    data: str = parameter(
+        "",
+        "photographs that the model was trained on; empty: those that it names, or its input example if they are not here",
+    )
+
+
 @dataclass(frozen=True)
 class LinkParameters(NameParameters):
     """The registered model, and the MLflow UI of a local store."""

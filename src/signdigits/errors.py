@@ -6,6 +6,13 @@ def escape_undecodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def install_hint(extra: str) -> str:
+    """Return the remedy for a missing extra of pyproject.toml: the environments that `mlflow run` makes have them all."""
+    return (
+        f"run `uv pip install -e '.[{extra}]'` in the project's folder, or `mlflow run` with --env-manager uv or conda"
+    )
+
+
 class SignDigitsError(Exception):
     """Base of the errors; the message names the value at fault and the remedy."""
 

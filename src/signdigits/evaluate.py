@@ -28,7 +28,7 @@ from signdigits.data.corruptions import CORRUPTIONS, corrupt_image
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
 from signdigits.data.sources import HANDWRITTEN_DIGITS
-from signdigits.errors import DataError, ModelError
+from signdigits.errors import DataError
 from signdigits.model import calibration
 from signdigits.packaging import prediction_log
 from signdigits.tracking import registry, runs
@@ -64,13 +64,7 @@ def evaluate(parameters: SourceParameters, which: ModelParameters) -> Scores:
     """
     model = registry.find_model(which.run_id, which.model_uri)
     dataset = scan_dataset(parameters)
-    digest = split.split_dataset(dataset, model.tags.get("split", "random")).digest
-    if model.tags.get("dataset_digest") != digest:
-        raise ModelError(
-            f"model {model.model_id}: trained on data={model.tags.get('data')} with digest "
-            f"{model.tags.get('dataset_digest')}, but data={parameters.data} has {digest}; "
-            "pass --data the photographs that the model was trained on"
-        )
+    split.repeat_split(dataset, parameters.data, model.tags)
     with runs.start_run("evaluate", f"evaluate {model.model_id}"):
         runs.log_params(asdict(parameters))
         return score_model(model, dataset)

@@ -5,6 +5,7 @@ mlflow run . -e main -P data=FOLDER -P n_trials=12
 """
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -151,11 +152,21 @@ def _summarize_job(opened: search.Search, models: Sequence[LoggedModel], decisio
         "because": decision.reason,
     }
     width = max(map(len, rows))
+    link = urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))
     return [
         "",
         *(f"  {name:{width}}  {value}" for name, value in rows.items()),
         "",
-        f"  see it       scripts/ui, then {urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))}",
-        f"  serve it     scripts/serve{registry.name_option(decision.model_name)}, or: mlflow models serve -m models:/{decision.model_name}@champion",
+        f"  see it       {urls.ui_command()}, then {link}",
+        *_list_serving_commands(decision.model_name),
+    ]
+
+
+def _list_serving_commands(model_name: str) -> list[str]:
+    stock = f"mlflow models serve -m models:/{shlex.quote(model_name)}@champion"
+    if not urls.is_checkout():
+        return [f"  serve it     {stock} --env-manager uv"]
+    return [
+        f"  serve it     scripts/serve{registry.name_option(model_name)}, or: {stock}",
         "  ask it       scripts/ask PHOTOGRAPH...",
     ]

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from typing import Protocol
 
-from signdigits.errors import ClusterError
+from signdigits.errors import ClusterError, install_hint
 
 
 class ClusterParameters(Protocol):
@@ -37,7 +37,7 @@ def connect_ray(parameters: ClusterParameters, cpus: int) -> Iterator[None]:
     try:
         import ray
     except ImportError as error:
-        raise ClusterError(f"workers={parameters.workers}: needs Ray; uv pip install -e '.[cluster]'") from error
+        raise ClusterError(f"{describe_cluster(parameters)}: needs Ray; {install_hint('cluster')}") from error
     local_options = {
         "address": "local",  # else Ray would look for a cluster already running on this machine, and require its token
         "num_cpus": parameters.workers * cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1",

@@ -80,7 +80,7 @@ def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
     with open_study(data, space, parameters) as opened:
         optimize_study(opened)
     link = urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))
-    log.info("compare its trials: scripts/ui, then %s", link)
+    log.info("compare its trials: %s, then %s", urls.ui_command(), link)
     return opened
 
 

@@ -19,6 +19,8 @@ NOISE = "|".join(
         r"^To enable the following instructions",
         r"^E[0-9]{4} .*failed call to cuInit",
         r"^W[0-9]{4} .*Ignored (output_format|drop_control_dependency)",  # from Keras' export
+        r"^W[0-9]{4} .*Skipping runtime version metadata",
+        r"^fully_quantize: ",
         r"^INFO: Created TensorFlow Lite XNNPACK delegate",
     ]
 )

@@ -3,6 +3,7 @@
 `random` is the notebook's split; `grouped` keeps each group, such as one signer's photographs, in one part.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 import signdigits.files
 from signdigits.data import groups
 from signdigits.data.dataset import Dataset
-from signdigits.errors import DataError
+from signdigits.errors import DataError, ModelError
 
 # The notebook's seed and fraction: the test images are its 412 validation images. Constants, because runs can be compared
 # only on the same images.
@@ -56,6 +57,20 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
     for part, indices in split.parts.items():
         _require_each_class(dataset, indices, least=1, part=part.replace("testing", "test"))
     return split
+
+
+def repeat_split(dataset: Dataset, data: str, tags: Mapping[str, str]) -> Split:
+    """Split `dataset`, read from `data`, as a model's photographs were, by the `tags` of the model.
+
+    Raises ModelError if it was trained on others: the split would not keep its training images out of the test (leakage).
+    """
+    parts = split_dataset(dataset, tags.get("split", "random"))
+    if tags.get("dataset_digest") != parts.digest:
+        raise ModelError(
+            f"the model was trained on data={tags.get('data')} with digest {tags.get('dataset_digest')}, but data={data} has "
+            f"{parts.digest}; pass --data the photographs that the model was trained on"
+        )
+    return parts
 
 
 def _split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -56,6 +56,14 @@ def with_features(network: "keras.Sequential") -> "keras.Model":
     return Model(network.inputs, layers.Concatenate(dtype="float32")([logits, hidden]))
 
 
+def with_probabilities(network: "keras.Sequential", temperature: float) -> "keras.Model":
+    """Return a model that shares the network's layers; output: probabilities at `temperature`, (n, n_classes)."""
+    from keras import Model, layers
+
+    scaled = layers.Rescaling(1 / temperature, name="temperature")(network.outputs[0])
+    return Model(network.inputs[0], layers.Softmax(name="probabilities")(scaled), name="sign_digits")
+
+
 def check_blocks(conv_blocks: int, image_size: int) -> None:
     """Raise ParameterError if `conv_blocks` poolings cannot halve `image_size` pixels."""
     if image_size < 2**conv_blocks:

@@ -69,7 +69,7 @@ def start_run(
 
     Continues `run_id` if given; otherwise the run that `mlflow run` created for this process, if any; otherwise starts a new
     one, nested under `parent_run_id` or the active run, if any. `role` becomes a tag: prepare, train, study, trial, refit,
-    evaluate, register, predict or monitor.
+    evaluate, register, predict, monitor or export.
     """
     described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: _this_process()}
     active = _open_run(name, run_id, parent_run_id, described)
@@ -269,6 +269,8 @@ def _close_stale_runs() -> None:
 
 def note_failure(error: Exception) -> None:
     """Record the reason on the run that `mlflow run` created for this process, unless it has one."""
+    if (database := store.database_file()) and not database.exists():
+        return  # a client would create it
     client, run_id = mlflow.MlflowClient(), os.environ["MLFLOW_RUN_ID"]
     if "failure_reason" not in client.get_run(run_id).data.tags:
         client.set_tag(run_id, "failure_reason", f"{type(error).__name__}: {error}"[:5000])

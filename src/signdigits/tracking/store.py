@@ -20,7 +20,7 @@ def connect_store() -> None:
         _connect_once()
         mlflow.search_experiments(max_results=1)
     except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
-        file = _database_file()
+        file = database_file()
         if file and re.search("already exists|no such table|Can't locate revision", str(error)):
             raise TrackingError(
                 f"{file}: incomplete tables, from an interrupted start or another version of MLflow; remove the file if it "
@@ -36,7 +36,7 @@ def _create_database() -> None:
 
     MLflow creates its tables in hundreds of steps; a process killed between two of them would leave an unusable file.
     """
-    file = _database_file()
+    file = database_file()
     if file is None or file.exists() or not file.parent.is_dir():
         return
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
@@ -53,10 +53,16 @@ def _connect_once() -> None:
         create_engine(uri, poolclass=NullPool).connect().close()
 
 
-def _database_file() -> Path | None:
+def database_file() -> Path | None:
     """Return the file of the tracking store if that is SQLite."""
     scheme, _, path = mlflow.get_tracking_uri().partition(":///")
     return Path(path) if scheme == "sqlite" and path else None
+
+
+def make_absolute() -> None:
+    """Make the address of a SQLite store absolute: it is to name the same file from any folder and in any process."""
+    if (file := database_file()) and not file.is_absolute():
+        mlflow.set_tracking_uri(f"sqlite:///{file.absolute()}")
 
 
 def store_address() -> str:

@@ -2,13 +2,15 @@
 
 import json
 import re
+import shlex
+from pathlib import Path
 from urllib.parse import quote
 
 import mlflow
 from mlflow.entities import Run
 
 from signdigits.config import LinkParameters
-from signdigits.tracking import runs
+from signdigits.tracking import runs, store
 
 MODE = "workflowType=machine_learning"  # without it the UI shows its pages for language models
 MAX_COMPARED = 100  # trials in one link; browsers limit the length of a URL
@@ -18,6 +20,16 @@ def ui_url(port: int = LinkParameters().port) -> str:
     """Return the URL of the UI: the tracking server's, or for a local store the one that scripts/ui serves at `port`."""
     uri = mlflow.get_tracking_uri()
     return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
+
+
+def is_checkout() -> bool:
+    """Tell whether the working directory is the project's folder, with its scripts, and not a home of its own."""
+    return Path("scripts", "ui").is_file()
+
+
+def ui_command() -> str:
+    """Return the command that starts the UI of the tracking store from the working directory."""
+    return "scripts/ui" if is_checkout() else f"mlflow ui --backend-store-uri {shlex.quote(store.store_address())}"
 
 
 def experiment_url(ui: str, experiment_id: str) -> str:

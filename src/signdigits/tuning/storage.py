@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool
 
-from signdigits.errors import StorageError, StudyError
+from signdigits.errors import StorageError, StudyError, install_hint
 
 MAX_DOWNTIME = 120.0  # seconds of retries while the database is down
 HEARTBEAT_INTERVAL = 10  # seconds
@@ -116,22 +116,40 @@ def _lock_in_database(url: URL, name: str) -> Iterator[None]:
 
 @contextmanager
 def _lock_file(url: URL, name: str) -> Iterator[None]:
-    place = str(Path(url.database or "").resolve()) if url.get_backend_name() == "sqlite" else str(url)
-    key = hashlib.sha256(f"{place}\0{name}".encode()).hexdigest()[:16]
-    lock = filelock.FileLock(Path(tempfile.gettempdir(), f"signdigits-{key}.lock"))
+    lock = _make_lock(url, name)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise _study_in_use(name) from error
-    except OSError as error:  # another user's lock, or a full disk
-        raise StudyError(f"study {name}: cannot lock {lock.lock_file} ({error}); remove it, or set TMPDIR") from error
+    except OSError as error:  # no such folder, another account's lock, or a full disk
+        raise StudyError(f"study {name}: cannot lock {lock.lock_file} ({error.strerror}); {_LOCK_REMEDY}") from error
     try:
         yield
     finally:
         lock.release()
 
 
+_LOCK_REMEDY = "choose a folder that you can write to in --storage, or remove the lock if no search is running"
+
+
+def _make_lock(url: URL, name: str) -> filelock.FileLock:
+    """Return the lock of a study beside its SQLite database, for all who may write to that; else in the temporary folder."""
+    database = Path(url.database or "").absolute()
+    if url.get_backend_name() != "sqlite" or not database.name or database.name == ":memory:":
+        return filelock.FileLock(Path(tempfile.gettempdir(), f"signdigits-{_digest(f'{url}{name}')}.lock"))
+    file = database.with_name(f"{database.name}-{_digest(name)}.lock")
+    return (
+        filelock.FileLock(file, mode=database.stat().st_mode & 0o777) if database.exists() else filelock.FileLock(file)
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _unusable_storage(storage: str, error: Exception) -> StudyError:
+    if isinstance(error, ImportError):  # the driver is missing
+        return StudyError(f"storage={storage}: {first_line(error)}; {install_hint('cluster')}")
     return StudyError(f"storage={storage}: {first_line(error)}")
 
 
