@@ -10,6 +10,7 @@ from dataclasses import asdict
 import mlflow
 
 from signdigits.config import Hyperparameters
+from signdigits.data import archive
 from signdigits.data.loading import Data
 from signdigits.model import training
 from signdigits.packaging import package
@@ -26,6 +27,8 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
     with runs.start_run("train", "train") as run:
         runs.log_params(asdict(data.parameters) | asdict(hyperparameters))
         runs.log_data(data, parts=("training", "validation"))
+        if data.parameters.log_data:
+            archive.log_photographs(data.dataset, run.info.run_id)
         runs.log_versions()
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters)
