@@ -18,7 +18,19 @@ from benchmarks import measure
 from benchmarks.measure import Row
 from signdigits.tracking import runs
 
-PARTS = ("training", "trial", "serving", "proxy", "start", "growth", "batch", "search", "outliers", "attack")
+PARTS = (
+    "training",
+    "trial",
+    "serving",
+    "proxy",
+    "start",
+    "growth",
+    "batch",
+    "search",
+    "outliers",
+    "label_errors",
+    "attack",
+)
 ON_A_CLUSTER = ("coordination", "workers")  # these need a running `scripts/cluster`
 PARTS_HELP = f"of {', '.join(PARTS)} (default: all of these); on a cluster {', '.join(ON_A_CLUSTER)}"
 
