@@ -55,14 +55,18 @@ def test_validation_is_stratified(loaded: loading.Data) -> None:
 
 
 def test_every_class_is_in_every_part(tmp_path: Path) -> None:
-    folder = write_photographs(tmp_path / "bars", classes=3, each=8)
+    folder = write_photographs(tmp_path / "bars", classes=10, each=8)
     for path in sorted((folder / "2").iterdir())[3:]:
         path.unlink()
     dataset = scan_dataset(SourceParameters(data=str(folder)))
     made = split.split_dataset(dataset, "stratified")
     counts = {part: np.bincount(dataset.labels[indices]).tolist() for part, indices in made.parts.items()}
-    assert counts == {"training": [5, 5, 1], "validation": [1, 1, 1], "testing": [2, 2, 1]}
-    assert sorted(np.concatenate(list(made.parts.values()))) == list(range(19))
+    assert counts == {
+        "training": [5, 5, 1, *[5] * 7],
+        "validation": [1] * 10,
+        "testing": [2, 2, 1, *[2] * 7],
+    }
+    assert sorted(np.concatenate(list(made.parts.values()))) == list(range(75))
     (folder / "2" / "IMG_0000.JPG").unlink()
     with pytest.raises(DataError, match="2: too few photographs to split: 2 in the class"):
         split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "stratified")

@@ -23,6 +23,7 @@ from signdigits.tracking import runs
 log = logging.getLogger(__name__)
 
 EXPECTED_ACCURACY = 0.9  # for the confidence interval that is printed before anything is trained
+MAX_LINES = 5  # printed, of the doubtful labels
 
 
 def prepare(data: Data, report: ReportParameters) -> str:
@@ -72,10 +73,8 @@ def log_label_errors(data: Data) -> None:
     mlflow.log_metric("label_issues", issues)
     mlflow.log_text(tables.to_csv(table), "data/label_errors.csv")
     runs.log_figure("data/label_errors.png", lambda: label_errors.plot_labels(data.dataset, table))
-    log.info(
-        "label errors, estimated: %d; see data/label_errors.csv and data/label_errors.png in the run; first:", issues
-    )
-    for row in table.head(5).to_dict("records"):
+    log.info("label errors, estimated: %d; see data/label_errors.csv and data/label_errors.png in the run", issues)
+    for row in table[table["suggested"] != table["class"]].head(MAX_LINES).to_dict("records"):
         log.info("  %s: perhaps %s", row["path"], row["suggested"])
 
 
@@ -119,7 +118,7 @@ def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) ->
         f"classes: {', '.join(f'{name} {count}' for name, count in report['classes'].items())}",
         f"split {data.split.name}: {parts}; digest {dataset.digest}",
         f"a model that reads {expected['right']} of the {expected['images']} test images has an accuracy of "
-        f"{expected['low']} to {expected['high']} (95 % confidence)",
+        f"{expected['low']:.2f} to {expected['high']:.2f} (95 % confidence)",
     ]
     if few := findings.loc[findings["finding"] == "few", "path"].tolist():
         classes = ", ".join(f"{name} {report['classes'][name]}" for name in few)
