@@ -72,6 +72,12 @@ def test_every_class_is_in_every_part(tmp_path: Path) -> None:
         split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "stratified")
 
 
+def test_random_split_of_few_is_refused(tmp_path: Path) -> None:
+    dataset = scan_dataset(SourceParameters(data=str(write_photographs(tmp_path / "bars", each=3))))
+    with pytest.raises(DataError, match="too few photographs to split"):
+        split.split_dataset(dataset, "random")
+
+
 def test_auto_keeps_named_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     digits = scan_dataset(SourceParameters(data="handwritten-digits"))

@@ -43,7 +43,8 @@ def telephone(tmp_path: Path) -> Path:
     return folder
 
 
-def test_telephone_photographs_become_a_model(telephone: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_telephone_photographs_become_a_model(telephone: Path, store: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "signdigits")
     data = ["--data", str(telephone)]
     assert cli.main(["prepare", *data]) == 0
     run = mlflow.last_active_run()
@@ -54,9 +55,8 @@ def test_telephone_photographs_become_a_model(telephone: Path, store: str, capsy
     assert len(report["turned upright"]) == 12
     assert report["test accuracy"] == {"images": 6, "right": 5, "low": 0.436, "high": 0.97}
     assert run.data.tags["split"] == "stratified"
-    printed = capsys.readouterr().out
-    assert "a model that reads 5 of the 6 test images has an accuracy of 0.44 to 0.97 (95 % confidence)" in printed
-    assert "fewer than 10 photographs: fist 9, palm 9, peace 9; add more" in printed
+    assert "a model that reads 5 of the 6 test images has an accuracy of 0.44 to 0.97 (95 % confidence)" in caplog.text
+    assert "fewer than 10 photographs: fist 9, palm 9, peace 9; add more" in caplog.text
 
     assert cli.main(["main", *data, "--model_name", "gestures", *FEW, *FAST]) == 0
     served = mlflow.pyfunc.load_model("models:/gestures@champion")

@@ -29,7 +29,8 @@ SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dat
 # `folder_digest` of the 2,062 photographs in their class folders: GitHub generates the archive on request, and its bytes vary.
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
-# Tags of a run with `log_data`: the URI of a zip file of its photographs, and the `folder_digest` of what is in it.
+ARCHIVE = "photographs.zip"  # artifact; not named after the data set, because MLflow cuts names at a #
+# Tags of a run with `log_data`: the URI of its or another run's archive, and the `folder_digest` of what is in it.
 PHOTOGRAPHS = "photographs"
 PHOTOGRAPHS_DIGEST = "photographs_digest"
 
@@ -131,7 +132,7 @@ def download_photographs(run_id: str, home: Path) -> Path:
     """
     tags = _find_photographs(run_id)
     uri, digest = tags[PHOTOGRAPHS], tags[PHOTOGRAPHS_DIGEST]
-    target = home / digest / Path(uri).stem
+    target = home / digest / Path(tags["dataset"]).name
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f"{target.name}.lock")):
         if not target.exists():
