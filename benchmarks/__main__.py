@@ -28,6 +28,7 @@ PARTS = (
     "batch",
     "search",
     "outliers",
+    "label_errors",
     "attack",
     "rollout",
     "gate",

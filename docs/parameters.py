@@ -17,6 +17,7 @@ the same. The names are equal in `mlflow run -P NAME=VALUE`, on the command line
 
 GROUPS = {
     "Photographs": config.DataParameters,
+    "Report": config.ReportParameters,
     "Hyperparameters": config.Hyperparameters,
     "Search": config.StudyParameters,
     "Refits": config.RefitParameters,

@@ -77,7 +77,7 @@ def too_small(folder: Path) -> str:
 
 
 def too_few(folder: Path) -> str:
-    write_photographs(folder, each=3)
+    write_photographs(folder, each=2)
     return "too few photographs to split"
 
 

@@ -150,7 +150,7 @@ def check_recorded_job() -> None:
     by_role = {run.data.tags["role"]: run for run in runs}
     assert by_role["resume"].data.metrics == {"trials_added": 2}
     for run in runs:
-        if run.data.tags["role"] in ("trial", "refit"):
+        if run.data.tags["role"] in ("trial", "refit") and run.info.status == "FINISHED":
             assert run.data.tags["mlflow.parentRunId"] == by_role["study"].info.run_id
             assert float(run.data.params["initial_learning_rate"]) > 0
             assert {"decay_rate", "epochs"} <= set(run.data.params)

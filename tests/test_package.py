@@ -54,7 +54,7 @@ def test_tags_name_data_and_commit(store: str, loaded: loading.Data) -> None:
         "study": "bars-1234",
         "trial": "3",
         "dataset_digest": loaded.split.digest,
-        "split": "random",
+        "split": "stratified",
     }
     assert expected.items() <= logged.tags.items()
     assert logged.tags["git_commit"]

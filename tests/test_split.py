@@ -25,9 +25,9 @@ def paths(dataset: Dataset, indices: np.ndarray) -> list[str]:
     return [dataset.photographs[i].path for i in indices]
 
 
-def check_split_is_that_of_keras(folder: Path) -> split.Split:
+def check_split_is_that_of_keras(folder: Path, name: str = "random") -> split.Split:
     dataset = scan_dataset(SourceParameters(data=str(folder)))
-    made = split.split_dataset(dataset, "random")
+    made = split.split_dataset(dataset, name)
     assert paths(dataset, made.testing) == keras_subset(folder, "validation")
     assert sorted(paths(dataset, made.fitting)) == sorted(keras_subset(folder, "training"))
     return made
@@ -38,7 +38,8 @@ def test_testing_is_keras_validation_subset(photographs: Path) -> None:
 
 
 def test_real_testing_matches_the_notebook(sign_digits: Path) -> None:
-    made = check_split_is_that_of_keras(sign_digits)
+    made = check_split_is_that_of_keras(sign_digits, "auto")  # wherever the photographs lie
+    assert made.name == "random"
     assert [len(made.training), len(made.validation), len(made.testing)] == [1320, 330, 412]
 
 
@@ -51,6 +52,40 @@ def test_parts_are_disjoint_and_complete(loaded: loading.Data) -> None:
 def test_validation_is_stratified(loaded: loading.Data) -> None:
     fractions = np.bincount(loaded.validation.y) / np.bincount(loaded.dataset.labels[loaded.split.fitting])
     np.testing.assert_allclose(fractions, 0.2, atol=0.05)
+
+
+def test_every_class_is_in_every_part(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars", classes=10, each=8)
+    for path in sorted((folder / "2").iterdir())[3:]:
+        path.unlink()
+    dataset = scan_dataset(SourceParameters(data=str(folder)))
+    made = split.split_dataset(dataset, "stratified")
+    counts = {part: np.bincount(dataset.labels[indices]).tolist() for part, indices in made.parts.items()}
+    assert counts == {
+        "training": [5, 5, 1, *[5] * 7],
+        "validation": [1] * 10,
+        "testing": [2, 2, 1, *[2] * 7],
+    }
+    assert sorted(np.concatenate(list(made.parts.values()))) == list(range(75))
+    (folder / "2" / "IMG_0000.JPG").unlink()
+    with pytest.raises(DataError, match="2: too few photographs to split: 2 in the class"):
+        split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "stratified")
+
+
+def test_random_split_of_few_is_refused(tmp_path: Path) -> None:
+    dataset = scan_dataset(SourceParameters(data=str(write_photographs(tmp_path / "bars", each=3))))
+    with pytest.raises(DataError, match="too few photographs to split"):
+        split.split_dataset(dataset, "random")
+
+
+def test_auto_keeps_named_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = scan_dataset(SourceParameters(data="handwritten-digits"))
+    assert split.split_dataset(digits, "auto").digest == split.split_dataset(digits, "random").digest
+    other = scan_dataset(SourceParameters(data=str(write_photographs(tmp_path / "bars"))))
+    assert split.split_dataset(other, "auto").name == "stratified"
+    digests = {split.split_dataset(other, name).digest for name in ("auto", "stratified", "random")}
+    assert len(digests) == 2
 
 
 def write_groups(folder: Path, size: int) -> np.ndarray:

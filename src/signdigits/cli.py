@@ -51,7 +51,11 @@ COMMANDS = {
         needs_tensorflow=True,
         is_resumable=True,
     ),
-    "prepare": Command("report on a folder of photographs", (config.DataParameters,), "signdigits.prepare:prepare"),
+    "prepare": Command(
+        "report on a folder of photographs",
+        (config.DataParameters, config.ReportParameters),
+        "signdigits.prepare:prepare",
+    ),
     "train": Command(
         "train the network once",
         (config.DataParameters, config.Hyperparameters),

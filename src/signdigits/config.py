@@ -81,7 +81,8 @@ class SourceParameters(Checked):
 
     data: str = parameter(
         "handwritten-digits",
-        "folder of class folders, or a named data set: handwritten-digits (embedded), sign-language-digits (downloaded)",
+        "folder of class folders, a named data set, handwritten-digits (embedded) or sign-language-digits (downloaded), or "
+        "runs:/RUN: the photographs of a run with log_data",
     )
     skip_unreadable: bool = parameter(False, "leave out files that are not readable images, and list them in the run")
 
@@ -91,9 +92,10 @@ class DataParameters(SourceParameters):
     """The photographs, their split and their preprocessing."""
 
     split: str = parameter(
-        "random",
-        "random: the notebook's split; grouped: no group of groups.csv (such as a signer) is in two parts",
-        choices=("random", "grouped"),
+        "auto",
+        "random: the notebook's split; stratified: class by class; grouped: no group of groups.csv (such as a signer) is in "
+        "two parts; auto: random for the named data sets, stratified for other folders",
+        choices=("auto", "random", "stratified", "grouped"),
     )
     image_size: int = parameter(100, "height and width after resizing, in pixels", low=8, high=1024)
     color_mode: str = parameter(
@@ -102,6 +104,16 @@ class DataParameters(SourceParameters):
     memory_budget: int = parameter(
         500, "megabytes of decoded photographs kept in memory; more are cached on disk in data/cache", low=0
     )
+    log_data: bool = parameter(
+        False, "keep the photographs as an artifact of the run, once per digest; data=runs:/RUN repeats from it"
+    )
+
+
+@dataclass(frozen=True)
+class ReportParameters(Checked):
+    """The report on the photographs."""
+
+    label_errors: bool = parameter(False, "rank the photographs by how doubtful their label is, with cleanlab")
 
 
 @dataclass(frozen=True)

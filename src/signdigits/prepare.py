@@ -11,22 +11,31 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from scipy.stats import binomtest
 
 from signdigits import plots, tables
-from signdigits.data import groups, quality
+from signdigits.config import ReportParameters
+from signdigits.data import archive, groups, quality
 from signdigits.data.dataset import count_junk
 from signdigits.data.loading import Data
 from signdigits.tracking import runs
 
 log = logging.getLogger(__name__)
 
+EXPECTED_ACCURACY = 0.9  # for the confidence interval that is printed before anything is trained
+MAX_LINES = 5  # printed, of the doubtful labels
 
-def prepare(data: Data) -> str:
+
+def prepare(data: Data, report: ReportParameters) -> str:
     """Report on `data` in a separate run, and return the run's id."""
     with runs.start_run("prepare", f"prepare {data.dataset.name}") as run:
-        runs.log_params(asdict(data.parameters))
+        runs.log_params(asdict(data.parameters) | asdict(report))
         mlflow.log_input(runs.dataset_input(data.dataset), context="all")
         log_report(data)
+        if data.parameters.log_data:
+            archive.log_photographs(data.dataset, run.info.run_id)
+        if report.label_errors:
+            log_label_errors(data)
         runs.set_description(_describe_dataset(data))
         return run.info.run_id
 
@@ -49,10 +58,24 @@ def log_report(data: Data) -> None:
     mlflow.log_text(tables.to_csv(quality.tabulate_files(data)), runs.FILES)
     runs.log_figure("data/sample.png", lambda: _plot_sample(data))
     mlflow.log_text(tables.to_csv(findings), "data/findings.csv")
-    if set(findings["finding"]) - {"imbalance"}:
+    if set(findings["finding"]) - set(quality.WITHOUT_PICTURE):
         runs.log_figure("data/findings.png", lambda: quality.plot_findings(data, findings))
     for line in _report_lines(data, report, findings):
         log.info("%s", line)
+
+
+def log_label_errors(data: Data) -> None:
+    """Log the photographs whose label is doubtful, as a table and a picture, and print the first."""
+    from signdigits.data import label_errors  # cleanlab takes a second, and `main` does not need it
+
+    table = label_errors.rank_labels(data.dataset)
+    issues = int(table["issue"].sum())
+    mlflow.log_metric("label_issues", issues)
+    mlflow.log_text(tables.to_csv(table), "data/label_errors.csv")
+    runs.log_figure("data/label_errors.png", lambda: label_errors.plot_labels(data.dataset, table))
+    log.info("label errors, estimated: %d; see data/label_errors.csv and data/label_errors.png in the run", issues)
+    for row in table[table["suggested"] != table["class"]].head(MAX_LINES).to_dict("records"):
+        log.info("  %s: perhaps %s", row["path"], row["suggested"])
 
 
 def _build_report(data: Data) -> dict[str, Any]:
@@ -69,10 +92,18 @@ def _build_report(data: Data) -> dict[str, Any]:
         "turned upright": rotated,
         "unreadable": dataset.unreadable,
         "junk files": count_junk(dataset.folder),
+        "test accuracy": _expected_interval(len(split.testing)),
         "split": {
             name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in split.parts.items()
         },
     }
+
+
+def _expected_interval(n: int) -> dict[str, float]:
+    """Return Wilson's 95 % confidence interval of a test accuracy of nine in ten of `n` images, rounded to an image."""
+    right = round(EXPECTED_ACCURACY * n)
+    interval = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return {"images": n, "right": right, "low": round(interval.low, 3), "high": round(interval.high, 3)}
 
 
 def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) -> list[str]:
@@ -81,11 +112,17 @@ def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) ->
     sizes = list(report["sizes"].items())
     size_summary = ", ".join(f"{count} of {size}" for size, count in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
     parts = ", ".join(f"{part['images']} {name}" for name, part in report["split"].items())
+    expected = report["test accuracy"]
     lines = [
         f"{dataset.folder}: {len(dataset.photographs)} photographs in {len(dataset.class_names)} classes, {size_summary}",
         f"classes: {', '.join(f'{name} {count}' for name, count in report['classes'].items())}",
         f"split {data.split.name}: {parts}; digest {dataset.digest}",
+        f"a model that reads {expected['right']} of the {expected['images']} test images has an accuracy of "
+        f"{expected['low']:.2f} to {expected['high']:.2f} (95 % confidence)",
     ]
+    if few := findings.loc[findings["finding"] == "few", "path"].tolist():
+        classes = ", ".join(f"{name} {report['classes'][name]}" for name in few)
+        lines.append(f"fewer than {quality.MIN_PHOTOGRAPHS} photographs: {classes}; add more before you trust a result")
     if report["turned upright"]:
         lines.append(f"turned upright by their EXIF orientation: {len(report['turned upright'])}")
     if counts := findings["finding"].value_counts().to_dict():

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from signdigits import plots, tables
 from signdigits.config import Hyperparameters, StudyParameters
+from signdigits.data import archive
 from signdigits.data.loading import Data
 from signdigits.errors import StorageError, StudyError
 from signdigits.model import architecture
@@ -164,6 +165,8 @@ def _describe_study(opened: Search) -> None:
     runs.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
     mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")  # `mlflow run` has logged "auto" for these
     runs.log_data(data, parts=("training", "validation"))
+    if data.parameters.log_data:
+        archive.log_photographs(data.dataset, opened.run_id)
     runs.log_versions()
     # Tags, because a continued study may have more trials or another timeout, and MLflow's parameters cannot change.
     mlflow.set_tags({"study": opened.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})

@@ -32,7 +32,7 @@ def read_groups(dataset: Dataset) -> np.ndarray:
         table = tables.read_csv(file)[["path", "group"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{file}: needed by split=grouped, with the columns path and group ({error}); create it, or pass --split random"
+            f"{file}: needed by split=grouped, with the columns path and group ({error}); create it, or pass --split stratified"
         ) from error
     group_by_path = {path: group for path, group in zip(table["path"], table["group"], strict=True) if group}
     missing = [photograph.path for photograph in dataset.photographs if photograph.path not in group_by_path]

@@ -1,4 +1,5 @@
-"""Data quality: near-duplicates across the split (data leakage), outliers in size and colour, class imbalance.
+"""Data quality: near-duplicates across the split (data leakage), one photograph in two classes, outliers in size and colour,
+small classes and class imbalance.
 
 Findings are reported for people to judge; nothing is removed.
 """
@@ -16,9 +17,11 @@ from signdigits.data.dataset import Dataset
 from signdigits.data.loading import Data
 
 MAX_HASH_DISTANCE = 4  # differing bits, of 64, of near-duplicates
+MIN_PHOTOGRAPHS = 10  # of a class
 MAX_Z_SCORE = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)
 MAX_SIZE_RATIO = 2.0  # to the median height or width of the class, or the reverse
 MAX_IMBALANCE = 1.5  # ratio of the largest class to the smallest
+WITHOUT_PICTURE = ("imbalance", "few")  # findings about a class
 MAX_PICTURES = 12
 MAX_PAIRS = 10_000_000  # pairs of hashes compared at once: 80 MB
 
@@ -42,9 +45,11 @@ def find_issues(data: Data) -> pd.DataFrame:
     colours = np.array([photograph.mean_colour for photograph in dataset.photographs])
     findings = [
         *_find_imbalance(dataset),
+        *_find_small_classes(dataset),
         *_find_size_outliers(dataset, parts),
         *_find_colour_outliers(dataset, parts, colours),
         *_find_near_duplicates(dataset, parts, hashes),
+        *_find_two_classes(dataset, parts, hashes),
     ]
     return pd.DataFrame(findings, columns=list(Finding.__dataclass_fields__))
 
@@ -84,6 +89,12 @@ def _find_imbalance(dataset: Dataset) -> Iterator[Finding]:
         yield Finding("imbalance", smallest, detail)
 
 
+def _find_small_classes(dataset: Dataset) -> Iterator[Finding]:
+    for name, count in dataset.counts().items():
+        if count < MIN_PHOTOGRAPHS:
+            yield Finding("few", name, f"{count} photographs, fewer than {MIN_PHOTOGRAPHS}")
+
+
 def _find_size_outliers(dataset: Dataset, parts: np.ndarray) -> Iterator[Finding]:
     """Yield photographs whose size differs from the median of their class."""
     sizes = np.array([photograph.size for photograph in dataset.photographs], float)
@@ -115,25 +126,39 @@ def _find_colour_outliers(dataset: Dataset, parts: np.ndarray, colours: np.ndarr
 def _find_near_duplicates(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
     """Yield photographs that look like one in another part of the split, each with its nearest, most similar first."""
     _, part_numbers = np.unique(parts.astype(str), return_inverse=True)
+    for bits, i, j in _find_similar_pairs(hashes, part_numbers):
+        path, other = dataset.photographs[i].path, dataset.photographs[j].path
+        yield Finding("near-duplicate", path, f"{bits} of 64 bits differ", parts[i], other, parts[j])
+
+
+def _find_two_classes(dataset: Dataset, parts: np.ndarray, hashes: np.ndarray) -> Iterator[Finding]:
+    """Yield photographs that also lie in another class, whatever their parts of the split: one label is wrong."""
+    for bits, i, j in _find_similar_pairs(hashes, dataset.labels):
+        first, second = dataset.photographs[i], dataset.photographs[j]
+        detail = "the same file" if first.checksum == second.checksum else f"{bits} of 64 bits differ"
+        yield Finding("two classes", first.path, detail, parts[i], second.path, parts[j])
+
+
+def _find_similar_pairs(hashes: np.ndarray, groups: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return the near-duplicates in different groups: the differing bits and two numbers each, most similar first."""
     pairs = set()
     chunk = max(1, MAX_PAIRS // len(hashes))
     for start in range(0, len(hashes), chunk):
         rows = slice(start, start + chunk)
         distances = np.bitwise_count(hashes[rows, None] ^ hashes)
-        distances[part_numbers[rows, None] == part_numbers] = 64
+        distances[groups[rows, None] == groups] = 64
         nearest = distances.argmin(axis=1)
         bits = distances[np.arange(len(nearest)), nearest]
         for row in np.flatnonzero(bits <= MAX_HASH_DISTANCE).tolist():
-            pairs.add((int(bits[row]), *sorted((start + row, int(nearest[row])))))
-    for bits, i, j in sorted(pairs):
-        path, other = dataset.photographs[i].path, dataset.photographs[j].path
-        yield Finding("near-duplicate", path, f"{bits} of 64 bits differ", parts[i], other, parts[j])
+            first, second = sorted((start + row, int(nearest[row])))
+            pairs.add((int(bits[row]), first, second))
+    return sorted(pairs)
 
 
 def plot_findings(data: Data, findings: pd.DataFrame) -> plots.Figure:
-    """Plot the first findings of each kind; imbalance has no picture."""
+    """Plot the first findings of each kind; those about a class have no picture."""
     findings = findings.assign(caption=[textwrap.fill(detail, 34) for detail in findings["detail"]])
-    kinds = findings[findings["finding"] != "imbalance"].groupby("finding", sort=False)
+    kinds = findings[~findings["finding"].isin(WITHOUT_PICTURE)].groupby("finding", sort=False)
     captions: list[tuple[str, str]] = []
     for row in kinds.head(MAX_PICTURES // max(kinds.ngroups, 1)).to_dict("records"):
         captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['caption']}\n{row['part']}"))

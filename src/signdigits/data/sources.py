@@ -1,16 +1,23 @@
-"""The named data sets, one embedded, one downloaded: each becomes a folder of class folders under `data/`, atomically."""
+"""The named data sets, embedded or downloaded, and the photographs of a run: each becomes a folder under `data/`, atomically."""
 
 import hashlib
 import logging
+import re
 import shutil
+import tempfile
+import zipfile
 from pathlib import Path
 
+import filelock
+import mlflow
 import numpy as np
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from signdigits import startup
-from signdigits.errors import DownloadError
+from signdigits.errors import DataError, DownloadError
 from signdigits.files import atomic_folder, compute_digest
+from signdigits.tracking import runs
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +29,11 @@ SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dat
 # `folder_digest` of the 2,062 photographs in their class folders: GitHub generates the archive on request, and its bytes vary.
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
+ARCHIVE = "photographs.zip"  # artifact; not named after the data set, because MLflow cuts names at a #
+# Tags of a run with `log_data`: the URI of its or another run's archive, and the `folder_digest` of what is in it.
+PHOTOGRAPHS = "photographs"
+PHOTOGRAPHS_DIGEST = "photographs_digest"
+
 
 LICENCES = {
     HANDWRITTEN_DIGITS: "E. Alpaydin and C. Kaynak, 1998, as shipped with scikit-learn (BSD-3-Clause)",
@@ -30,7 +42,9 @@ LICENCES = {
 
 
 def resolve_source(data: str, home: Path = Path("data")) -> Path:
-    """Return the folder that `data` names: a named data set, created under `home` if it is missing, or a path."""
+    """Return the folder that `data` names: a named data set, created under `home` if it is missing, a run's, or a path."""
+    if data.startswith("runs:"):
+        return download_photographs(_read_run_id(data), home / "cache")
     if data == HANDWRITTEN_DIGITS:
         return _write_handwritten_digits(home / HANDWRITTEN_DIGITS)
     if data == SIGN_LANGUAGE_DIGITS:
@@ -108,3 +122,46 @@ def folder_digest(folder: Path) -> str:
         for path in folder.rglob("*")
         if path.is_file()
     )
+
+
+def _read_run_id(data: str) -> str:
+    """Return the run of `runs:/RUN`, or of the URI of one of its artifacts."""
+    if run := re.match(r"runs:/([0-9a-f]{32})(/|$)", data):
+        return run[1]
+    raise DataError(f"data={data}: must be runs:/RUN, with the 32 hexadecimal digits of a run with log_data")
+
+
+def download_photographs(run_id: str, home: Path) -> Path:
+    """Return the folder of the photographs of a run, downloaded to `home`, and verified, on first use.
+
+    Raises DataError if none are logged for the run, and DownloadError, leaving nothing behind, if they cannot be read.
+    """
+    tags = _find_photographs(run_id)
+    uri, digest = tags[PHOTOGRAPHS], tags[PHOTOGRAPHS_DIGEST]
+    target = home / digest / Path(tags["dataset"]).name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_name(f"{target.name}.lock")):
+        if not target.exists():
+            log.info("downloading %s to %s", uri, target)
+            with atomic_folder(target) as folder, tempfile.TemporaryDirectory() as place:
+                try:
+                    with zipfile.ZipFile(mlflow.artifacts.download_artifacts(uri, dst_path=place)) as archive:
+                        archive.extractall(folder)  # drops leading slashes and ".." from names
+                except (OSError, MlflowException, zipfile.BadZipFile) as error:
+                    raise DownloadError(f"{uri}: {error}; restore the artifact, or pass --data a folder") from error
+                if (found := folder_digest(folder)) != digest:
+                    raise DownloadError(f"{uri}: holds other files than were logged (digest {found}, not {digest})")
+    return target
+
+
+def _find_photographs(run_id: str) -> dict[str, str]:
+    """Return the tags of a run whose photographs are logged: `run_id`, or another with the same `dataset_digest`."""
+    tags: dict[str, str] = runs.find_run(run_id).data.tags
+    if PHOTOGRAPHS not in tags and (digest := tags.get("dataset_digest")):
+        same = runs.search_runs(f"tags.dataset_digest = '{digest}' and tags.{PHOTOGRAPHS} LIKE 'runs:/%'")
+        tags = same[0].data.tags if same else tags
+    if PHOTOGRAPHS not in tags:
+        raise DataError(
+            f"run {run_id}: no run has logged its photographs; repeat it from their folder, with --log_data true"
+        )
+    return tags

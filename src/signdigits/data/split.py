@@ -1,6 +1,7 @@
 """The split into training, validation and test photographs.
 
-`random` is the notebook's split; `grouped` keeps each group, such as one signer's photographs, in one part.
+`random` is the notebook's split, `stratified` divides class by class, and `grouped` keeps each group, such as one signer's
+photographs, in one part.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 import signdigits.files
-from signdigits.data import groups
+from signdigits.data import groups, sources
 from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError, ModelError
 
@@ -43,12 +44,17 @@ class Split:
 
 
 def split_dataset(dataset: Dataset, name: str) -> Split:
-    """Return the split called `name`. Raises DataError if a class is missing from one of the three parts."""
-    labels = dataset.labels
+    """Return the split called `name`, or chosen by the photographs if that is `auto`.
+
+    Raises DataError if a class is missing from one of the three parts.
+    """
+    name = _choose_split(dataset) if name == "auto" else name
     if name == "grouped":
         rest, testing, training, validation = _split_groups(dataset)
+    elif name == "stratified":
+        training, validation, testing = _split_classes(dataset)
     else:
-        rest, testing = _split_as_keras(len(labels))
+        rest, testing = _split_as_keras(len(dataset.labels))
         _require_each_class(dataset, rest, least=2, part="training and validation")
         _require_each_class(dataset, testing, least=1, part="test")
         training, validation = _split_evenly(dataset, rest)
@@ -73,6 +79,12 @@ def repeat_split(dataset: Dataset, data: str, tags: Mapping[str, str]) -> Split:
     return parts
 
 
+def _choose_split(dataset: Dataset) -> str:
+    """Return `random` for the named data sets, wherever they lie, and `stratified` for other folders."""
+    is_named = dataset.name == sources.HANDWRITTEN_DIGITS or dataset.digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
+    return "random" if is_named else "stratified"
+
+
 def _split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Split `n` sorted files as Keras' `image_dataset_from_directory` does with seed 1337 and validation_split 0.2.
 
@@ -93,6 +105,25 @@ def _split_evenly(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np
     except ValueError as error:  # fewer validation images than classes
         raise DataError(f"{dataset.folder}: too few photographs to split ({error}); add more") from error
     return first, second
+
+
+def _split_classes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return training, validation and test images: a fifth of each class, but at least one, is cut off twice."""
+    everything = np.arange(len(dataset.labels))
+    _require_each_class(dataset, everything, least=3, part="training, validation and test")
+
+    def cut(indices: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        count = max(1, round(fraction * len(indices)))
+        first, second = train_test_split(indices, test_size=count, random_state=SPLIT_SEED)
+        return first, second
+
+    parts: list[tuple[np.ndarray, ...]] = []
+    for label in range(len(dataset.class_names)):
+        rest, testing = cut(everything[dataset.labels == label], TEST_FRACTION)
+        parts.append((*cut(rest, VALIDATION_FRACTION), testing))
+    random = np.random.default_rng(SPLIT_SEED)  # not sorted by class, as the other splits
+    training, validation, testing = (random.permutation(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return training, validation, testing
 
 
 def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

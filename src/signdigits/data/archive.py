@@ -1,0 +1,64 @@
+"""The photographs of a run, kept as its artifact: a zip file, once per digest.
+
+`data=runs:/RUN` reads them again (sources.py).
+"""
+
+import hashlib
+import logging
+import tempfile
+import zipfile
+from pathlib import Path
+
+import mlflow
+
+from signdigits.data import groups
+from signdigits.data.dataset import Dataset
+from signdigits.data.sources import ARCHIVE, PHOTOGRAPHS, PHOTOGRAPHS_DIGEST
+from signdigits.files import compute_digest
+from signdigits.tracking import runs
+
+log = logging.getLogger(__name__)
+
+
+def log_photographs(dataset: Dataset, run_id: str) -> str:
+    """Log the photographs to a run, unless it or another run holds the same, and return the URI of their zip file.
+
+    The URI, the digest and the name of the data set become tags of the run.
+    """
+    digest = _archive_digest(dataset)
+    uri = _find_archive(digest) or _upload_archive(dataset, run_id)
+    for tag, value in {"dataset": dataset.name, PHOTOGRAPHS_DIGEST: digest, PHOTOGRAPHS: uri}.items():
+        mlflow.MlflowClient().set_tag(run_id, tag, value)
+    return uri
+
+
+def _archive_digest(dataset: Dataset) -> str:
+    """Return the `folder_digest` of what the zip file contains: the readable photographs, and groups.csv if there is one."""
+    entries = [(photograph.path, photograph.checksum) for photograph in dataset.photographs]
+    if (file := dataset.folder / groups.FILE).is_file():
+        entries.append((groups.FILE, hashlib.sha256(file.read_bytes()).hexdigest()))
+    return compute_digest(entries)
+
+
+def _find_archive(digest: str) -> str | None:
+    """Return the URI of an archive with this digest that a run, not deleted, holds itself."""
+    for run in runs.search_runs(f"tags.{PHOTOGRAPHS_DIGEST} = '{digest}' and tags.{PHOTOGRAPHS} LIKE 'runs:/%'"):
+        uri: str = run.data.tags[PHOTOGRAPHS]
+        if uri == f"runs:/{run.info.run_id}/{ARCHIVE}":
+            return uri
+    return None
+
+
+def _upload_archive(dataset: Dataset, run_id: str) -> str:
+    """Upload the photographs as an artifact of the run, and return its URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        packed = Path(folder, ARCHIVE)
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # photographs are compressed
+            for photograph in dataset.photographs:
+                archive.writestr(photograph.path, dataset.read(photograph))
+            if (dataset.folder / groups.FILE).is_file():
+                archive.write(dataset.folder / groups.FILE, groups.FILE)
+        mlflow.MlflowClient().log_artifact(run_id, str(packed))
+    uri = f"runs:/{run_id}/{ARCHIVE}"
+    log.info("%d photographs logged as %s", len(dataset.photographs), uri)
+    return uri
