@@ -1,4 +1,4 @@
-"""What a worker tells the model of a request, and what the supervisor and a worker agree on."""
+"""The request that a worker tells the model of, and names that the supervisor and a worker share."""
 
 import threading
 from contextvars import ContextVar
