@@ -58,6 +58,7 @@ def rows(
     seconds: int = 600,
     connections: int = 200,
     mutated: int = 10_000,
+    requests: int = 3000,
 ) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
     body = json.dumps({"dataframe_records": [serving.encode(loaded, 0)]}).encode()
@@ -66,7 +67,7 @@ def rows(
         uris = [register_model(loaded) for _ in range(2)]
         direct = servers.enter_context(serving.serving(uris[0], folder))
         server = servers.enter_context(started(folder, body))
-        found = [added(server, direct, loaded, rounds)]
+        found = [added(server, direct, loaded, rounds), *shadow(folder, body, requests)]
         following, median = promote(server, promotions)
         found += following
         found += kill(server, kills, median)
@@ -87,13 +88,13 @@ def move(version: int) -> None:
 
 
 @contextlib.contextmanager
-def started(folder: Path, body: bytes, workers: int = PROCESSES) -> Iterator[Server]:
+def started(folder: Path, body: bytes, *options: str, workers: int = PROCESSES) -> Iterator[Server]:
     """The server on a free port, version 1 live."""
     move(1)
     port = serving.free_port()
-    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--processes", str(workers)]
+    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--processes", str(workers), *options]
     environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
-    log = folder / "proxy.log"
+    log = folder / f"proxy-{port}.log"
     with log.open("w") as file:
         process = subprocess.Popen(line, stdout=file, stderr=file, env=environment)
     try:
@@ -114,6 +115,32 @@ def added(server: Server, direct: int, loaded: loading.Data, rounds: int) -> Row
         "proxy overhead for one photograph, median, in ms", "`mlflow models serve`", took["proxy"] - took["direct"],
         0.5, False, f"{took['proxy']:.2f} ms against {took['direct']:.2f} ms",
     )  # fmt: skip
+
+
+def shadow(folder: Path, body: bytes, requests: int) -> list[Row]:
+    """What a shadow that gets a tenth of the requests adds to the latency: two servers, asked in turns."""
+    mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "challenger", "2")
+    with contextlib.ExitStack() as stack:
+        servers = {
+            "without": stack.enter_context(started(folder, body, workers=1)),
+            "with": stack.enter_context(started(folder, body, "--shadow", "challenger", workers=1)),
+        }
+        until(lambda: len(servers["with"].endpoints()) == 2, LONGEST)
+        times: dict[str, list[float]] = {name: [] for name in servers}
+        request = json.loads(body)
+        ways = {name: serving.asker(server.port, request) for name, server in servers.items()}
+        for _ in range(requests):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way()
+                times[name].append(time.perf_counter() - began)
+    quantiles = {name: statistics.quantiles(seconds, n=100) for name, seconds in times.items()}
+    found = []
+    for what, index, reach in (("median", 49, 1.05), ("99th percentile", 98, 1.1)):
+        mine, plain = (quantiles[name][index] * 1000 for name in ("with", "without"))
+        said = f"{mine:.2f} ms against {plain:.2f} ms, {requests:,} requests each"
+        found.append(Row(f"{what} with a shadow of 10 %", "without", mine / plain, reach, False, said))
+    return found
 
 
 def promote(server: Server, times: int) -> tuple[list[Row], float]:
