@@ -17,7 +17,7 @@ import pytest
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
-from signdigits.serving import worker
+from signdigits.serving import admission
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import Process, send_request, worker_command, worker_environment
 
@@ -185,8 +185,8 @@ def read_metrics(path: Path) -> dict[str, float]:
 def test_small_request_passes_large_one(shared: Path) -> None:
     body = records("five")
     with contextlib.ExitStack() as clients:
-        for _ in range(worker.SMALL_REQUESTS):  # large, and without their bodies
-            clients.enter_context(open_request(shared, b"", worker.LARGE_BODY + 1))
+        for _ in range(admission.SMALL_REQUESTS):  # large, and without their bodies
+            clients.enter_context(open_request(shared, b"", admission.LARGE_BODY + 1))
         assert post(shared, body)[0] == 200
 
 
@@ -207,7 +207,7 @@ def test_stuck_model_is_unhealthy(folder: Path, tmp_path: Path) -> None:
 def test_full_queue_returns_503(folder: Path, tmp_path: Path) -> None:
     with working(folder, tmp_path / "socket", max_waiting=2) as path, contextlib.ExitStack() as clients:
         body = records("five")
-        for _ in range(worker.SMALL_REQUESTS + 2):  # these have sent no body yet
+        for _ in range(admission.SMALL_REQUESTS + 2):  # these have sent no body yet
             clients.enter_context(open_request(path, b"", len(body)))
         wait_until(lambda: read_metrics(path)["signdigits_waiting_requests"] == 2, seconds=10)
         reply = send_request(path, "POST", "/invocations", body)
