@@ -62,6 +62,14 @@ def test_searched_decay_has_an_effect(name: str) -> None:
     assert low ** (steps / drawn.decay_steps) < 0.2
 
 
+def test_written_digits_are_not_mirrored() -> None:
+    space = Space.of("extended", "handwritten-digits")
+    assert space.fixed["horizontal_flip"] == 0
+    assert not space.includes_mirror_images()
+    assert Space.of("extended", "photographs").includes_mirror_images()
+    assert Space.of("extended", "handwritten-digits", horizontal_flip=0.5).includes_mirror_images()
+
+
 def test_auto_is_the_space_default() -> None:
     assert Space.of("extended", epochs="auto", dropout=0.1).ranges["epochs"] == Range(60, 100, start=80)
     assert Space.of("extended", dropout=0.1).fixed["dropout"] == 0.1

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import mlflow
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CHUNK = 128  # images in a forward pass outside of `fit`: bounds the memory
 
 # Of the validation images that robust_accuracy counts: one yardstick for all trials, whatever they train with.
-VALIDATION_AUGMENTATION = Augmentation(geometric=1.5, horizontal_flip=0.5, photometric=1.0)
+VALIDATION_AUGMENTATION = Augmentation(geometric=1.5, photometric=1.0)
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,13 @@ class Validation(keras.callbacks.Callback):
 class RobustAccuracy(keras.callbacks.Callback):
     """Measure `robust_accuracy` after each epoch: over the validation images and as many augmented ones, the same each time.
 
-    Comes after Validation, which measures val_accuracy.
+    With `mirrored`, half of these are mirror images. Comes after Validation, which measures val_accuracy.
     """
 
-    def __init__(self, validation: Images) -> None:
+    def __init__(self, validation: Images, *, mirrored: bool) -> None:
         super().__init__()
-        self.batches = input_pipeline.validation_batches(validation, CHUNK, VALIDATION_AUGMENTATION)
+        augmentation = replace(VALIDATION_AUGMENTATION, horizontal_flip=0.5 if mirrored else 0.0)
+        self.batches = input_pipeline.validation_batches(validation, CHUNK, augmentation)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert logs is not None

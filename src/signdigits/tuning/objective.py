@@ -58,7 +58,9 @@ def _trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
 
 def _measure_robustness(context: TrialContext) -> list[keras.callbacks.Callback]:
     """Return the callback that measures robust_accuracy, if the study optimizes it."""
-    return [training.RobustAccuracy(context.data.validation)] if context.metric == "robust_accuracy" else []
+    if context.metric != "robust_accuracy":
+        return []
+    return [training.RobustAccuracy(context.data.validation, mirrored=context.space.includes_mirror_images())]
 
 
 def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:

@@ -57,6 +57,11 @@ EXTENDED: Mapping[str, Range | Value] = {
     "precision": "auto",
 }
 
+# What `auto` means for a named data set, where it is not what the space says.
+DATA_SET_VALUES: Mapping[str, Mapping[str, Value]] = {
+    "handwritten-digits": {"horizontal_flip": 0.0},  # the mirror image of a written 2 is no digit
+}
+
 SPACES = {"notebook": NOTEBOOK, "extended": EXTENDED}
 
 
@@ -68,14 +73,15 @@ class Space:
     fixed: Mapping[str, Value]
 
     @classmethod
-    def of(cls, space: str, **values: Range | Value) -> Self:
-        """Return the space called `space`, with `values` (but for "auto") in place of its own.
+    def of(cls, space: str, data: str = "", **values: Range | Value) -> Self:
+        """Return the space called `space` for the data set `data`, with `values` (but for "auto") in place of its own.
 
         Raises ParameterError if a value, or an end of a range, lies outside the hyperparameter's limits.
         """
         declared = {f.name: f for f in fields(Hyperparameters)}
         given = {name: value for name, value in values.items() if value != AUTO or name == "precision"}
-        chosen = {name: search_default(f, space) for name, f in declared.items()} | given
+        defaults = {name: search_default(f, space) for name, f in declared.items()}
+        chosen = {**defaults, **DATA_SET_VALUES.get(data, {}), **given}
         for name, value in chosen.items():
             ends = (value.low, value.high) if isinstance(value, Range) else (value,)
             for end in ends:
@@ -94,6 +100,10 @@ class Space:
             else:
                 values[name] = trial.suggest_float(name, r.low, r.high, log=r.log)
         return self.complete(values)
+
+    def includes_mirror_images(self) -> bool:
+        flip = self.ranges.get("horizontal_flip")
+        return flip.high > 0 if flip else bool(self.fixed["horizontal_flip"])
 
     def ends(self, name: str) -> tuple[int, int]:
         """Return the smallest and the largest value that an integer hyperparameter can take."""
