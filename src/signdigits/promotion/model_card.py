@@ -101,7 +101,7 @@ def _describe_data(tags: Mapping[str, str]) -> str:
     data = tags["data"]
     rows = [
         ("data", f"{data} ({tags['dataset']})" if data != tags["dataset"] else data),
-        ("licence", LICENCES.get(data, "not recorded: photographs of the user's own")),
+        ("licence", LICENCES.get(data, "not recorded")),
         ("split", tags["split"]),
         ("digest of photographs and split", tags["dataset_digest"]),
         ("test images", tags["test_images"]),
@@ -166,9 +166,10 @@ def _describe_outliers(tags: Mapping[str, str], outliers: pd.DataFrame | None) -
         return ""
     rows: list[tuple[object, ...]] = [("pictures of something else", "number", "marked as outliers", "AUROC")]
     rows += [
-        (row.kind, f"{row.images:.0f}", f"{row.detected:.1%}", f"{row.auroc:.4f}") for row in outliers.itertuples()
+        (row["kind"], f"{row['images']:.0f}", f"{100 * row['detected']:.1f} %", f"{row['auroc']:.4f}")
+        for row in outliers.to_dict("records")
     ]
-    marked = f"{float(tags['outliers_in_test']):.1%} of the test images are marked as outliers (`is_outlier`)."
+    marked = f"{100 * float(tags['outliers_in_test']):.1f} % of the test images are marked as outliers (`is_outlier`)."
     return f"{marked}\n\n{runs.markdown_table(rows)}"
 
 
