@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,12 +24,14 @@ LONGEST = 300.0  # seconds that anything may take
 
 # As an ingress: the next pod, where one refuses the connection or closes it.
 INGRESS = """
+{user}
 daemon off;
 pid {folder}/ingress.pid;
 error_log stderr crit;
 events {{}}
 http {{
     access_log off;
+    client_body_buffer_size 1m;
     client_body_temp_path {folder}/body;
     proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi;
@@ -103,7 +106,8 @@ def ingress(folder: Path, ports: list[int]) -> Iterator[int]:
     """An nginx in front of the ports; yields its own."""
     port = serving.free_port()
     servers = " ".join(f"server 127.0.0.1:{other} max_fails=0;" for other in ports)
-    (folder / "ingress.conf").write_text(INGRESS.format(folder=folder, servers=servers, port=port))
+    user = "" if os.geteuid() else "user root;"  # else its workers could not write to the temporary folder
+    (folder / "ingress.conf").write_text(INGRESS.format(user=user, folder=folder, servers=servers, port=port))
     process = subprocess.Popen(["nginx", "-p", str(folder), "-c", str(folder / "ingress.conf")])
     try:
         until(lambda: serving.answers(port), LONGEST)
