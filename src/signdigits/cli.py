@@ -248,6 +248,8 @@ def _run_command(command: Command, name: str, values: dict[str, Any]) -> None:
     if "space" in values:
         config.check_value(config.StudyParameters.__dataclass_fields__["space"], values["space"])
     groups = [_make_group(group, values) for group in command.parameters]
+    if command.needs_tensorflow:  # its import, and MLflow's, take seconds
+        log.info("%s: %s", name, _describe_changes(name, values))
     from signdigits import startup
 
     startup.configure_mlflow()
@@ -264,6 +266,13 @@ def _run_command(command: Command, name: str, values: dict[str, Any]) -> None:
         startup.import_tensorflow()
     module, _, function = command.function.partition(":")
     getattr(importlib.import_module(module), function)(*arguments)
+
+
+def _describe_changes(name: str, values: dict[str, Any]) -> str:
+    """Return the values that differ from the command's defaults, in words."""
+    defaults = vars(make_parser().parse_args([name]))
+    changed = [f"{option}={value}" for option, value in values.items() if value != defaults[option]]
+    return ", ".join(changed) or "all parameters have their defaults"
 
 
 def _make_group(group: type, values: dict[str, Any]) -> Any:
