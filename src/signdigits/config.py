@@ -82,7 +82,7 @@ class SourceParameters(Checked):
     data: str = parameter(
         "handwritten-digits",
         "folder of class folders, a named data set, handwritten-digits (embedded) or sign-language-digits (downloaded), or "
-        "runs:/RUN: the photographs of a run with log_data",
+        "runs:/RUN: the photographs of a run with log_data; A,B joins several",
     )
     skip_unreadable: bool = parameter(False, "leave out files that are not readable images, and list them in the run")
 
