@@ -315,6 +315,24 @@ class MonitorParameters(Checked):
     notify: str = parameter("", "URL that hears of drift (POST, JSON); empty: none", pattern=URL)
 
 
+@dataclass(frozen=True)
+class ReviewParameters(Checked):
+    """The corrections that visitors sent, and the decisions on them."""
+
+    corrections: str = parameter(
+        "corrections", "folder of the corrections (serve --corrections)", pattern=(r"(?s).+", "a folder")
+    )
+    accept: str = parameter("", "ids of corrections to accept, with commas between them, or all; empty: none")
+    drop: str = parameter(
+        "", "ids of corrections to remove, or all; `all` leaves out those that the other option names; empty: none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accept == self.drop == "all":
+            raise ParameterError("accept='all', drop='all': pass all to one of the two")
+
+
 EXPORT_FORMATS = ("keras", "tflite", "tflite-int8", "onnx")
 
 
