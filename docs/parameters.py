@@ -25,6 +25,7 @@ GROUPS = {
     "Registry": config.VersionParameters,
     "Batch prediction": config.PredictParameters,
     "Monitoring": config.MonitorParameters,
+    "Review": config.ReviewParameters,
     "Export": config.ExportParameters,
     "MLflow UI": config.LinkParameters,
     "Server": ServeParameters,

@@ -303,6 +303,16 @@ def test_live_link_moves_atomically(tmp_path: Path) -> None:
         assert (tmp_path / "live").resolve() == (tmp_path / name).resolve()
 
 
+@pytest.mark.parametrize(("names", "digits"), [(["0", "9"], True), (["0", "10"], False), (["fist", "palm"], False)])
+def test_page_knows_whether_classes_are_digits(tmp_path: Path, names: list[str], digits: bool) -> None:
+    nginx.make_home(tmp_path)
+    (tmp_path / "model" / "artifacts").mkdir(parents=True)
+    (tmp_path / "model" / nginx.SETTINGS).write_text(json.dumps({"class_names": names}))
+    nginx.write_page_settings(tmp_path, ServeParameters(corrections="corrections"), tmp_path / "model")
+    settings = json.loads((tmp_path / "page" / "settings.json").read_text())
+    assert (settings["reads_digits"], settings["takes_corrections"]) == (digits, True)
+
+
 @pytest.mark.parametrize("text", ["", "short", "with a space in it, and long", "x" * 600])
 def test_weak_token_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "token").write_text(text)
@@ -321,7 +331,12 @@ def test_certificate_needs_key() -> None:
 @pytest.mark.parametrize("limits", [{}, {"requests_per_second": 5, "burst": 0}, {"connections_per_client": 2}])
 @pytest.mark.parametrize(
     "others",
-    [{}, {"access_log": "/dev/null", "processes": 3, "max_body_mb": 1}, {"host": "::1"}, {"shadow": "challenger"}],
+    [
+        {},
+        {"access_log": "/dev/null", "processes": 3, "max_body_mb": 1},
+        {"host": "::1"},
+        {"shadow": "challenger", "corrections": "corrections"},
+    ],
 )
 @pytest.mark.parametrize("secret", ["", SECRET])
 def test_nginx_accepts_configuration(

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -427,6 +428,32 @@ def test_no_hand_is_recognised(page: Page) -> None:
     expect(page.locator("#digit")).to_be_hidden()
     expect(page.get_by_role("table")).to_be_hidden()
     expect(page.get_by_text("It reads best")).to_be_visible()
+
+
+def test_other_classes_have_neutral_words(page: Page, made: Made) -> None:
+    """The same answers, of a model that calls its classes otherwise."""
+
+    def rename(route: Route) -> None:
+        renamed = {'"0"': '"fist"', '"1"': '"palm"', '"2"': '"peace"', '"reads_digits": true': '"reads_digits": false'}
+        reply = route.fetch()
+        body = reply.text()
+        for name, other in renamed.items():
+            body = body.replace(name, other)
+        route.fulfill(response=reply, body=body)
+
+    expect(page.get_by_role("heading", level=1)).to_have_text("Sign digits")
+    page.route("**/settings.json", rename)
+    page.route("**/invocations", rename)
+    page.reload()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Photograph reader")
+    choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect(page.get_by_role("status")).to_contain_text("This is: peace, with a probability of")
+    expect(page.get_by_role("table", name="Probability of each class").locator("tbody th")).to_have_text(
+        ["fist", "palm", "peace"]
+    )
+    choose(page, file("stripes.jpg", jpeg(stripes())))
+    expect(page.get_by_role("status")).to_have_text("Not recognised.")
+    assert not re.search("hand|digit", page.locator("main").inner_text())
 
 
 def test_explanation_lies_over_the_photograph(page: Page, made: Made) -> None:

@@ -1,1 +1,1 @@
-"""Read the digit that a photographed hand signs: tracked, searched, registered and served with MLflow."""
+"""Classify photographs, such as of hands that sign digits: tracked, searched, registered and served with MLflow."""

@@ -86,6 +86,9 @@ COMMANDS = {
         is_resumable=True,
     ),
     "monitor": Command("check recent predictions for drift", (config.MonitorParameters,), "signdigits.monitor:monitor"),
+    "review": Command(
+        "accept or drop the corrections that visitors sent", (config.ReviewParameters,), "signdigits.review:review"
+    ),
     "export": Command(
         "write the network as a file for use without MLflow",
         (config.ExportParameters,),

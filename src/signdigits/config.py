@@ -82,7 +82,7 @@ class SourceParameters(Checked):
     data: str = parameter(
         "handwritten-digits",
         "folder of class folders, a named data set, handwritten-digits (embedded) or sign-language-digits (downloaded), or "
-        "runs:/RUN: the photographs of a run with log_data",
+        "runs:/RUN: the photographs of a run with log_data; A,B joins several",
     )
     skip_unreadable: bool = parameter(False, "leave out files that are not readable images, and list them in the run")
 
@@ -313,6 +313,24 @@ class MonitorParameters(Checked):
         False, "compare the predictions of the two versions that `serve --shadow` sent the same requests to, instead"
     )
     notify: str = parameter("", "URL that hears of drift (POST, JSON); empty: none", pattern=URL)
+
+
+@dataclass(frozen=True)
+class ReviewParameters(Checked):
+    """The corrections that visitors sent, and the decisions on them."""
+
+    corrections: str = parameter(
+        "corrections", "folder of the corrections (serve --corrections)", pattern=(r"(?s).+", "a folder")
+    )
+    accept: str = parameter("", "ids of corrections to accept, with commas between them, or all; empty: none")
+    drop: str = parameter(
+        "", "ids of corrections to remove, or all; `all` leaves out those that the other option names; empty: none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accept == self.drop == "all":
+            raise ParameterError("accept='all', drop='all': pass all to one of the two")
 
 
 EXPORT_FORMATS = ("keras", "tflite", "tflite-int8", "onnx")

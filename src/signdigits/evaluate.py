@@ -175,7 +175,7 @@ def _log_robustness(robustness: pd.DataFrame, model: LoggedModel) -> dict[str, A
 
 def _score_outliers(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
     """Return, for each kind of pictures of something else: number, fraction detected, and AUROC against the test images."""
-    kinds = set(OUTLIER_IMAGES) - ({"handwriting"} if dataset.name == HANDWRITTEN_DIGITS else set())
+    kinds = set(OUTLIER_IMAGES) - ({"handwriting"} if dataset.origin == HANDWRITTEN_DIGITS else set())
     scored = {}
     for kind in sorted(kinds):
         pictures = {str(number): _to_bmp(image) for number, image in enumerate(make_outlier_images(kind))}

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from signdigits import plots, tables
 from signdigits.config import ReportParameters
 from signdigits.data import archive, groups, quality
-from signdigits.data.dataset import count_junk
+from signdigits.data.folders import count_junk
 from signdigits.data.loading import Data
 from signdigits.tracking import runs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from signdigits import tables
-from signdigits.data.dataset import count_junk, find_files
+from signdigits.data.folders import count_junk, find_files
 from signdigits.errors import DataError
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": tables.read_csv, ".parquet": pd.read_parquet}

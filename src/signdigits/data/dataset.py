@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 
 from signdigits.config import DataParameters, SourceParameters
-from signdigits.data import sources
+from signdigits.data import joined, sources
+from signdigits.data.folders import find_files, is_junk
 from signdigits.data.images import ImageError, load_image, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
 from signdigits.files import compute_digest
 from signdigits.threads import map_in_threads
 
-JUNK_NAMES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 HASHED_SIZE = 100  # pixels; side of the image behind the perceptual hash and the mean colour
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
@@ -48,6 +48,11 @@ class Dataset:
     class_names: tuple[str, ...]
     photographs: tuple[Photograph, ...]
     unreadable: dict[str, str]  # path -> reason
+
+    @property
+    def origin(self) -> str:
+        """The name of the folder; of a joined one, that of the first."""
+        return self.name.partition(joined.ADDED)[0]
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -132,7 +137,7 @@ def _find_classes(folder: Path) -> tuple[str, ...]:
             f"{folder}: no such folder{_describe_relative(folder)}; pass --data a folder of class folders, or one of the names "
             f"{sources.HANDWRITTEN_DIGITS} and {sources.SIGN_LANGUAGE_DIGITS}"
         )
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_junk(entry)))
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_junk(entry)))
     if not names:
         raise DataError(
             f"{folder}: no class folders; put the photographs of each class into a folder named after the class"
@@ -155,59 +160,16 @@ def _describe_relative(folder: Path) -> str:
     )
 
 
-def find_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder and its subfolders, in the order in which Keras lists them, without junk.
-
-    A symbolic link to a file inside the folder is skipped: the file is listed anyway.
-    """
-    root = folder.resolve()
-    for directory in _find_folders(folder):
-        for path in sorted(directory.iterdir()):
-            is_duplicate = path.is_symlink() and path.exists() and path.resolve().is_relative_to(root)
-            if is_file(path) and not _is_junk(path) and not is_duplicate:
-                yield path
-
-
-def count_junk(folder: Path) -> int:
-    """Return the number of hidden and junk files and folders that `find_files` skips."""
-    return sum(_is_junk(entry) for directory in _find_folders(folder) for entry in directory.iterdir())
-
-
-def _find_folders(folder: Path) -> list[Path]:
-    """Return `folder` and its subfolders, each once, however many symbolic links lead to it."""
-    folders: dict[Path, Path] = {}
-    pending, links = [folder], list[Path]()
-    while pending or links:
-        directory = pending.pop() if pending else links.pop(0)
-        if directory.resolve() in folders:
-            continue
-        folders[directory.resolve()] = directory
-        for entry in sorted(directory.iterdir()):
-            if entry.is_dir() and not _is_junk(entry):
-                (links if entry.is_symlink() else pending).append(entry)
-    return sorted(folders.values(), key=str)
-
-
 def _is_utf8(path: Path) -> bool:
     """Return whether a path is UTF-8; old archives hold names in other encodings."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
-
-
-def is_file(path: Path) -> bool:
-    """Return whether the path is a file, or a broken symbolic link, which is reported as unreadable."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
-
-
-def _is_junk(path: Path) -> bool:
-    """Return whether a file or folder is hidden, or left behind by an operating system or an archiver."""
-    return path.name.startswith(".") or path.name in JUNK_NAMES
 
 
 def _check_layout(folder: Path, names: Sequence[str]) -> None:
     """Raise DataError if the class folders contain only the same subfolders, as in train/CLASS and test/CLASS."""
     subfolders = []
     for name in names:
-        entries = [entry for entry in (folder / name).iterdir() if not _is_junk(entry)]
+        entries = [entry for entry in (folder / name).iterdir() if not is_junk(entry)]
         if not all(entry.is_dir() for entry in entries):
             return
         subfolders.append({entry.name for entry in entries})

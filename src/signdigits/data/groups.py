@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 
 from signdigits import files, tables
-from signdigits.data import sources
+from signdigits.data import joined, sources
 from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FILE = "groups.csv"
+FILE = joined.GROUPS
 
 
 def read_groups(dataset: Dataset) -> np.ndarray:

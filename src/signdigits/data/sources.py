@@ -1,4 +1,4 @@
-"""The named data sets, embedded or downloaded, and the photographs of a run: each becomes a folder under `data/`, atomically."""
+"""The named data sets, embedded or downloaded, the photographs of a run, and joined folders: each a folder under `data/`, atomically."""
 
 import hashlib
 import logging
@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from signdigits import startup
+from signdigits.data import joined
 from signdigits.errors import DataError, DownloadError
 from signdigits.files import atomic_folder, compute_digest
 from signdigits.tracking import runs
@@ -42,7 +43,12 @@ LICENCES = {
 
 
 def resolve_source(data: str, home: Path = Path("data")) -> Path:
-    """Return the folder that `data` names: a named data set, created under `home` if it is missing, a run's, or a path."""
+    """Return the folder that `data` names: a named data set, created under `home` if it is missing, a run's, or a path.
+
+    Several with commas between them become one folder, unless there is a path of that name.
+    """
+    if "," in data and not Path(data).exists():
+        return joined.join_folders([resolve_source(part, home) for part in data.split(",")], home / "cache")
     if data.startswith("runs:"):
         return download_photographs(_read_run_id(data), home / "cache")
     if data == HANDWRITTEN_DIGITS:

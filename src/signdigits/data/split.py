@@ -1,17 +1,17 @@
 """The split into training, validation and test photographs.
 
 `random` is the notebook's split, `stratified` divides class by class, and `grouped` keeps each group, such as one signer's
-photographs, in one part.
+photographs, in one part. What a joined folder adds is divided by checksum.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 import signdigits.files
-from signdigits.data import groups, sources
+from signdigits.data import groups, joined, sources
 from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError, ModelError
 
@@ -46,11 +46,32 @@ class Split:
 def split_dataset(dataset: Dataset, name: str) -> Split:
     """Return the split called `name`, or chosen by the photographs if that is `auto`.
 
+    Of a joined folder (`data=A,B`), the photographs of the first are split as if they were alone, so that models trained with
+    and without the others can be compared on the same test images.
+
     Raises DataError if a class is missing from one of the three parts.
     """
-    name = _choose_split(dataset) if name == "auto" else name
+    added = np.array([joined.is_added(photograph.path) for photograph in dataset.photographs])
+    original = np.flatnonzero(~added)
+    first = (
+        replace(dataset, name=dataset.origin, photographs=tuple(dataset.photographs[i] for i in original))
+        if added.any()
+        else dataset
+    )
+    name = _choose_split(first) if name == "auto" else name
+    parts = [
+        np.concatenate([original[indices], more])
+        for indices, more in zip(_split_first(first, name), _split_added(dataset, np.flatnonzero(added)), strict=True)
+    ]
+    training, validation, testing = parts
+    digest = _split_digest(dataset, training=training, validation=validation, testing=testing)
+    return Split(name, training, validation, testing, digest, dataset.part_digest(testing))
+
+
+def _split_first(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return training, validation and test images of a folder that is not joined. Raises DataError for a missing class."""
     if name == "grouped":
-        rest, testing, training, validation = _split_groups(dataset)
+        training, validation, testing = _split_groups(dataset)
     elif name == "stratified":
         training, validation, testing = _split_classes(dataset)
     else:
@@ -58,11 +79,20 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
         _require_each_class(dataset, rest, least=2, part="training and validation")
         _require_each_class(dataset, testing, least=1, part="test")
         training, validation = _split_evenly(dataset, rest)
-    digest = _split_digest(dataset, training=training, validation=validation, testing=testing)
-    split = Split(name, training, validation, testing, digest, dataset.part_digest(testing))
-    for part, indices in split.parts.items():
-        _require_each_class(dataset, indices, least=1, part=part.replace("testing", "test"))
-    return split
+    for part, indices in {"training": training, "validation": validation, "test": testing}.items():
+        _require_each_class(dataset, indices, least=1, part=part)
+    return training, validation, testing
+
+
+def _split_added(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return training, validation and test images of those that a joined folder adds, by their checksums.
+
+    A photograph stays in its part when more are added: a later model is not tested on what an earlier one was trained on.
+    """
+    shares = np.array([int(dataset.photographs[i].checksum[:8], 16) / 16**8 for i in indices])
+    is_test = shares < TEST_FRACTION
+    is_validation = ~is_test & (shares < TEST_FRACTION + (1 - TEST_FRACTION) * VALIDATION_FRACTION)
+    return indices[~is_test & ~is_validation], indices[is_validation], indices[is_test]
 
 
 def repeat_split(dataset: Dataset, data: str, tags: Mapping[str, str]) -> Split:
@@ -126,8 +156,8 @@ def _split_classes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return training, validation, testing
 
 
-def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return all but the test images, the test images, and the first divided into training and validation, by group.
+def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return training, validation and test images, by group.
 
     Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
     groups allow.
@@ -143,7 +173,7 @@ def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray,
         return indices[first], indices[second]
 
     rest, testing = cut(np.arange(len(dataset.photographs)))
-    return rest, testing, *cut(rest)
+    return *cut(rest), testing
 
 
 def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: str) -> None:

@@ -101,13 +101,19 @@ def _describe_data(tags: Mapping[str, str]) -> str:
     data = tags["data"]
     rows = [
         ("data", f"{data} ({tags['dataset']})" if data != tags["dataset"] else data),
-        ("licence", LICENCES.get(data, "not recorded")),
+        ("licence", _describe_licences(data)),
         ("split", tags["split"]),
         ("digest of photographs and split", tags["dataset_digest"]),
         ("test images", tags["test_images"]),
         ("digest of the test images", tags["test_digest"]),
     ]
     return runs.markdown_table([("what", "value"), *rows])
+
+
+def _describe_licences(data: str) -> str:
+    """Return the licence of each joined folder, once."""
+    unknown = "not recorded"
+    return "; ".join(dict.fromkeys(LICENCES.get(part, unknown) for part in data.split(",")))
 
 
 def _describe_accuracy(tags: Mapping[str, str], predictions: pd.DataFrame | None) -> str:

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             others = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[1:2]
             then = "".join(f"{label} {probability:.4f}" for label, probability in others)
             name = escape_undecodable(str(file))
-            unlike = "   no hand?" if answer.get("is_outlier") else ""
+            unlike = "   outlier" if answer.get("is_outlier") else ""
             print(f"{name:{width}}  {answer['label']:5}  {answer['probability']:11.4f}  {then}{unlike}", flush=True)
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

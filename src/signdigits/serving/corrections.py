@@ -1,7 +1,7 @@
 """Corrections: photographs that visitors send with the label that the model should have given, kept for `review`.
 
-FOLDER/pending/LABEL/DIGEST.jpeg      the photograph, as sent
-FOLDER/pending/LABEL/DIGEST.json      the model's answer, its version and the time
+FOLDER/pending/LABEL/ID.jpeg      the photograph, as sent; the id is a digest of label and content
+FOLDER/pending/LABEL/ID.json      the model's answer, its version and the time
 """
 
 import asyncio
@@ -58,10 +58,11 @@ class Corrections:
         self.invocation.set(Invocation(INTERNAL))
         answer = self.model.predict(pd.DataFrame({"image": [image]})).iloc[0]
         content = base64.b64decode(image.partition(",")[2] or image)  # without the head of a data URL
-        if _measure(self.folder) + len(content) > self.limit:
+        if _measure(self.folder / PENDING) + len(content) > self.limit:
             raise CorrectionsFull
         suffix = self.python_model.images.open_image(content).format.lower()
-        target = self.folder / PENDING / label / f"{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
+        digest = hashlib.sha256(label.encode() + b"\0" + content).hexdigest()[:16]
+        target = self.folder / PENDING / label / f"{digest}.{suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -17,11 +17,13 @@ import jinja2
 
 from signdigits.data import images
 from signdigits.errors import ServingError
+from signdigits.files import atomic_file
 from signdigits.serving.options import KEEP_ALIVE, ServeParameters
 
 POOLS = ("blue", "green")
 NO_POOL = "none"
 SHADOW = "shadow"  # the upstream of the copies of requests
+SETTINGS = Path("artifacts", "settings.json")  # of a model's folder
 METRICS = "metrics"  # the folder of the metrics' values
 
 PAGE = Path(__file__).parent / "page"
@@ -117,11 +119,8 @@ def make_home(home: Path) -> None:
     for folder in (*POOLS, NO_POOL, METRICS, SHADOW):
         (home / folder).mkdir()
     shutil.copytree(PAGE, home / "page", copy_function=shutil.copyfile)
-    if os.geteuid() == 0:
-        account = _worker_account()
-        for place in (home, *(home / "page").rglob("*"), home / "page"):
-            os.chown(place, 0, account.pw_gid)
-            place.chmod(0o750 if place.is_dir() else 0o640)
+    for place in (home, *(home / "page").rglob("*"), home / "page"):
+        _give_to_workers(place)
     point_live(home, NO_POOL)
 
 
@@ -179,7 +178,6 @@ def render_configuration(parameters: ServeParameters, home: Path, token: str = "
         token_pattern=re.sub(r"[.+/=~-]", lambda character: f"[{character[0]}]", token),
         errors=_list_errors(parameters),
         page_headers=PAGE_HEADERS,
-        page_settings=_page_settings(parameters),
     )
 
 
@@ -191,15 +189,37 @@ def _worker_user() -> str:
     return f"{account.pw_name} {grp.getgrgid(account.pw_gid).gr_name}"
 
 
-def _page_settings(parameters: ServeParameters) -> str:
-    """Return what the page must know, as JSON: the limits of the decoder, and whether corrections are taken."""
-    return json.dumps(
-        {
-            "max_bytes": images.MAX_BYTES,
-            "media_types": sorted(set(images.FORMATS.values())),
-            "takes_corrections": bool(parameters.corrections),
-        }
-    )
+def write_page_settings(home: Path, parameters: ServeParameters, model: Path) -> None:
+    """Write what the page must know: the decoder's limits, whether corrections are taken, and whether `model` reads digits.
+
+    Nothing else of the model, such as the names of its classes: the page is shown without the token.
+    """
+    settings = {
+        "max_bytes": images.MAX_BYTES,
+        "media_types": sorted(set(images.FORMATS.values())),
+        "takes_corrections": bool(parameters.corrections),
+        "reads_digits": _reads_digits(model),
+    }
+    path = home / "page" / "settings.json"
+    with atomic_file(path) as partial_file:
+        partial_file.write_text(json.dumps(settings))
+        _give_to_workers(partial_file)
+
+
+def _reads_digits(model: Path) -> bool:
+    """Tell whether all classes of the model in the folder are single digits; not so for a model of another kind."""
+    try:
+        names = json.loads((model / SETTINGS).read_text())["class_names"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all(re.fullmatch("[0-9]", name) for name in names)
+
+
+def _give_to_workers(path: Path) -> None:
+    """Let nginx's worker processes, which do not run as root, read a file or folder."""
+    if os.geteuid() == 0:
+        os.chown(path, 0, _worker_account().pw_gid)
+        path.chmod(0o750 if path.is_dir() else 0o640)
 
 
 def _quote_path(path: str) -> str:

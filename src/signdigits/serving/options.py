@@ -54,7 +54,7 @@ class ServeParameters(NameParameters):
     corrections: str = parameter(
         "", "folder of photographs that visitors send with the right label, for `review`; empty: none are taken"
     )
-    corrections_mb: int = parameter(64, "maximum size of that folder in megabytes", low=1)
+    corrections_mb: int = parameter(64, "maximum size in megabytes of those that wait for `review`", low=1)
     token_file: str = parameter("", "file with the bearer token that clients must send; empty: no authentication")
     certificate: str = parameter("", "TLS certificate chain (PEM file)")
     key: str = parameter("", "private key of the certificate (PEM file)")

@@ -189,6 +189,7 @@ class Supervisor:
         self.n_attempts = self.n_failed_starts = 0
         previous, self.live = self.live, pool
         nginx.point_live(self.home, pool.name)
+        nginx.write_page_settings(self.home, self.parameters, folder)
         self.report_live(version, previous)
         if previous:
             self.drain(previous, seconds=self.parameters.drain_timeout)

@@ -31,10 +31,9 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "sign-digits"
 
 EXPERIMENT_DESCRIPTION = """\
-**Reading the digit that a photographed hand signs.** Each *study* is one run that holds its trials as nested runs:
+**Classifying photographs, such as of hands that sign digits.** Each *study* is one run that holds its trials as nested runs:
 every trial trains the same small network with another `initial_learning_rate`, `decay_rate` and number of `epochs`.
-The best is fitted again (*refit*), scored once on test images that nothing before has seen, and registered as
-`sign-digits`. Select a study's trials and press **Compare** to plot these against `val_accuracy`.
+The best is fitted again (*refit*), scored once on test images that nothing before has seen, and registered. Select a study's trials and press **Compare** to plot these against `val_accuracy`.
 """
 
 # The packages that the result of a run depends on; the run records their versions.
@@ -69,7 +68,7 @@ def start_run(
 
     Continues `run_id` if given; otherwise the run that `mlflow run` created for this process, if any; otherwise starts a new
     one, nested under `parent_run_id` or the active run, if any. `role` becomes a tag: prepare, train, study, trial, refit,
-    evaluate, register, predict, monitor or export.
+    evaluate, register, predict, monitor, review or export.
     """
     described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: _this_process()}
     active = _open_run(name, run_id, parent_run_id, described)

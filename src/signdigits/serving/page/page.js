@@ -25,9 +25,24 @@ const CAMERA_WORDS = {
   NotReadableError: "The camera is used by another program. Close that one, or choose a photograph.",
 };
 
-const settings = fetch("settings.json").then((reply) => reply.json()); // max_bytes, media_types, takes_corrections
+const settings = fetch("settings.json").then((reply) => reply.json()); // max_bytes, media_types, takes_corrections, reads_digits
 
 const page = (id) => document.getElementById(id);
+
+// The page's own words suit any classes; these take their place for a model that reads digits.
+const DIGITS = {
+  title: "Sign digits",
+  purpose: "Show a hand that signs a digit from 0 to 9, and the model reads it.",
+  subject: "one hand before a plain background, filling most of a square;",
+  pose: "the palm of either hand towards the camera, the fingers upwards;",
+  caption: "Probability of each digit",
+  class: "Digit",
+};
+settings.then(({ reads_digits }) => {
+  if (!reads_digits) return;
+  for (const [id, words] of Object.entries(DIGITS)) page(id).textContent = words;
+  document.title = DIGITS.title;
+});
 
 let photograph = null; // the Blob that was sent last, for another attempt or an explanation
 let work = new AbortController(); // what is under way: whatever the visitor does next ends it
@@ -206,7 +221,7 @@ function showCamera(opened, signal) {
   showInFrame("video");
   page("sources").hidden = true;
   page("shutter").hidden = false;
-  page("summary").textContent = "The camera is open: hold the hand into the square.";
+  page("summary").textContent = "The camera is open.";
   page("advice").hidden = false;
   page("take").focus();
   readLive(signal);
@@ -445,13 +460,15 @@ function showTrouble(trouble) {
 
 /** Show an answer; a live one without what changes all the time or moves the page. */
 function showAnswer({ label, probability, probabilities, is_outlier, version }, { live = false } = {}) {
+  const readsDigits = Object.keys(probabilities).every((name) => /^[0-9]$/.test(name));
   if (is_outlier) {
-    clearReading("No hand recognised.");
+    clearReading(readsDigits ? "No hand recognised." : "Not recognised.");
     page("advice").hidden = false;
   } else {
-    const signs = probability < 0.5 ? "may sign" : "signs";
+    const isUnsure = probability < 0.5;
+    const words = readsDigits ? `The hand ${isUnsure ? "may sign" : "signs"}` : `This ${isUnsure ? "may be" : "is"}:`;
     const share = percent(probability).replace("> ", "more than ");
-    clearReading(`The hand ${signs} ${label}${live ? "" : `, with a probability of ${share}`}.`);
+    clearReading(`${words} ${label}${live ? "" : `, with a probability of ${share}`}.`);
     page("digit").textContent = label;
     page("digit").hidden = false;
     page("probabilities").replaceChildren(
@@ -480,7 +497,7 @@ function comeIntoView() {
   page("reading").scrollIntoView({ block: "nearest" });
 }
 
-/** A line of the table: the digit, its bar, its probability. */
+/** A line of the table: the class, its bar, its probability. */
 function line(name, share, best) {
   const [row, head, track, bar] = ["tr", "th", "div", "div"].map((tag) => document.createElement(tag));
   row.classList.toggle("best", best);

@@ -1,0 +1,137 @@
+"""The review of corrections, as `serving/corrections.py` keeps them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+
+from signdigits import cli, review, tables
+from signdigits.config import ReviewParameters, SourceParameters
+from signdigits.data.dataset import scan_dataset
+from signdigits.errors import ParameterError
+
+IDS = ["aaaa", "bbbb", "cccc"]
+
+
+@pytest.fixture
+def corrections(photographs: Path, tmp_path: Path) -> Path:
+    """Three pending corrections to the labels 0, 1 and 2, and a photograph that is being written."""
+    folder = tmp_path / "corrections"
+    for label, name in enumerate(IDS):
+        place = folder / "pending" / str(label)
+        place.mkdir(parents=True)
+        shutil.copy(photographs / str(label) / "IMG_0000.JPG", place / f"{name}.jpeg")
+        facts = {
+            "time": "2026-11-26T10:00:00+00:00",
+            "version": "1",
+            "label": str(label),
+            "prediction": "2",
+            "probability": 0.5,
+        }
+        (place / f"{name}.json").write_text(json.dumps(facts))
+    (folder / "pending" / "2" / ".dddd.jpeg-77").write_bytes(b"half")
+    return folder
+
+
+def places(folder: Path) -> dict[str, str]:
+    """The folder that each photograph lies in."""
+    found = [path for path in folder.glob("*/*/*.jpeg") if not path.name.startswith(".")]
+    assert len({path.stem for path in found}) == len(found), "none is in two places"
+    return {path.stem: path.relative_to(folder).parts[0] for path in found}
+
+
+def the_run() -> Run:
+    run = mlflow.last_active_run()
+    assert run is not None
+    return mlflow.get_run(run.info.run_id)
+
+
+def test_review_lists_corrections(store: str, corrections: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "signdigits")
+    assert cli.main(["review", "--corrections", str(corrections)]) == 0
+    run = the_run()
+    assert run.data.tags["role"] == "review"
+    assert run.data.metrics == {"pending": 3, "accepted": 0, "dropped": 0}
+    files = {item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, "review")}
+    assert files == {"review/corrections.csv", "review/corrections-01.png"}
+    table = tables.read_csv(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/review/corrections.csv"))
+    assert table["id"].tolist() == IDS
+    assert table.loc[0].to_dict() == {
+        "id": "aaaa", "label": "0", "prediction": "2", "probability": "0.5", "version": "1",
+        "time": "2026-11-26T10:00:00+00:00", "decision": "pending",
+    }  # fmt: skip
+    assert "cccc" in caplog.text
+    assert places(corrections) == dict.fromkeys(IDS, "pending")
+
+
+def test_accepted_corrections_are_a_data_set(store: str, corrections: Path) -> None:
+    review.review(ReviewParameters(str(corrections), accept="all", drop="bbbb"))
+    assert the_run().data.metrics == {"pending": 0, "accepted": 2, "dropped": 1}
+    assert places(corrections) == {"aaaa": "accepted", "cccc": "accepted"}
+    assert [path.name for path in (corrections / "pending").rglob("*") if path.is_file()] == [".dddd.jpeg-77"]
+    dataset = scan_dataset(SourceParameters(data=str(corrections / "accepted")))
+    assert [photograph.path for photograph in dataset.photographs] == ["0/aaaa.jpeg", "2/cccc.jpeg"]
+    record = tables.read_csv(corrections / "accepted" / "review.csv")
+    assert record[["id", "label", "prediction"]].to_numpy().tolist() == [["aaaa", "0", "2"], ["cccc", "2", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--accept", "aaaa,eeee"], "accept=eeee: no pending correction of that id"),
+        (["--accept", "aaaa", "--drop", "aaaa,bbbb"], "accept and drop: both name aaaa"),
+        (["--accept", "all", "--drop", "all"], "pass all to one of the two"),
+    ],
+)
+def test_misuse_changes_nothing(
+    store: str, corrections: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    before = places(corrections)
+    assert cli.main(["review", "--corrections", str(corrections), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert places(corrections) == before
+    assert mlflow.search_runs(search_all_experiments=True).empty
+
+
+def test_missing_folder_is_misuse(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["review", "--corrections", "nowhere"]) == 2
+    assert "corrections=nowhere: no such folder; serve with --corrections nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_killed_review_is_completed(store: str, corrections: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The kill comes before the `step`-th change of a file."""
+    steps = 0
+
+    def counted(change: str) -> None:
+        original = getattr(Path, change)
+
+        def stop(path: Path, *arguments: object, **options: object) -> object:
+            nonlocal steps
+            if path.is_relative_to(corrections):
+                steps += 1
+                if steps == step:
+                    raise KeyboardInterrupt
+            return original(path, *arguments, **options)
+
+        patch.setattr(Path, change, stop)
+
+    parameters = ReviewParameters(str(corrections), accept="aaaa", drop="all")
+    with monkeypatch.context() as patch:
+        for change in ("replace", "unlink"):
+            counted(change)
+        with pytest.raises(KeyboardInterrupt):
+            review.review(parameters)
+    assert places(corrections).keys() >= {"aaaa"}, "what is accepted is not lost"
+    try:
+        review.review(parameters)
+    except ParameterError:  # it was accepted before the kill
+        review.review(ReviewParameters(str(corrections), drop="all"))
+    assert places(corrections) == {"aaaa": "accepted"}
+    assert tables.read_csv(corrections / "accepted" / "review.csv")[["id", "prediction"]].to_numpy().tolist() == [
+        ["aaaa", "2"]
+    ]
+    assert list((corrections / "pending").rglob("*.json")) == []
