@@ -35,7 +35,7 @@ def test_operations_are_counted_per_layer() -> None:
 
 @pytest.mark.parametrize("part", PARTS + ON_A_CLUSTER)
 def test_benchmarks_can_be_imported(part: str) -> None:
-    if part in ("proxy", *ON_A_CLUSTER):
+    if part in ("proxy", "attack", "rollout", *ON_A_CLUSTER):
         pytest.importorskip("psutil", reason="needs the extra .[benchmark]")
         pytest.importorskip("hypothesis", reason="needs the extra .[benchmark]")
     assert callable(importlib.import_module(f"benchmarks.{part}").rows)

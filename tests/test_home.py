@@ -111,6 +111,7 @@ def test_git_address_continues_after_kill(tmp_path: Path, repository: str, monke
     clones.mkdir()
     monkeypatch.setenv("TMPDIR", str(clones))
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "anywhere")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)  # of an earlier test's set_experiment
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     values = {
         "data": "bars", "image_size": 16, "batch_size": 8, "epochs": "6:8", "initial_learning_rate": "1e-3:5e-3", "n_trials": 3,

@@ -68,7 +68,7 @@ def test_champion_is_asked_about_other_images(champion: str, photographs: Path, 
     assert (collected.champion["label"] == collected.champion["prediction"]).mean() > 0.6, "it has learned the bars"
     assert np.allclose(collected.champion.filter(regex=r"^p\(").sum(axis=1), 1)
     assert "24 test images of the challenger" in collected.description
-    assert "tested on bars, split random" in collected.description
+    assert "tested on bars, split stratified" in collected.description
     assert "48 more are left out, because it was trained on them" in collected.description
     assert collected.to_table()["champion_trained_on"].value_counts().to_dict() == {True: 48, False: 24}
 

@@ -114,7 +114,7 @@ def test_champion_of_other_images_is_challenged(store: str, log_model: Log, load
     tags = {"test_accuracy": "1", "test_images": "12", "test_digest": loaded.split.test_digest}
     decision = promote(log_model(**tags, test_run_id=run.info.run_id))
     assert (decision.version, decision.alias) == ("2", "champion")
-    assert "about which the champion (tested on bars, split random) was asked" in decision.reason
+    assert "about which the champion (tested on bars, split stratified) was asked" in decision.reason
     last = mlflow.last_active_run()
     assert last.data.tags["champion_trained_on"] == "unknown"
     assert {"p_value", "p_mcnemar", "p_log_loss", "p_not_worse"} <= set(last.data.metrics)

@@ -60,19 +60,21 @@ def _text(random: np.random.Generator) -> list[Image.Image]:
 
 def _charts(random: np.random.Generator) -> list[Image.Image]:
     """Charts of Matplotlib's: curves, points and bars."""
+    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     charts = []
-    for number in range(COUNT):
-        figure = Figure(figsize=(2, 2), dpi=SIDE // 2)
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        x, y = random.random((2, 20))
-        draw = (axes.bar, axes.scatter, axes.plot)[number % 3]
-        draw(np.sort(x) if draw == axes.plot else x, y, color=random.random(3))
-        canvas.draw()
-        charts.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    with style.context("default"):  # Optuna's pictures change the style of the process
+        for number in range(COUNT):
+            figure = Figure(figsize=(2, 2), dpi=SIDE // 2)
+            canvas = FigureCanvasAgg(figure)
+            axes = figure.add_subplot()
+            x, y = random.random((2, 20))
+            draw = (axes.bar, axes.scatter, axes.plot)[number % 3]
+            draw(np.sort(x) if draw == axes.plot else x, y, color=random.random(3))
+            canvas.draw()
+            charts.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     return charts
 
 

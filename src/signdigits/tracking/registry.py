@@ -54,11 +54,12 @@ def find_alias(model_name: str, alias: str) -> ModelVersion | None:
 
 
 def copy_model(version: ModelVersion, folder: Path) -> None:
-    """Copy the version's model from the artifact store to `folder`, unless it is there."""
+    """Copy the version's model from the artifact store to `folder`, unless it is there. Raises whatever the store raises."""
     if not folder.exists():
         with files.atomic_folder(folder) as partial_folder:
             uri = f"models:/{version.name}/{version.version}"
             mlflow.artifacts.download_artifacts(uri, dst_path=str(partial_folder))
+            mlflow.models.Model.load(partial_folder)  # a folder that was moved downloads as an empty one
 
 
 def download_version(model_uri: str, folder: Path) -> ModelVersion:
