@@ -105,7 +105,7 @@ def test_changed_photographs_drift(
     assert columns <= drifted
     assert run.data.metrics["drifted_columns"] == len(drifted)
     files = {item.path: item.file_size for item in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
-    assert set(files) == {"drift.png"}
+    assert set(files) == {"drift.png"}, done.stdout
 
 
 def test_too_few_predictions_exit_with_4(champion: str, loaded: loading.Data, tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ def plot_drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift"
                 axes.bar(np.arange(len(labels)) + offset, shares, 0.4, label=part)
             axes.set_xticks(range(len(labels)), labels, parse_math=False)
         else:
-            ends = np.histogram_bin_edges(np.concatenate(list(both.values())), bins)
+            values = np.concatenate(list(both.values()))
+            low, high = values.min(), values.max()
+            ends = np.linspace(low, max(high, low + 1e-6 * max(1, abs(low))), bins + 1)  # of a constant, too
             for part, column in both.items():
                 axes.hist(column, ends.tolist(), weights=np.full(len(column), 1 / len(column)), alpha=0.6, label=part)
         axes.set_title(f"{name}: {distance:.3f}", fontweight="bold" if name in found.drifted else "normal")
