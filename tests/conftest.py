@@ -184,6 +184,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def serve_command(port: int | str, *options: str) -> list[str]:
+    """Return the command line of `python -m signdigits serve`."""
+    return [sys.executable, "-m", "signdigits", "serve", "--port", str(port), *options]
+
+
 @contextmanager
 def serving(model_uri: str, log: Path) -> Iterator[str]:
     """Run `mlflow models serve` with unpickling forbidden, and yield its URL."""

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -21,7 +20,7 @@ from PIL import Image
 
 from signdigits import cli
 
-from .conftest import PROJECT, answers, free_port, wait_until
+from .conftest import PROJECT, answers, free_port, serve_command, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
 
@@ -56,21 +55,10 @@ def served(folder: Path, temporary: Path, *options: str) -> Iterator[str]:
     """Run `serve` in `folder`, and yield its URL."""
     port = str(free_port())
     url = f"http://127.0.0.1:{port}"
-    line = [
-        sys.executable,
-        "-m",
-        "signdigits",
-        "serve",
-        "--port",
-        port,
-        "--poll_interval",
-        "0.2",
-        "--drain_timeout",
-        "1",
-    ]
+    line = serve_command(port, "--poll_interval", "0.2", "--drain_timeout", "1", *options)
     environment = os.environ | {"TMPDIR": str(temporary), "HOME": str(folder)}
     with (folder / "serve.log").open("w") as log:
-        server = subprocess.Popen([*line, *options], cwd=folder, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
         wait_until(lambda: answers(f"{url}/ping") or server.poll() is not None, seconds=120)
         assert server.poll() is None, (folder / "serve.log").read_text()

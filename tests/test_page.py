@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from PIL import Image
 
 from signdigits.data import loading
 
-from .conftest import answers, free_port, store_like, wait_until
+from .conftest import answers, free_port, serve_command, store_like, wait_until
 
 pytest.importorskip("playwright", reason="needs the extra .[browser]")
 
@@ -78,17 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champio
 @contextmanager
 def front(made: Made, *options: str) -> Iterator[Front]:
     url = f"http://127.0.0.1:{free_port()}"
-    line = [
-        sys.executable,
-        "-m",
-        "signdigits",
-        "serve",
-        "--port",
-        url.rpartition(":")[2],
-        "--drain_timeout",
-        "1",
-        *options,
-    ]
+    line = serve_command(url.rpartition(":")[2], "--drain_timeout", "1", *options)
     environment = os.environ | {"MLFLOW_TRACKING_URI": made.store}
     log = made.folder / "serve.log"
     with log.open("w") as output:

@@ -33,7 +33,7 @@ from signdigits.serving.options import ServeParameters
 from signdigits.serving.supervisor import REASON, STATE, Supervisor, is_listening
 from signdigits.tracking import registry as tracking_registry
 
-from .conftest import command, free_port, store_like, wait_until
+from .conftest import command, free_port, serve_command, store_like, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
 
@@ -149,8 +149,7 @@ class Server:
 @contextmanager
 def started(registry: Registry, log: Path, *options: str, **environment: str) -> Iterator[Server]:
     port = free_port()
-    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), "--poll_interval", "0.2"]
-    line += ["--start_timeout", "600", *options]
+    line = serve_command(port, "--poll_interval", "0.2", "--start_timeout", "600", *options)
     with log.open("w") as file:
         process = subprocess.Popen(
             line, stdout=file, stderr=file, cwd=registry.folder, env=os.environ | environment, start_new_session=True
@@ -330,8 +329,7 @@ def test_loopback_is_recognized(host: str, within: bool) -> None:
 
 
 def test_used_port_is_reported(first: Server, registry: Registry) -> None:
-    line = [sys.executable, "-m", "signdigits", "serve", "--port", str(first.port)]
-    second = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=registry.folder)
+    second = subprocess.run(serve_command(first.port), capture_output=True, text=True, timeout=120, cwd=registry.folder)
     assert second.returncode == 2
     assert f"127.0.0.1:{first.port}: Address already in use; stop the process that listens there" in second.stderr
 

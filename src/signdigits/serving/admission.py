@@ -35,18 +35,16 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-BUSY = JSONResponse(
-    {"error_code": "TEMPORARILY_UNAVAILABLE", "message": "too many requests are waiting; try again in a few seconds"},
-    503,
-    {"Retry-After": "1"},
-)
-TOO_MANY_ROWS = JSONResponse(
-    {"error_code": "BAD_REQUEST", "message": "more brackets, braces and commas than 1,000 rows have; send one table"},
-    413,
-)
-TOO_LATE = JSONResponse(
-    {"error_code": "DEADLINE_EXCEEDED", "message": "no reply in time; send fewer photographs in one request"}, 504
-)
+
+def make_error(status: int, code: str, message: str) -> Response:
+    """Return an error in MLflow's form; one that passes by itself says when to try again."""
+    headers = {"Retry-After": "1"} if code == "TEMPORARILY_UNAVAILABLE" else {}
+    return JSONResponse({"error_code": code, "message": message}, status, headers)
+
+
+BUSY = make_error(503, "TEMPORARILY_UNAVAILABLE", "too many requests are waiting; try again in a few seconds")
+TOO_MANY_ROWS = make_error(413, "BAD_REQUEST", "more brackets, braces and commas than 1,000 rows have; send one table")
+TOO_LATE = make_error(504, "DEADLINE_EXCEEDED", "no reply in time; send fewer photographs in one request")
 
 
 class Admission:
@@ -187,8 +185,7 @@ def _make_response(status: int, content: bytes) -> Response:
         if status == 500:
             status, content = 400, UNPARSABLE
         code, message = "BAD_REQUEST", content[:MAX_MESSAGE].decode(errors="replace")
-    headers = {"Retry-After": "1"} if status == 503 else {}
-    return JSONResponse({"error_code": code, "message": shorten_message(message)}, status, headers)
+    return make_error(status, code, shorten_message(message))
 
 
 def shorten_message(message: str) -> str:

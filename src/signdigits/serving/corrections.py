@@ -16,9 +16,10 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from signdigits.files import atomic_file
+from signdigits.serving.admission import make_error
 from signdigits.serving.invocation import INTERNAL, Invocation, invocation_variable
 
 PENDING = "pending"
@@ -42,15 +43,17 @@ class Corrections:
             correction = json.loads(await request.body())
             image, label = str(correction["image"]), str(correction["label"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return _refuse(400, "BAD_REQUEST", 'send {"image": BASE64, "label": LABEL}')
+            return make_error(400, "BAD_REQUEST", 'send {"image": BASE64, "label": LABEL}')
         if label not in self.python_model.class_names:
-            return _refuse(400, "BAD_REQUEST", f"no such label; send one of {', '.join(self.python_model.class_names)}")
+            return make_error(
+                400, "BAD_REQUEST", f"no such label; send one of {', '.join(self.python_model.class_names)}"
+            )
         try:
             await asyncio.to_thread(self.keep, image, label)
         except MlflowException as error:
-            return _refuse(400, "BAD_REQUEST", error.message[:500])
+            return make_error(400, "BAD_REQUEST", error.message[:500])
         except CorrectionsFull:
-            return _refuse(503, "TEMPORARILY_UNAVAILABLE", "no room for more corrections; they wait for a review")
+            return make_error(503, "TEMPORARILY_UNAVAILABLE", "no room for more corrections; they wait for a review")
         return Response(status_code=204)
 
     def keep(self, image: str, label: str) -> None:
@@ -79,7 +82,3 @@ class Corrections:
 def _measure(folder: Path) -> int:
     """Return the bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _refuse(status: int, code: str, message: str) -> Response:
-    return JSONResponse({"error_code": code, "message": message}, status)
