@@ -75,7 +75,7 @@ def check_blocks(conv_blocks: int, image_size: int) -> None:
 
 def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameters) -> None:
     """Compile the network with Adam, an exponentially decaying learning rate, cross-entropy from logits, and accuracy."""
-    from keras import losses, optimizers
+    from keras import losses, metrics, optimizers
 
     from signdigits.model.optimizer import SingleReplicaAdam
 
@@ -83,10 +83,14 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
         hyperparameters.initial_learning_rate, hyperparameters.decay_steps, hyperparameters.decay_rate
     )
     averaged = {"use_ema": True, "ema_momentum": hyperparameters.ema_momentum} if hyperparameters.ema_momentum else {}
+    optimizer = SingleReplicaAdam(schedule, **averaged)
+    # TensorFlow traces a training step twice if its first call creates variables, those of an optimizer that is not built or of
+    # a metric that is only named: half of the time of a short training.
+    optimizer.build(network.trainable_variables)
     network.compile(
-        optimizer=SingleReplicaAdam(schedule, **averaged),
+        optimizer=optimizer,
         loss=losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
+        metrics=[metrics.SparseCategoricalAccuracy(name="accuracy")],
     )
 
 
