@@ -85,6 +85,19 @@ def test_standardized_network_ignores_light(light: float) -> None:
     assert network.count_params() == architecture.build_network((16, 16, 3), 3).count_params()
 
 
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_batch_normalization_replaces_biases(precision: str) -> None:
+    chosen = Hyperparameters(normalization="batch")
+    network = architecture.build_network((16, 16, 3), 3, chosen, precision)
+    names = [type(layer).__name__ for layer in network.layers]
+    assert names[1:5] == ["Conv2D", "MaxPooling2D", "BatchNormalization", "ReLU"]
+    layers = [layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert {layer.compute_dtype for layer in layers} == {"float32"}
+    assert not any(layer.use_bias for layer in network.layers if isinstance(layer, keras.layers.Conv2D))
+    x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_allclose(network(x), network.predict(x, verbose=0), atol=1e-2)
+
+
 def test_filters_are_configurable() -> None:
     network = architecture.build_network((16, 16, 3), 3, Hyperparameters(filters=24))
     convolutions = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]

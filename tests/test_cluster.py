@@ -25,8 +25,8 @@ from .conftest import free_port, wait_until
 
 ROOT = Path(__file__).parents[1]
 N_TRIALS = 6  # and three more for each further fault of the same search
-LATEST = 4.0  # seconds after the first finished trial: a fault comes at random before
-OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "80:120", "--batch_size", "16", "--pruner", "none"]
+LATEST = 2.0  # seconds after the first finished trial: a fault comes at random before
+OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "40:60", "--batch_size", "16", "--pruner", "none"]
 
 pytestmark = [
     pytest.mark.cluster,

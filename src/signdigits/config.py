@@ -148,6 +148,9 @@ class Hyperparameters(Checked):
     standardization: str = parameter(
         "none", "none, or image: each channel of an image gets mean 0 and variance 1", choices=("none", "image")
     )
+    normalization: str = parameter(
+        "none", "none, or batch: batch normalization after each convolution", choices=("none", "batch")
+    )
     ema_momentum: float = parameter(
         0.0,
         "momentum of the moving average of the weights (Keras' use_ema), such as 0.99; 0: no average",
