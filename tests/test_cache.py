@@ -46,7 +46,7 @@ def test_disk_array_equals_memory(photographs: Path, color_mode: str) -> None:
     np.testing.assert_array_equal(kept.x[:], held.x)
     some = np.array([7, 2, 2])
     np.testing.assert_array_equal(kept.x[some], held.x[some])
-    middle = kept.part(10, 20)
+    middle = kept.part(slice(10, 20))
     assert isinstance(middle.x, DiskArray)
     np.testing.assert_array_equal(middle.x[3:5], held.x[13:15])
     np.testing.assert_array_equal(middle.y, held.y[10:20])
@@ -54,12 +54,12 @@ def test_disk_array_equals_memory(photographs: Path, color_mode: str) -> None:
 
 def test_cache_file_per_image_size(folder: Path, parameters: DataParameters) -> None:
     loading.load_data(parameters)
-    (made,) = folder.glob("*.npy")
+    (made,) = folder.glob("*.raw")
     before = made.stat().st_mtime_ns
     loading.load_data(parameters)
     assert made.stat().st_mtime_ns == before
     loading.load_data(DataParameters(data=parameters.data, image_size=SIZE * 2, memory_budget=0))
-    assert len(list(folder.glob("*.npy"))) == 2
+    assert len(list(folder.glob("*.raw"))) == 2
 
 
 def test_changed_photograph_invalidates_cache(folder: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_changed_photograph_invalidates_cache(folder: Path, tmp_path: Path) -> N
     for path in (photographs / "0").iterdir():
         path.write_bytes((photographs / "1" / path.name).read_bytes())
     loading.load_data(parameters)
-    assert len(list(folder.glob("*.npy"))) == 2
+    assert len(list(folder.glob("*.raw"))) == 2
 
 
 def test_partial_cache_is_ignored(folder: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_partial_cache_is_ignored(folder: Path, tmp_path: Path) -> None:
         time.sleep(0.001)
     process.kill()
     process.wait()
-    assert not list(folder.glob("*.npy"))
+    assert not list(folder.glob("*.raw"))
     again = subprocess.run(line, check=True, capture_output=True, text=True).stdout
     held = loading.load_data(DataParameters(data=str(photographs), image_size=64)).fitting.x
     assert int(again) == held[:].sum()
@@ -94,10 +94,10 @@ def test_two_processes_share_one_file(folder: Path, photographs: Path) -> None:
     sums = {process.communicate()[0] for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert len(sums) == 1
-    assert len(list(folder.glob("*.npy"))) == 1
+    assert len(list(folder.glob("*.raw"))) == 1
 
 
 def test_unwritable_cache_is_reported(parameters: DataParameters, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("in the way")
-    with pytest.raises(DataError, match=r"data/cache/.*\.npy: .*; free some space, or raise --memory_budget"):
+    with pytest.raises(DataError, match=r"data/cache: .*; free some space, or raise --memory_budget"):
         loading.load_data(parameters)

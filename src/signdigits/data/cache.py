@@ -1,15 +1,17 @@
-"""A cache of decoded photographs: in memory up to a budget, beyond it in a file on disk.
+"""Preprocessed photographs: in memory up to a budget, beyond it in a file on disk.
 
-The file is named by the digest of its content. It is written atomically under a lock: a killed process leaves no partial
-file, and a second process waits for the first and reads its file.
+The file is named by the digest of its content. It is written under a lock and gets its name when it is complete: a killed
+process leaves a partial file that the next start overwrites, and a second process waits for the first.
 """
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
 import numpy as np
@@ -17,9 +19,7 @@ import PIL
 
 from signdigits.config import DataParameters
 from signdigits.data import images
-from signdigits.data.dataset import Dataset, Photograph, fits_budget
 from signdigits.errors import DataError
-from signdigits.threads import map_in_threads
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ FOLDER = Path("data", "cache")
 
 @dataclass(frozen=True)
 class DiskArray:
-    """An array in an .npy file, of `shape` (n, height, width, channels), read by row: `array[5:9]`, `array[[7, 2]]`.
+    """An array in a file, of `shape` (n, height, width, channels), read by row: `array[5:9]`, `array[[7, 2]]`.
 
     Rows are read, not memory-mapped: the pages of a mapped file would count as memory of the process.
     """
@@ -36,88 +36,93 @@ class DiskArray:
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype
-    offset: int  # bytes before the first row
+    rows: np.ndarray  # of the file, in the order of the array; int64 of shape (n,)
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self.rows)
 
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        row_numbers = np.arange(len(self))[rows]
-        array = np.empty((len(row_numbers), *self.shape[1:]), self.dtype)
+    def __getitem__(self, chosen: slice | np.ndarray) -> np.ndarray:
+        rows = self.rows[chosen]
+        array = np.empty((len(rows), *self.shape[1:]), self.dtype)
         row_size = array[:1].size
-        for row, row_number in zip(array, row_numbers.tolist(), strict=True):
-            start = self.offset + row_number * row_size * self.dtype.itemsize
-            row.flat = np.fromfile(self.path, self.dtype, row_size, offset=start)
+        for row, number in zip(array, rows.tolist(), strict=True):
+            row.flat = np.fromfile(self.path, self.dtype, row_size, offset=number * row_size * self.dtype.itemsize)
         return array
 
-    def part(self, start: int, stop: int) -> "DiskArray":
-        """Return the rows from `start` up to `stop`, still on disk."""
-        row = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        return DiskArray(self.path, (stop - start, *self.shape[1:]), self.dtype, self.offset + start * row)
+    def part(self, chosen: slice | np.ndarray) -> "DiskArray":
+        """Return some of the rows, still on disk."""
+        rows = self.rows[chosen]
+        return replace(self, shape=(len(rows), *self.shape[1:]), rows=rows)
 
 
-def decode_photographs(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> np.ndarray | DiskArray:
-    """Return the photographs at `indices`, preprocessed; on disk if they need more than `memory_budget` megabytes.
+class PixelCollector:
+    """Collects the pixels of each photograph of a scan; those beyond `memory_budget` go to a file, and all before with them."""
 
-    Raises DataError if the file cannot be written.
-    """
-    channels, scalar_type = (3, np.uint8) if parameters.color_mode == "rgb" else (1, np.float32)
-    shape, dtype = (len(indices), parameters.image_size, parameters.image_size, channels), np.dtype(scalar_type)
-    arrays = _decode_each(dataset, indices, parameters)
-    if fits_budget(len(indices), parameters):
-        decoded = np.empty(shape, dtype)
-        for row, array in zip(decoded, arrays, strict=True):
-            row[...] = array
-        return decoded
-    path = FOLDER / f"{_cache_key(dataset, indices, parameters)}.npy"
-    try:
-        _write_cache(path, arrays, shape, dtype)
-        return _open_cache(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; free some space, or raise --memory_budget") from error
+    def __init__(self, parameters: DataParameters, resources: ExitStack) -> None:
+        self.parameters = parameters
+        self.resources = resources
+        self.in_memory: list[np.ndarray] = []
+        self.file: BinaryIO | None = None
+        self.count = 0
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Add the pixels of a photograph, of the same shape each. Raises DataError if the file cannot be written."""
+        self.count += 1
+        self.shape, self.dtype = pixels.shape, pixels.dtype
+        with self._report_errors():
+            if self.file is None and self.count * pixels.nbytes > self.parameters.memory_budget * 1e6:
+                self.file = self._open_file()
+                log.info("writing the decoded photographs to %s, beyond %d MB", FOLDER, self.parameters.memory_budget)
+                for earlier in self.in_memory:
+                    self.file.write(earlier.tobytes())
+                self.in_memory.clear()
+            if self.file is None:
+                self.in_memory.append(pixels)
+            else:
+                self.file.write(pixels.tobytes())
+
+    def finish(self, checksums: Iterable[str]) -> np.ndarray | DiskArray:
+        """Return what was collected, in order; `checksums` are those of the photographs. Raises DataError as `add` does."""
+        if self.file is None:
+            return np.stack(self.in_memory)
+        decoder = (PIL.__version__, Path(images.__file__).read_text())
+        key = _digest(self.parameters.image_size, self.parameters.color_mode, *decoder, *checksums)
+        path = FOLDER / f"{key}.raw"
+        with self._report_errors():
+            self.file.flush()
+            os.fsync(self.file.fileno())  # complete on disk before it gets its name
+            if path.exists():
+                self.partial.unlink()
+            else:
+                self.partial.replace(path)
+        return DiskArray(path.resolve(), (self.count, *self.shape), self.dtype, np.arange(self.count))
+
+    @property
+    def partial(self) -> Path:
+        """The file that is written: one per folder and settings."""
+        folder = Path(self.parameters.data).absolute()
+        return FOLDER / f"{_digest(str(folder), self.parameters.image_size, self.parameters.color_mode)}.part"
+
+    def _open_file(self) -> BinaryIO:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        self.resources.enter_context(filelock.FileLock(self.partial.with_suffix(".lock")))
+        return self.resources.enter_context(self.partial.open("wb"))
+
+    @contextmanager
+    def _report_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"{FOLDER}: {error.strerror}; free some space, or raise --memory_budget") from error
 
 
-def _decode_each(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> Iterator[np.ndarray]:
-    """Yield each photograph, preprocessed for the network; those with pixels from the scan are not read again."""
-    photographs = [dataset.photographs[index] for index in indices.tolist()]
-    if all(photograph.pixels is not None for photograph in photographs):
-        return (photograph.pixels for photograph in photographs if photograph.pixels is not None)
-
-    def decode(photograph: Photograph) -> np.ndarray:
-        return images.decode_image(dataset.read(photograph), parameters.image_size, parameters.color_mode)
-
-    return map_in_threads(decode, photographs, "decoding")
+@contextmanager
+def collect_pixels(parameters: DataParameters) -> Iterator[PixelCollector]:
+    """Yield a collector; at the end its file is closed, and its lock released."""
+    with ExitStack() as resources:
+        yield PixelCollector(parameters, resources)
 
 
-def _cache_key(dataset: Dataset, indices: np.ndarray, parameters: DataParameters) -> str:
-    """Return a digest of everything that the decoded bytes depend on: photographs, order, decoder and settings."""
-    sha256 = hashlib.sha256(f"{parameters.image_size} {parameters.color_mode} {PIL.__version__}\n".encode())
-    sha256.update(Path(images.__file__).read_bytes())
-    for index in indices.tolist():
-        sha256.update(dataset.photographs[index].checksum.encode())
-    return sha256.hexdigest()[:32]
-
-
-def _write_cache(path: Path, arrays: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Write the file atomically unless it exists; wait if another process is writing it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_suffix(".part")
-    with filelock.FileLock(path.with_suffix(".lock")):
-        if path.exists():
-            return
-        log.info("decoding %d photographs into the cache %s", shape[0], path)
-        with partial_file.open("wb") as file:
-            header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for array in arrays:
-                file.write(array.tobytes())
-            file.flush()
-            os.fsync(file.fileno())  # complete on disk before it gets its name
-        partial_file.replace(path)
-
-
-def _open_cache(path: Path) -> DiskArray:
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return DiskArray(path.resolve(), shape, dtype, file.tell())
+def _digest(*parts: object) -> str:
+    """Return a digest of everything that the content of a file depends on, as 32 hexadecimal digits."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from signdigits.config import DataParameters, SourceParameters
 from signdigits.data import joined, sources
+from signdigits.data.cache import PixelCollector
 from signdigits.data.folders import find_files, is_junk
 from signdigits.data.images import ImageError, load_image, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
@@ -34,9 +35,6 @@ class Photograph:
     orientation: int  # EXIF; 1 is upright
     perceptual_hash: int  # pHash, 64 bits; similar images differ in few of them
     mean_colour: tuple[float, float, float]  # red, green and blue, 0 to 255
-    pixels: np.ndarray | None = field(
-        default=None, compare=False, repr=False
-    )  # preprocessed, while the data set is loaded
 
 
 @dataclass(frozen=True)
@@ -81,19 +79,14 @@ class Dataset:
         """Return the digest of some of the photographs."""
         return compute_digest((self.photographs[i].path, self.photographs[i].checksum) for i in indices)
 
-    def without_pixels(self) -> "Dataset":
-        return replace(self, photographs=tuple(replace(photograph, pixels=None) for photograph in self.photographs))
-
     def counts(self) -> dict[str, int]:
         """Return the number of photographs of each class."""
         counts = Counter(self.labels.tolist())
         return {name: counts[label] for label, name in enumerate(self.class_names)}
 
 
-def scan_dataset(parameters: SourceParameters) -> Dataset:
-    """Read every file of every class folder, once.
-
-    With DataParameters, the photographs keep their preprocessed pixels if all of them fit into `memory_budget`.
+def scan_dataset(parameters: SourceParameters, collector: PixelCollector | None = None) -> Dataset:
+    """Read every file of every class folder, once; the photographs are preprocessed for `collector`, and added to it.
 
     Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
     Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
@@ -101,7 +94,7 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
     """
     folder = sources.resolve_source(parameters.data)
     try:
-        dataset = _read_folder(folder, parameters)
+        dataset = _read_folder(folder, parameters, collector)
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
     if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
@@ -109,16 +102,19 @@ def scan_dataset(parameters: SourceParameters) -> Dataset:
     return dataset
 
 
-def _read_folder(folder: Path, parameters: SourceParameters) -> Dataset:
+def _read_folder(folder: Path, parameters: SourceParameters, collector: PixelCollector | None) -> Dataset:
     class_names = _find_classes(folder)
     files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
-    kept = parameters if isinstance(parameters, DataParameters) and fits_budget(len(files), parameters) else None
-    results = map_in_threads(lambda file: _examine_file(*file, folder, kept), files, "reading")
+    wanted = collector.parameters if collector else None
+    results = map_in_threads(lambda file: _examine_file(*file, folder, wanted), files, "reading")
     photographs: list[Photograph] = []
     unreadable: dict[str, str] = {}
     for (path, _), result in zip(files, results, strict=True):
-        if isinstance(result, Photograph):
-            photographs.append(result)
+        if not isinstance(result, ImageError):
+            photograph, pixels = result
+            photographs.append(photograph)
+            if collector:
+                collector.add(pixels)
         elif parameters.skip_unreadable:
             unreadable[escape_undecodable(path.relative_to(folder).as_posix())] = str(result)
         else:
@@ -185,27 +181,31 @@ def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _examine_file(path: Path, label: int, folder: Path, kept: DataParameters | None) -> Photograph | ImageError:
-    """Read and preprocess one file, and return its properties, or the error."""
+def _examine_file(
+    path: Path, label: int, folder: Path, wanted: DataParameters | None
+) -> tuple[Photograph, np.ndarray] | ImageError:
+    """Read one file, and return its properties and its pixels, preprocessed as `wanted`; or the error."""
     if not _is_utf8(path):
         return ImageError("the name of the file or its folder is not UTF-8; rename it")
     try:
         content = read_file(path)
         image = open_image(content)
         size = image.size
-        load_image(image, max(HASHED_SIZE, kept.image_size if kept else 0))
-        rgb = to_array(image, HASHED_SIZE, "rgb")  # also checks that the image can be preprocessed
-        pixels = to_array(image, kept.image_size, kept.color_mode) if kept else None
+        load_image(image, max(HASHED_SIZE, wanted.image_size if wanted else 0))
+        pixels = rgb = to_array(image, HASHED_SIZE, "rgb")  # also checks that the image can be preprocessed
+        if wanted and (wanted.image_size, wanted.color_mode) != (HASHED_SIZE, "rgb"):
+            pixels = to_array(image, wanted.image_size, wanted.color_mode)
     except OSError as error:
         return ImageError(f"cannot be read ({error.strerror})")
     except ImageError as error:
         return error
     checksum = hashlib.sha256(content).hexdigest()
     red, green, blue = rgb.mean(axis=(0, 1)).tolist()
-    return Photograph(
+    photograph = Photograph(
         path.relative_to(folder).as_posix(), label, checksum, size, image.mode, read_orientation(image),
-        _hash_image(rgb), (red, green, blue), pixels,
+        _hash_image(rgb), (red, green, blue),
     )  # fmt: skip
+    return photograph, pixels
 
 
 def _hash_image(rgb: np.ndarray) -> int:
@@ -214,9 +214,3 @@ def _hash_image(rgb: np.ndarray) -> int:
 
     bits = imagehash.phash(Image.fromarray(rgb)).hash
     return int(np.packbits(bits).view(">u8")[0])
-
-
-def fits_budget(n: int, parameters: DataParameters) -> bool:
-    """Return whether `n` preprocessed photographs fit into `memory_budget`."""
-    bytes_per_pixel = 3 if parameters.color_mode == "rgb" else 4
-    return n * parameters.image_size**2 * bytes_per_pixel <= parameters.memory_budget * 1e6

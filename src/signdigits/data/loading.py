@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from signdigits.config import DataParameters
-from signdigits.data import cache
-from signdigits.data.cache import DiskArray
+from signdigits.data.cache import DiskArray, collect_pixels
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.data.split import Split, split_dataset
 
@@ -27,10 +26,10 @@ class Images:
         _, height, width, channels = self.x.shape
         return height, width, channels
 
-    def part(self, start: int, stop: int) -> "Images":
-        """Return a view of the images from `start` up to `stop`."""
-        x = self.x.part(start, stop) if isinstance(self.x, DiskArray) else self.x[start:stop]
-        return Images(x, self.y[start:stop])
+    def part(self, chosen: slice | np.ndarray) -> "Images":
+        """Return some of the images; those of a slice are a view."""
+        x = self.x.part(chosen) if isinstance(self.x, DiskArray) else self.x[chosen]
+        return Images(x, self.y[chosen])
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,11 @@ class Data:
 
     @property
     def training(self) -> Images:
-        return self.fitting.part(0, len(self.split.training))
+        return self.fitting.part(slice(len(self.split.training)))
 
     @property
     def validation(self) -> Images:
-        return self.fitting.part(len(self.split.training), len(self.fitting))
+        return self.fitting.part(slice(len(self.split.training), None))
 
 
 def load_data(parameters: DataParameters) -> Data:
@@ -68,7 +67,9 @@ def load_data(parameters: DataParameters) -> Data:
 
     Raises DataError, naming the path, if the folder cannot be used.
     """
-    dataset = scan_dataset(parameters)
+    with collect_pixels(parameters) as collector:
+        dataset = scan_dataset(parameters, collector)
+        pixels = collector.finish(photograph.checksum for photograph in dataset.photographs)
     split = split_dataset(dataset, parameters.split)
-    fitting = Images(cache.decode_photographs(dataset, split.fitting, parameters), dataset.labels[split.fitting])
-    return Data(dataset.without_pixels(), split, parameters, fitting)
+    fitting = Images(pixels, dataset.labels).part(split.fitting)
+    return Data(dataset, split, parameters, fitting)
