@@ -84,7 +84,9 @@ class PixelCollector:
     def finish(self, checksums: Iterable[str]) -> np.ndarray | DiskArray:
         """Return what was collected, in order; `checksums` are those of the photographs. Raises DataError as `add` does."""
         if self.file is None:
-            return np.stack(self.in_memory)
+            pixels = np.stack(self.in_memory)
+            self.in_memory.clear()
+            return pixels
         decoder = (PIL.__version__, Path(images.__file__).read_text())
         key = _digest(self.parameters.image_size, self.parameters.color_mode, *decoder, *checksums)
         path = FOLDER / f"{key}.raw"
