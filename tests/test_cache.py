@@ -99,5 +99,5 @@ def test_two_processes_share_one_file(folder: Path, photographs: Path) -> None:
 
 def test_unwritable_cache_is_reported(parameters: DataParameters, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("in the way")
-    with pytest.raises(DataError, match=r"data/cache: .*; free some space, or raise --memory_budget"):
+    with pytest.raises(DataError, match=r"data/cache/.*\.part: .*; free some space, or raise --memory_budget"):
         loading.load_data(parameters)

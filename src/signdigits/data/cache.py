@@ -88,7 +88,7 @@ class PixelCollector:
             self.in_memory.clear()
             return pixels
         decoder = (PIL.__version__, Path(images.__file__).read_text())
-        key = _digest(self.parameters.image_size, self.parameters.color_mode, *decoder, *checksums)
+        key = _cache_key(self.parameters.image_size, self.parameters.color_mode, *decoder, *checksums)
         path = FOLDER / f"{key}.raw"
         with self._report_errors():
             self.file.flush()
@@ -103,7 +103,7 @@ class PixelCollector:
     def partial(self) -> Path:
         """The file that is written: one per folder and settings."""
         folder = Path(self.parameters.data).absolute()
-        return FOLDER / f"{_digest(str(folder), self.parameters.image_size, self.parameters.color_mode)}.part"
+        return FOLDER / f"{_cache_key(str(folder), self.parameters.image_size, self.parameters.color_mode)}.part"
 
     def _open_file(self) -> BinaryIO:
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class PixelCollector:
         try:
             yield
         except OSError as error:
-            raise DataError(f"{FOLDER}: {error.strerror}; free some space, or raise --memory_budget") from error
+            raise DataError(f"{self.partial}: {error.strerror}; free some space, or raise --memory_budget") from error
 
 
 @contextmanager
@@ -125,6 +125,6 @@ def collect_pixels(parameters: DataParameters) -> Iterator[PixelCollector]:
         yield PixelCollector(parameters, resources)
 
 
-def _digest(*parts: object) -> str:
+def _cache_key(*parts: object) -> str:
     """Return a digest of everything that the content of a file depends on, as 32 hexadecimal digits."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]

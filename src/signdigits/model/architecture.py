@@ -31,9 +31,9 @@ def build_network(
     if hyperparameters.standardization == "image":
         # Each channel of each image gets mean 0 and variance 1: independent of brightness, contrast and white balance.
         network.add(layers.LayerNormalization(axis=(1, 2), epsilon=1e-5, center=False, scale=False))
+    normalized = hyperparameters.normalization == "batch"
     # ReLU before or after max pooling is the same function with the same gradients. The notebook has it before; in bfloat16
     # (mixed precision) it takes half the time after.
-    normalized = hyperparameters.normalization == "batch"
     first = "relu" if precision == "float32" and not normalized else None
     for block in range(conv_blocks):
         filters = hyperparameters.filters * 2**block
