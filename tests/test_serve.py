@@ -394,8 +394,9 @@ def test_shadow_gets_copies(registry: Registry, tmp_path: Path) -> None:
 def test_killed_supervisor_leaves_no_orphans(registry: Registry, tmp_path: Path) -> None:
     move(2)
     with started(registry, tmp_path / "killed.log") as server:
+        # nginx, its worker process (which a reload replaces), and ours
+        wait_until(lambda: len(descendants(server.process.pid)) >= 3, seconds=30)
         below = descendants(server.process.pid)
-        assert len(below) >= 3  # nginx, its worker process, and ours
         (master,) = server.processes("nginx: master")
         home = command_line(master).partition(" -p ")[2].split()[0]
         server.process.kill()
