@@ -1,7 +1,7 @@
 """Published outlier scores, compared: validation photographs against pictures of no hand.
 
-The choice among them is made on synthetic pictures, which are drawn here; the pictures that installed packages ship or draw
-(data/outlier_images.py) report on it.
+The choice among them is made on synthetic pictures, which are drawn here, and on the share of corrupted validation photographs
+that each refuses; the pictures that installed packages ship or draw (data/outlier_images.py) report on it.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,11 @@ from sklearn.covariance import LedoitWolf
 from benchmarks.measure import Row, temporary_store
 from signdigits.config import DataParameters
 from signdigits.data import loading
+from signdigits.data.corruptions import CORRUPTIONS, corrupt_image
 from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
 from signdigits.evaluate import compute_auroc
 from signdigits.model import input_pipeline, training
-from signdigits.model.outliers import MAX_REFUSED
+from signdigits.model.outliers import MAX_REFUSED, Detector
 from signdigits.model.training import Fit
 from signdigits.tracking import runs
 from signdigits.tuning.space import Space
@@ -43,6 +44,7 @@ def rows(photographs: str) -> list[Row]:
 def compare_scores(fitted: Fit, loaded: loading.Data) -> list[Row]:
     """Two rows for each score: AUROC on synthetic pictures, by which one is chosen, and on others."""
     hands = outputs_of(loaded.validation, fitted)
+    corrupted = outputs_of(corrupt(loaded.validation), fitted)
     synthetic = [picture for draw in SYNTHETIC.values() for picture in draw(np.random.default_rng(0))]
     others = [picture for kind in OUTLIER_IMAGES for picture in make_outlier_images(kind)]
     pictures = {
@@ -53,10 +55,14 @@ def compare_scores(fitted: Fit, loaded: loading.Data) -> list[Row]:
     for name, score in make_scores(fitted, loaded.training).items():
         inliers = score(*hands)
         threshold = np.quantile(inliers, 1 - MAX_REFUSED, method="higher")
+        refused = (score(*corrupted) > threshold).mean()
         for kind, outputs in pictures.items():
             outliers = score(*outputs)
             auroc = compute_auroc(inliers, outliers)
-            detail = f"{(outliers > threshold).mean():.1%} of {len(outliers)} detected, 1 % of photographs refused"
+            detail = (
+                f"{(outliers > threshold).mean():.1%} of {len(outliers)} detected; "
+                f"refused: 1 % of photographs, {refused:.1%} of corrupted ones"
+            )
             found.append(Row(f"AUROC, {name}", f"validation photographs and {kind}", auroc, REACH, True, detail))
     return found
 
@@ -68,6 +74,12 @@ def make_scores(fitted: Fit, images: loading.Images) -> Mapping[str, Score]:
     means = np.stack([known[images.y == label].mean(axis=0) for label in range(images.y.max() + 1)])
     covariance = LedoitWolf(assume_centered=True).fit(known - means[images.y])  # shrunk: some features hardly ever vary
     whitening = np.linalg.cholesky(covariance.precision_)
+    n_hidden = fitted.network.layers[-2].output.shape[-1]  # the features begin with the last hidden layer
+
+    def find_nearest(features: slice) -> Score:
+        part = Detector.fit(detector.known[:, features])
+        return lambda _, found: part.score(found[:, features])
+
     return {
         # Hendrycks and Gimpel, 2017, arXiv:1610.02136
         "maximum probability": lambda logits, features: -log_softmax(logits, axis=1).max(axis=1),
@@ -76,12 +88,24 @@ def make_scores(fitted: Fit, images: loading.Images) -> Mapping[str, Score]:
         # Lee, Lee, Lee and Shin, 2018, arXiv:1807.03888
         "Mahalanobis distance": lambda logits, features: cdist(features @ whitening, means @ whitening).min(axis=1),
         # Sun, Ming, Zhu and Li, 2022, arXiv:2204.06507
-        "nearest neighbour": lambda logits, features: detector.score(features),
+        "nearest neighbour, last hidden layer": find_nearest(slice(n_hidden)),
+        "nearest neighbour, mean of the last block": find_nearest(slice(n_hidden, None)),
+        "nearest neighbour, both": lambda _, features: detector.score(features),
     }
 
 
 def outputs_of(images: loading.Images, fitted: Fit) -> tuple[np.ndarray, np.ndarray]:
     return training.compute_outputs(fitted, input_pipeline.validation_batches(images, training.CHUNK))
+
+
+def corrupt(images: loading.Images) -> loading.Images:
+    """Return a third of the images under each corruption."""
+    chosen = range(0, len(images), 3)
+    pictures = [Image.fromarray(np.asarray(images.x[index])) for index in chosen]
+    found = [corrupt_image(picture, kind, seed) for kind in CORRUPTIONS for seed, picture in enumerate(pictures)]
+    return loading.Images(
+        np.stack([np.asarray(picture) for picture in found]), np.tile(images.y[chosen], len(CORRUPTIONS))
+    )
 
 
 def as_images(pictures: list[Image.Image]) -> loading.Images:

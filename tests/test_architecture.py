@@ -92,10 +92,23 @@ def test_batch_normalization_replaces_biases(precision: str) -> None:
     names = [type(layer).__name__ for layer in network.layers]
     assert names[1:5] == ["Conv2D", "MaxPooling2D", "BatchNormalization", "ReLU"]
     layers = [layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert len(layers) == 4, "three blocks and the dense layer"
     assert {layer.compute_dtype for layer in layers} == {"float32"}
-    assert not any(layer.use_bias for layer in network.layers if isinstance(layer, keras.layers.Conv2D))
+    biased = [layer for layer in network.layers if getattr(layer, "use_bias", False)]
+    assert biased == network.layers[-1:]
     x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
     np.testing.assert_allclose(network(x), network.predict(x, verbose=0), atol=1e-2)
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch"])
+def test_features_are_hidden_layer_and_block_mean(normalization: str) -> None:
+    network = architecture.build_network((16, 16, 3), 3, Hyperparameters(normalization=normalization))
+    x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
+    logits, hidden, block = np.split(np.asarray(architecture.with_features(network)(x)), [3, 3 + 128], axis=1)
+    np.testing.assert_allclose(logits, network(x), rtol=1e-5)
+    assert block.shape == (8, 64), "the filters of the third block"
+    np.testing.assert_allclose(np.linalg.norm(hidden, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(block, axis=1), 1, rtol=1e-5)
 
 
 def test_filters_are_configurable() -> None:

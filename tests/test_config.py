@@ -68,10 +68,12 @@ def test_written_digits_are_not_mirrored() -> None:
     assert not space.includes_mirror_images()
     assert Space.of("extended", "photographs").includes_mirror_images()
     assert Space.of("extended", "handwritten-digits", horizontal_flip=0.5).includes_mirror_images()
+    assert space.ranges["epochs"].high < Space.of("extended").ranges["epochs"].low, "and are learned sooner"
+    assert Space.of("notebook", "handwritten-digits") == Space.of("notebook")
 
 
 def test_auto_is_the_space_default() -> None:
-    assert Space.of("extended", epochs="auto", dropout=0.1).ranges["epochs"] == Range(60, 100, start=80)
+    assert Space.of("extended", epochs="auto", dropout=0.1).ranges["epochs"] == Range(40, 70, start=60)
     assert Space.of("extended", dropout=0.1).fixed["dropout"] == 0.1
 
 

@@ -149,7 +149,7 @@ class Hyperparameters(Checked):
         "none", "none, or image: each channel of an image gets mean 0 and variance 1", choices=("none", "image")
     )
     normalization: str = parameter(
-        "none", "none, or batch: batch normalization after each convolution", choices=("none", "batch")
+        "none", "none, or batch: batch normalization of each block and of the dense layer", choices=("none", "batch")
     )
     ema_momentum: float = parameter(
         0.0,

@@ -10,6 +10,8 @@ from signdigits.errors import ParameterError
 if TYPE_CHECKING:
     import keras
 
+BATCH_MOMENTUM = 0.9  # Keras' 0.99 needs 300 steps to forget where it began: more than small data sets give
+
 
 def build_network(
     image_shape: tuple[int, int, int],
@@ -42,24 +44,34 @@ def build_network(
         )
         network.add(layers.MaxPooling2D(dtype=precision))
         if normalized:
-            # Keras' momentum of 0.99 needs 300 steps to forget where it began: more than small data sets give.
-            network.add(layers.BatchNormalization(momentum=0.9, dtype="float32"))
+            network.add(layers.BatchNormalization(momentum=BATCH_MOMENTUM, dtype="float32"))
         if first is None:
             network.add(layers.ReLU(dtype=precision))
     network.add(layers.Flatten(dtype=precision))
     if dropout:
         network.add(layers.Dropout(dropout, dtype=precision))
-    network.add(layers.Dense(128, activation="relu", dtype=precision))
+    network.add(layers.Dense(128, activation=None if normalized else "relu", use_bias=not normalized, dtype=precision))
+    if normalized:
+        network.add(layers.BatchNormalization(momentum=BATCH_MOMENTUM, dtype="float32"))
+        network.add(layers.ReLU(dtype=precision))
     network.add(layers.Dense(n_classes))
     return network
 
 
 def with_features(network: "keras.Sequential") -> "keras.Model":
-    """Return a model that shares the network's layers; output: logits and last hidden layer, (n, n_classes + features)."""
+    """Return a model that shares the network's layers; output: logits and features, of shape (n, n_classes + features).
+
+    The features are those in which the outlier detector measures distances: the last hidden layer, and the mean of the last
+    convolution block over its positions, each at unit length.
+    """
     from keras import Model, layers
 
     hidden, logits = network.layers[-2].output, network.layers[-1].output
-    return Model(network.inputs, layers.Concatenate(dtype="float32")([logits, hidden]))
+    blocks = next(layer.input for layer in network.layers if isinstance(layer, layers.Flatten))
+    parts = [
+        layers.UnitNormalization(dtype="float32")(part) for part in (hidden, layers.GlobalAveragePooling2D()(blocks))
+    ]
+    return Model(network.inputs[0], layers.Concatenate(dtype="float32")([logits, *parts]))
 
 
 def with_probabilities(network: "keras.Sequential", temperature: float) -> "keras.Model":
