@@ -100,8 +100,8 @@ def outputs_of(images: loading.Images, fitted: Fit) -> tuple[np.ndarray, np.ndar
 
 def corrupt(images: loading.Images) -> loading.Images:
     """Return a third of the images under each corruption."""
-    chosen = range(0, len(images), 3)
-    pictures = [Image.fromarray(np.asarray(images.x[index])) for index in chosen]
+    chosen = np.arange(0, len(images), 3)
+    pictures = [Image.fromarray(pixels) for pixels in images.x[chosen]]
     found = [corrupt_image(picture, kind, seed) for kind in CORRUPTIONS for seed, picture in enumerate(pictures)]
     return loading.Images(
         np.stack([np.asarray(picture) for picture in found]), np.tile(images.y[chosen], len(CORRUPTIONS))

@@ -102,7 +102,7 @@ class DataParameters(SourceParameters):
         "rgb", "rgb: 3 channels, 0 to 255; grayscale: 1 channel, inverted, 1 - x/255", choices=("rgb", "grayscale")
     )
     memory_budget: int = parameter(
-        500, "megabytes of decoded photographs kept in memory; more are cached on disk in data/cache", low=0
+        500, "megabytes of decoded photographs kept in memory; more are read from data/cache while training", low=0
     )
     log_data: bool = parameter(
         False, "keep the photographs as an artifact of the run, once per digest; data=runs:/RUN repeats from it"

@@ -1,130 +1,114 @@
-"""Preprocessed photographs: in memory up to a budget, beyond it in a file on disk.
+"""Decoded photographs on disk, each in a file named by its SHA-256: one that was decoded once is not decoded again.
 
-The file is named by the digest of its content. It is written under a lock and gets its name when it is complete: a killed
-process leaves a partial file that the next start overwrites, and a second process waits for the first.
+A file gets its name when it is complete, and one that is damaged counts as missing: processes share the folder without a lock,
+and a killed one leaves nothing that another would read. Remove the folder at any time.
 """
 
 import hashlib
-import logging
+import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+import zlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-import filelock
 import numpy as np
 import PIL
 
-from signdigits.config import DataParameters
 from signdigits.data import images
 from signdigits.errors import DataError
 
-log = logging.getLogger(__name__)
+FOLDER = Path("data", "cache", "photographs")
 
-FOLDER = Path("data", "cache")
+
+@dataclass(frozen=True)
+class PhotographCache:
+    """The photographs preprocessed to `image_size` pixels square and `color_mode`, by this version of the decoder."""
+
+    image_size: int = 100
+    color_mode: str = "rgb"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.image_size, self.image_size, 3 if self.color_mode == "rgb" else 1
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.color_mode == "rgb" else np.float32)
+
+    def read(self, checksum: str) -> tuple[dict[str, Any], np.ndarray] | None:
+        """Return the properties and the pixels of a photograph; None if it is not here, or its file is damaged."""
+        try:
+            check, _, content = self.path(checksum).read_bytes().partition(b"\n")
+        except OSError:
+            return None
+        if not content or check != _check(content):
+            return None
+        header, _, pixels = content.partition(b"\n")
+        return json.loads(header), np.frombuffer(pixels, self.dtype).reshape(self.shape)
+
+    def write(self, checksum: str, properties: dict[str, Any], pixels: np.ndarray) -> None:
+        """Keep a photograph. Raises DataError, naming the file, if it cannot be written."""
+        content = json.dumps(properties).encode() + b"\n" + pixels.tobytes()
+        path = self.path(checksum)
+        partial = path.with_name(f".{checksum}-{os.getpid()}-{threading.get_ident()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(_check(content) + b"\n" + content)
+            partial.replace(path)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; free some space, or make the folder writable") from error
+
+    def path(self, checksum: str) -> Path:
+        return self._folder / checksum[:2] / checksum
+
+    @cached_property
+    def _folder(self) -> Path:
+        decoder = f"{PIL.__version__}\n{Path(images.__file__).read_text()}"
+        version = hashlib.sha256(decoder.encode()).hexdigest()[:8]
+        return FOLDER.absolute() / f"{self.image_size}-{self.color_mode}-{version}"
 
 
 @dataclass(frozen=True)
 class DiskArray:
-    """An array in a file, of `shape` (n, height, width, channels), read by row: `array[5:9]`, `array[[7, 2]]`.
+    """The pixels of cached photographs as an array of `shape` (n, height, width, channels), read by row: `array[5:9]`, `array[[7, 2]]`."""
 
-    Rows are read, not memory-mapped: the pages of a mapped file would count as memory of the process.
-    """
+    cache: PhotographCache
+    checksums: np.ndarray  # of the photographs, in the order of the array; text of shape (n,)
 
-    path: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    rows: np.ndarray  # of the file, in the order of the array; int64 of shape (n,)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self), *self.cache.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.cache.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.checksums)
 
     def __getitem__(self, chosen: slice | np.ndarray) -> np.ndarray:
-        rows = self.rows[chosen]
-        array = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        row_size = array[:1].size
-        for row, number in zip(array, rows.tolist(), strict=True):
-            row.flat = np.fromfile(self.path, self.dtype, row_size, offset=number * row_size * self.dtype.itemsize)
+        """Return some of the rows. Raises DataError if a photograph has gone from the cache."""
+        checksums = self.checksums[chosen].tolist()
+        array = np.empty((len(checksums), *self.cache.shape), self.dtype)
+        for row, checksum in zip(array, checksums, strict=True):
+            found = self.cache.read(checksum)
+            if found is None:
+                raise DataError(f"{self.cache.path(checksum)}: was removed; run the same command to continue")
+            row[:] = found[1]
         return array
 
     def part(self, chosen: slice | np.ndarray) -> "DiskArray":
         """Return some of the rows, still on disk."""
-        rows = self.rows[chosen]
-        return replace(self, shape=(len(rows), *self.shape[1:]), rows=rows)
+        return replace(self, checksums=self.checksums[chosen])
 
 
-class PixelCollector:
-    """Collects the pixels of each photograph of a scan; those beyond `memory_budget` go to a file, and all before with them."""
-
-    def __init__(self, parameters: DataParameters, resources: ExitStack) -> None:
-        self.parameters = parameters
-        self.resources = resources
-        self.in_memory: list[np.ndarray] = []
-        self.file: BinaryIO | None = None
-        self.count = 0
-
-    def add(self, pixels: np.ndarray) -> None:
-        """Add the pixels of a photograph, of the same shape each. Raises DataError if the file cannot be written."""
-        self.count += 1
-        self.shape, self.dtype = pixels.shape, pixels.dtype
-        with self._report_errors():
-            if self.file is None and self.count * pixels.nbytes > self.parameters.memory_budget * 1e6:
-                self.file = self._open_file()
-                log.info("writing the decoded photographs to %s, beyond %d MB", FOLDER, self.parameters.memory_budget)
-                for earlier in self.in_memory:
-                    self.file.write(earlier.tobytes())
-                self.in_memory.clear()
-            if self.file is None:
-                self.in_memory.append(pixels)
-            else:
-                self.file.write(pixels.tobytes())
-
-    def finish(self, checksums: Iterable[str]) -> np.ndarray | DiskArray:
-        """Return what was collected, in order; `checksums` are those of the photographs. Raises DataError as `add` does."""
-        if self.file is None:
-            pixels = np.stack(self.in_memory)
-            self.in_memory.clear()
-            return pixels
-        decoder = (PIL.__version__, Path(images.__file__).read_text())
-        key = _cache_key(self.parameters.image_size, self.parameters.color_mode, *decoder, *checksums)
-        path = FOLDER / f"{key}.raw"
-        with self._report_errors():
-            self.file.flush()
-            os.fsync(self.file.fileno())  # complete on disk before it gets its name
-            if path.exists():
-                self.partial.unlink()
-            else:
-                self.partial.replace(path)
-        return DiskArray(path.resolve(), (self.count, *self.shape), self.dtype, np.arange(self.count))
-
-    @property
-    def partial(self) -> Path:
-        """The file that is written: one per folder and settings."""
-        folder = Path(self.parameters.data).absolute()
-        return FOLDER / f"{_cache_key(str(folder), self.parameters.image_size, self.parameters.color_mode)}.part"
-
-    def _open_file(self) -> BinaryIO:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        self.resources.enter_context(filelock.FileLock(self.partial.with_suffix(".lock")))
-        return self.resources.enter_context(self.partial.open("wb"))
-
-    @contextmanager
-    def _report_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(f"{self.partial}: {error.strerror}; free some space, or raise --memory_budget") from error
-
-
-@contextmanager
-def collect_pixels(parameters: DataParameters) -> Iterator[PixelCollector]:
-    """Yield a collector; at the end its file is closed, and its lock released."""
-    with ExitStack() as resources:
-        yield PixelCollector(parameters, resources)
-
-
-def _cache_key(*parts: object) -> str:
-    """Return a digest of everything that the content of a file depends on, as 32 hexadecimal digits."""
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+def _check(content: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(content)

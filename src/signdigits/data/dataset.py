@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from signdigits.config import DataParameters, SourceParameters
+from signdigits.config import SourceParameters
 from signdigits.data import joined, sources
-from signdigits.data.cache import PixelCollector
+from signdigits.data.cache import PhotographCache
 from signdigits.data.folders import find_files, is_junk
 from signdigits.data.images import ImageError, load_image, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
@@ -85,8 +86,8 @@ class Dataset:
         return {name: counts[label] for label, name in enumerate(self.class_names)}
 
 
-def scan_dataset(parameters: SourceParameters, collector: PixelCollector | None = None) -> Dataset:
-    """Read every file of every class folder, once; the photographs are preprocessed for `collector`, and added to it.
+def scan_dataset(parameters: SourceParameters, cache: PhotographCache = PhotographCache()) -> Dataset:  # noqa: B008, it is frozen
+    """Read every file of every class folder, once, and decode each photograph that the cache does not hold.
 
     Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
     Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
@@ -94,7 +95,7 @@ def scan_dataset(parameters: SourceParameters, collector: PixelCollector | None 
     """
     folder = sources.resolve_source(parameters.data)
     try:
-        dataset = _read_folder(folder, parameters, collector)
+        dataset = _read_folder(folder, parameters, cache)
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
     if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
@@ -102,19 +103,15 @@ def scan_dataset(parameters: SourceParameters, collector: PixelCollector | None 
     return dataset
 
 
-def _read_folder(folder: Path, parameters: SourceParameters, collector: PixelCollector | None) -> Dataset:
+def _read_folder(folder: Path, parameters: SourceParameters, cache: PhotographCache) -> Dataset:
     class_names = _find_classes(folder)
     files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
-    wanted = collector.parameters if collector else None
-    results = map_in_threads(lambda file: _examine_file(*file, folder, wanted), files, "reading")
+    results = map_in_threads(lambda file: _examine_file(*file, folder, cache), files, "reading")
     photographs: list[Photograph] = []
     unreadable: dict[str, str] = {}
     for (path, _), result in zip(files, results, strict=True):
         if not isinstance(result, ImageError):
-            photograph, pixels = result
-            photographs.append(photograph)
-            if collector:
-                collector.add(pixels)
+            photographs.append(result)
         elif parameters.skip_unreadable:
             unreadable[escape_undecodable(path.relative_to(folder).as_posix())] = str(result)
         else:
@@ -181,31 +178,47 @@ def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _examine_file(
-    path: Path, label: int, folder: Path, wanted: DataParameters | None
-) -> tuple[Photograph, np.ndarray] | ImageError:
-    """Read one file, and return its properties and its pixels, preprocessed as `wanted`; or the error."""
+def _examine_file(path: Path, label: int, folder: Path, cache: PhotographCache) -> Photograph | ImageError:
+    """Read one file, and return its properties, from the cache if it was decoded before; or the error."""
     if not _is_utf8(path):
         return ImageError("the name of the file or its folder is not UTF-8; rename it")
     try:
         content = read_file(path)
-        image = open_image(content)
-        size = image.size
-        load_image(image, max(HASHED_SIZE, wanted.image_size if wanted else 0))
-        pixels = rgb = to_array(image, HASHED_SIZE, "rgb")  # also checks that the image can be preprocessed
-        if wanted and (wanted.image_size, wanted.color_mode) != (HASHED_SIZE, "rgb"):
-            pixels = to_array(image, wanted.image_size, wanted.color_mode)
+        checksum = hashlib.sha256(content).hexdigest()
+        cached = cache.read(checksum)
+        properties = cached[0] if cached else _decode_photograph(content, checksum, cache)
     except OSError as error:
         return ImageError(f"cannot be read ({error.strerror})")
     except ImageError as error:
         return error
-    checksum = hashlib.sha256(content).hexdigest()
-    red, green, blue = rgb.mean(axis=(0, 1)).tolist()
-    photograph = Photograph(
-        path.relative_to(folder).as_posix(), label, checksum, size, image.mode, read_orientation(image),
-        _hash_image(rgb), (red, green, blue),
-    )  # fmt: skip
-    return photograph, pixels
+    width, height = properties.pop("size")
+    red, green, blue = properties.pop("mean_colour")
+    return Photograph(
+        path.relative_to(folder).as_posix(),
+        label,
+        checksum,
+        (width, height),
+        mean_colour=(red, green, blue),
+        **properties,
+    )
+
+
+def _decode_photograph(content: bytes, checksum: str, cache: PhotographCache) -> dict[str, Any]:
+    """Return the properties of a photograph, and keep it in the cache. Raises ImageError if it cannot be preprocessed."""
+    image = open_image(content)
+    size = image.size
+    load_image(image, max(HASHED_SIZE, cache.image_size))
+    rgb = to_array(image, HASHED_SIZE, "rgb")
+    properties = {
+        "size": size,
+        "mode": image.mode,
+        "orientation": read_orientation(image),
+        "perceptual_hash": _hash_image(rgb),
+        "mean_colour": rgb.mean(axis=(0, 1)).tolist(),
+    }
+    same = (cache.image_size, cache.color_mode) == (HASHED_SIZE, "rgb")
+    cache.write(checksum, properties, rgb if same else to_array(image, cache.image_size, cache.color_mode))
+    return dict(properties)
 
 
 def _hash_image(rgb: np.ndarray) -> int:

@@ -1,13 +1,16 @@
 """Load a folder of class folders as labelled arrays for training and validation, without TensorFlow."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 
 from signdigits.config import DataParameters
-from signdigits.data.cache import DiskArray, collect_pixels
+from signdigits.data.cache import FOLDER, DiskArray, PhotographCache
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.data.split import Split, split_dataset
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,13 @@ def load_data(parameters: DataParameters) -> Data:
 
     Raises DataError, naming the path, if the folder cannot be used.
     """
-    with collect_pixels(parameters) as collector:
-        dataset = scan_dataset(parameters, collector)
-        pixels = collector.finish(photograph.checksum for photograph in dataset.photographs)
+    cache = PhotographCache(parameters.image_size, parameters.color_mode)
+    dataset = scan_dataset(parameters, cache)
+    pixels = DiskArray(cache, np.array([photograph.checksum for photograph in dataset.photographs]))
     split = split_dataset(dataset, parameters.split)
     fitting = Images(pixels, dataset.labels).part(split.fitting)
+    if fitting.x.nbytes > parameters.memory_budget * 1e6:
+        log.info("reading the decoded photographs from %s, beyond %d MB", FOLDER, parameters.memory_budget)
+    else:
+        fitting = Images(fitting.x[:], fitting.y)
     return Data(dataset, split, parameters, fitting)
