@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.client
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import tensorflow as tf
+from PIL import Image
 
 from benchmarks.measure import Row, in_turns, temporary_store
 from benchmarks.untrained import log_untrained
@@ -31,6 +33,7 @@ from signdigits.tracking import runs
 # An endpoint that is asked finds its own code and weights in the caches, not what another server's threads have left there.
 ROUNDS, EACH = 20, 10
 MANY = 64
+TELEPHONE_SIZE, TELEPHONE_ROUNDS = (4000, 3000), 7
 
 
 class Nothing(mlflow.pyfunc.PythonModel):
@@ -59,6 +62,14 @@ def rows(photographs: str) -> list[Row]:
         many = in_turns(
             {"many": asker(ports["ours"], {"dataframe_records": rows_of}), "one": ask["ours"]}, ROUNDS, EACH
         )
+        telephone = [enlarge(row) for row in rows_of]
+        large = in_turns(
+            {
+                "many": asker(ports["ours"], {"dataframe_records": telephone}),
+                "one": asker(ports["ours"], {"dataframe_records": telephone[:1]}),
+            },
+            TELEPHONE_ROUNDS,
+        )
     floor = one["nothing"] + one["forward"]
     shown = {name: f"{seconds * 1000:.1f} ms" for name, seconds in one.items()}
     return [
@@ -73,6 +84,10 @@ def rows(photographs: str) -> list[Row]:
         Row(
             f"{MANY} photographs in one request", "one at a time", MANY * many["one"] / many["many"], 5, True,
             f"{MANY / many['many']:.0f} against {1 / many['one']:.0f} photographs a second",
+        ),
+        Row(
+            f"{MANY} JPEGs of 12 megapixels in one request", "one at a time", MANY * large["one"] / large["many"], 1.8, True,
+            f"{MANY / large['many']:.1f} against {1 / large['one']:.1f} photographs a second",
         ),
     ]  # fmt: skip
 
@@ -91,6 +106,13 @@ def log_models(network: Any, loaded: loading.Data) -> dict[str, str]:
 def encode(loaded: loading.Data, index: int) -> dict[str, str]:
     photograph = loaded.dataset.photographs[loaded.split.training[index]]
     return {"image": base64.b64encode((loaded.dataset.folder / photograph.path).read_bytes()).decode()}
+
+
+def enlarge(row: dict[str, str]) -> dict[str, str]:
+    """The same photograph as a telephone's, of 12 megapixels."""
+    with Image.open(io.BytesIO(base64.b64decode(row["image"]))) as small, io.BytesIO() as file:
+        small.convert("RGB").resize(TELEPHONE_SIZE, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        return {"image": base64.b64encode(file.getvalue()).decode()}
 
 
 def asker(port: int, body: Any) -> Callable[[], object]:
