@@ -50,7 +50,8 @@ def rows(photographs: str) -> list[Row]:
     with temporary_store("serving") as folder, contextlib.ExitStack() as servers:
         uris = log_models(network, loaded)
         ports = {name: servers.enter_context(serving(uri, Path(folder))) for name, uri in uris.items()}
-        rows_of = [encode(loaded, i) for i in range(MANY)]
+        contents = [read(loaded, i) for i in range(MANY)]
+        rows_of = [encode(content) for content in contents]
         pixels = loaded.training.x[:1].tolist()
         ask = {
             "ours": asker(ports["ours"], {"dataframe_records": rows_of[:1]}),
@@ -62,7 +63,7 @@ def rows(photographs: str) -> list[Row]:
         many = in_turns(
             {"many": asker(ports["ours"], {"dataframe_records": rows_of}), "one": ask["ours"]}, ROUNDS, EACH
         )
-        telephone = [enlarge(row) for row in rows_of]
+        telephone = [encode(enlarge(content)) for content in contents]
         large = in_turns(
             {
                 "many": asker(ports["ours"], {"dataframe_records": telephone}),
@@ -103,16 +104,19 @@ def log_models(network: Any, loaded: loading.Data) -> dict[str, str]:
     return {"ours": ours, "stock": stock, "nothing": nothing}
 
 
-def encode(loaded: loading.Data, index: int) -> dict[str, str]:
-    photograph = loaded.dataset.photographs[loaded.split.training[index]]
-    return {"image": base64.b64encode((loaded.dataset.folder / photograph.path).read_bytes()).decode()}
+def read(loaded: loading.Data, index: int) -> bytes:
+    return loaded.dataset.read(loaded.dataset.photographs[loaded.split.training[index]])
 
 
-def enlarge(row: dict[str, str]) -> dict[str, str]:
-    """The same photograph as a telephone's, of 12 megapixels."""
-    with Image.open(io.BytesIO(base64.b64decode(row["image"]))) as small, io.BytesIO() as file:
+def encode(content: bytes) -> dict[str, str]:
+    return {"image": base64.b64encode(content).decode()}
+
+
+def enlarge(content: bytes) -> bytes:
+    """The same photograph as a telephone's JPEG, of 12 megapixels."""
+    with Image.open(io.BytesIO(content)) as small, io.BytesIO() as file:
         small.convert("RGB").resize(TELEPHONE_SIZE, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        return {"image": base64.b64encode(file.getvalue()).decode()}
+        return file.getvalue()
 
 
 def asker(port: int, body: Any) -> Callable[[], object]:
