@@ -2,6 +2,7 @@ import os
 import tomllib
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
 
@@ -73,11 +74,12 @@ def test_misuse_exits_with_2(
 def test_bad_photographs_leave_no_run(store: str, tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bad")
     (folder / "1" / "notes.txt").write_text("five fingers")
-    before = sorted(tmp_path.iterdir())
+    before = set(tmp_path.iterdir())
     failed = command("main", "--data", str(folder), cwd=tmp_path, env=dict(os.environ))
     assert failed.returncode == 2
     assert failed.stderr.strip().endswith("not an image; remove it, or pass --skip_unreadable true")
-    assert sorted(tmp_path.iterdir()) == before
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "data"}, "the photographs that were decoded"
+    assert mlflow.search_runs(search_all_experiments=True, output_format="list") == []
 
 
 @pytest.mark.parametrize(
