@@ -12,8 +12,8 @@ from signdigits.tracking import runs
 
 def log_untrained(loaded: loading.Data, network: keras.Sequential | None = None) -> ModelInfo:
     """Log a network that has learnt nothing, the notebook's unless another is given."""
-    network = network or training.new_network(loaded.image_shape, loaded.n_classes, Hyperparameters())
-    fitted = training.Fit(network, {}, Hyperparameters())
-    calibration = training.calibrate_network(fitted, loaded.training, loaded.validation)
     with runs.start_run("train", "train"):
+        network = network or training.new_network(loaded.image_shape, loaded.n_classes, Hyperparameters())
+        fitted = training.Fit(network, {}, Hyperparameters())
+        calibration = training.calibrate_network(fitted, loaded.training, loaded.validation)
         return package.log_model(network, calibration, loaded, {})
