@@ -33,7 +33,7 @@ def rows(
     photographs: str, hostile: int = 2000, seconds: float = 60, outages: int = 10, outage: float = 60
 ) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
-    body = json.dumps({"dataframe_records": [serving.encode(serving.read(loaded, 0))]}).encode()
+    body = json.dumps({"dataframe_records": [serving.encode(loaded, 0)]}).encode()
     with temporary_store("attack") as name:
         for _ in range(2):
             proxy.register_model(loaded)

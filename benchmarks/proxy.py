@@ -61,7 +61,7 @@ def rows(
     requests: int = 3000,
 ) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
-    body = json.dumps({"dataframe_records": [serving.encode(serving.read(loaded, 0))]}).encode()
+    body = json.dumps({"dataframe_records": [serving.encode(loaded, 0)]}).encode()
     with temporary_store("proxy") as name, contextlib.ExitStack() as servers:
         folder = Path(name)
         uris = [register_model(loaded) for _ in range(2)]
@@ -108,7 +108,7 @@ def started(folder: Path, body: bytes, *options: str, workers: int = PROCESSES) 
 
 
 def added(server: Server, direct: int, loaded: loading.Data, rounds: int) -> Row:
-    one = {"dataframe_records": [serving.encode(serving.read(loaded, 0))]}
+    one = {"dataframe_records": [serving.encode(loaded, 0)]}
     ways = {"proxy": serving.asker(server.port, one), "direct": serving.asker(direct, one)}
     took = {name: seconds * 1000 for name, seconds in in_turns(ways, rounds).items()}
     return Row(

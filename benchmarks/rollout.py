@@ -53,7 +53,7 @@ http {{
 
 def rows(photographs: str, rounds: int = 3) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
-    body = json.dumps({"dataframe_records": [serving.encode(serving.read(loaded, 0))]}).encode()
+    body = json.dumps({"dataframe_records": [serving.encode(loaded, 0)]}).encode()
     with temporary_store("rollout") as name, contextlib.ExitStack() as servers:
         folder = Path(name)
         model = mlflow.artifacts.download_artifacts(log_untrained(loaded).model_uri, dst_path=str(folder / "model"))

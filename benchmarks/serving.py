@@ -50,8 +50,7 @@ def rows(photographs: str) -> list[Row]:
     with temporary_store("serving") as folder, contextlib.ExitStack() as servers:
         uris = log_models(network, loaded)
         ports = {name: servers.enter_context(serving(uri, Path(folder))) for name, uri in uris.items()}
-        contents = [read(loaded, i) for i in range(MANY)]
-        rows_of = [encode(content) for content in contents]
+        rows_of = [encode(loaded, i) for i in range(MANY)]
         pixels = loaded.training.x[:1].tolist()
         ask = {
             "ours": asker(ports["ours"], {"dataframe_records": rows_of[:1]}),
@@ -63,7 +62,7 @@ def rows(photographs: str) -> list[Row]:
         many = in_turns(
             {"many": asker(ports["ours"], {"dataframe_records": rows_of}), "one": ask["ours"]}, ROUNDS, EACH
         )
-        telephone = [encode(enlarge(content)) for content in contents]
+        telephone = [as_row(enlarge(read(loaded, i))) for i in range(MANY)]
         large = in_turns(
             {
                 "many": asker(ports["ours"], {"dataframe_records": telephone}),
@@ -104,11 +103,15 @@ def log_models(network: Any, loaded: loading.Data) -> dict[str, str]:
     return {"ours": ours, "stock": stock, "nothing": nothing}
 
 
+def encode(loaded: loading.Data, index: int) -> dict[str, str]:
+    return as_row(read(loaded, index))
+
+
 def read(loaded: loading.Data, index: int) -> bytes:
     return loaded.dataset.read(loaded.dataset.photographs[loaded.split.training[index]])
 
 
-def encode(content: bytes) -> dict[str, str]:
+def as_row(content: bytes) -> dict[str, str]:
     return {"image": base64.b64encode(content).decode()}
 
 
