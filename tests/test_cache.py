@@ -76,6 +76,17 @@ def test_report_and_training_share_cache(folder: Path, photographs: Path) -> Non
     assert cached(folder) == before
 
 
+def test_cache_follows_working_directory(
+    folder: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset.scan_dataset(SourceParameters(data=str(photographs)))
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    dataset.scan_dataset(SourceParameters(data=str(photographs)))
+    assert len(cached(folder)) == len(cached(other / cache.FOLDER)) == 60
+
+
 def test_changed_photograph_is_decoded_anew(folder: Path, tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photographs")
     parameters = DataParameters(data=str(photographs), image_size=SIZE)

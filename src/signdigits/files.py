@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary file name, which becomes `target` if the block succeeds and is removed if it fails."""
-    partial_file = target.with_name(f".{target.name}-{os.getpid()}")
+    partial_file = target.with_name(f".{target.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         yield partial_file
         partial_file.replace(target)

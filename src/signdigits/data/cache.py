@@ -6,8 +6,6 @@ and a killed one leaves nothing that another would read. Remove the folder at an
 
 import hashlib
 import json
-import os
-import threading
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +17,7 @@ import PIL
 
 from signdigits.data import images
 from signdigits.errors import DataError
+from signdigits.files import atomic_file
 
 FOLDER = Path("data", "cache", "photographs")
 
@@ -27,8 +26,8 @@ FOLDER = Path("data", "cache", "photographs")
 class PhotographCache:
     """The photographs preprocessed to `image_size` pixels square and `color_mode`, by this version of the decoder."""
 
-    image_size: int = 100
-    color_mode: str = "rgb"
+    image_size: int
+    color_mode: str
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -39,28 +38,35 @@ class PhotographCache:
     def dtype(self) -> np.dtype:
         return np.dtype(np.uint8 if self.color_mode == "rgb" else np.float32)
 
-    def read(self, checksum: str) -> tuple[dict[str, Any], np.ndarray] | None:
-        """Return the properties and the pixels of a photograph; None if it is not here, or its file is damaged."""
-        try:
-            check, _, content = self.path(checksum).read_bytes().partition(b"\n")
-        except OSError:
-            return None
-        if not content or check != _check(content):
-            return None
-        header, _, pixels = content.partition(b"\n")
-        return json.loads(header), np.frombuffer(pixels, self.dtype).reshape(self.shape)
+    def read_properties(self, checksum: str) -> dict[str, Any] | None:
+        """Return the properties of a photograph; None if it is not here, or its file is damaged."""
+        content = self._read(checksum)
+        return json.loads(content.partition(b"\n")[0]) if content else None
+
+    def read_pixels(self, checksum: str) -> np.ndarray:
+        """Return the pixels of a photograph. Raises DataError if it has gone from the cache."""
+        content = self._read(checksum)
+        if content is None:
+            raise DataError(f"{self.path(checksum)}: was removed; run the same command to continue")
+        return np.frombuffer(content.partition(b"\n")[2], self.dtype).reshape(self.shape)
 
     def write(self, checksum: str, properties: dict[str, Any], pixels: np.ndarray) -> None:
         """Keep a photograph. Raises DataError, naming the file, if it cannot be written."""
         content = json.dumps(properties).encode() + b"\n" + pixels.tobytes()
         path = self.path(checksum)
-        partial = path.with_name(f".{checksum}-{os.getpid()}-{threading.get_ident()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(_check(content) + b"\n" + content)
-            partial.replace(path)
+            with atomic_file(path) as partial_file:
+                partial_file.write_bytes(_check(content) + b"\n" + content)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; free some space, or make the folder writable") from error
+
+    def _read(self, checksum: str) -> bytes | None:
+        try:
+            check, _, content = self.path(checksum).read_bytes().partition(b"\n")
+        except OSError:
+            return None
+        return content if content and check == _check(content) else None
 
     def path(self, checksum: str) -> Path:
         return self._folder / checksum[:2] / checksum
@@ -99,10 +105,7 @@ class DiskArray:
         checksums = self.checksums[chosen].tolist()
         array = np.empty((len(checksums), *self.cache.shape), self.dtype)
         for row, checksum in zip(array, checksums, strict=True):
-            found = self.cache.read(checksum)
-            if found is None:
-                raise DataError(f"{self.cache.path(checksum)}: was removed; run the same command to continue")
-            row[:] = found[1]
+            row[:] = self.cache.read_pixels(checksum)
         return array
 
     def part(self, chosen: slice | np.ndarray) -> "DiskArray":

@@ -86,7 +86,7 @@ class Dataset:
         return {name: counts[label] for label, name in enumerate(self.class_names)}
 
 
-def scan_dataset(parameters: SourceParameters, cache: PhotographCache = PhotographCache()) -> Dataset:  # noqa: B008, it is frozen
+def scan_dataset(parameters: SourceParameters, cache: PhotographCache | None = None) -> Dataset:
     """Read every file of every class folder, once, and decode each photograph that the cache does not hold.
 
     Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
@@ -95,7 +95,7 @@ def scan_dataset(parameters: SourceParameters, cache: PhotographCache = Photogra
     """
     folder = sources.resolve_source(parameters.data)
     try:
-        dataset = _read_folder(folder, parameters, cache)
+        dataset = _read_folder(folder, parameters, cache or PhotographCache(HASHED_SIZE, "rgb"))
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
     if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
@@ -185,8 +185,7 @@ def _examine_file(path: Path, label: int, folder: Path, cache: PhotographCache) 
     try:
         content = read_file(path)
         checksum = hashlib.sha256(content).hexdigest()
-        cached = cache.read(checksum)
-        properties = cached[0] if cached else _decode_photograph(content, checksum, cache)
+        properties = cache.read_properties(checksum) or _decode_photograph(content, checksum, cache)
     except OSError as error:
         return ImageError(f"cannot be read ({error.strerror})")
     except ImageError as error:
@@ -218,7 +217,7 @@ def _decode_photograph(content: bytes, checksum: str, cache: PhotographCache) ->
     }
     same = (cache.image_size, cache.color_mode) == (HASHED_SIZE, "rgb")
     cache.write(checksum, properties, rgb if same else to_array(image, cache.image_size, cache.color_mode))
-    return dict(properties)
+    return properties
 
 
 def _hash_image(rgb: np.ndarray) -> int:
