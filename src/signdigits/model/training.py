@@ -55,7 +55,8 @@ def new_network(
     """Build and compile a network from the seed in `hyperparameters`; its precision becomes a tag of the active run."""
     precision = architecture.resolve_precision(hyperparameters.precision)
     mlflow.set_tag("precision", precision)
-    keras.utils.clear_session()  # Keras and TensorFlow keep the graphs of earlier networks
+    # Keras and TensorFlow keep the graphs of earlier networks. Python frees them in its own time: to force it takes a second.
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
     network = architecture.build_network(image_shape, n_classes, hyperparameters, precision)
     architecture.compile_network(network, hyperparameters)
