@@ -29,6 +29,7 @@ def rows(photographs: str) -> list[Row]:
         mlflow.MlflowClient().set_registered_model_alias("sign-digits", "champion", "1")
         ways = {
             "help": process("-m", "signdigits", "--help"),
+            "line": lambda: read_first_line("main", folder),
             "tensorflow": process("-c", "import tensorflow"),
             "endpoint": lambda: start(uri, Path(folder)),
         }
@@ -37,6 +38,7 @@ def rows(photographs: str) -> list[Row]:
         importing = [command for command in LIGHT if imports_tensorflow(command)]
     return [
         Row("`--help`, in seconds", "", seconds["help"], 0.5, False, f"{seconds['help']:.2f} s"),
+        Row("first line of `main`, in seconds", "", seconds["line"], 1, False, f"{seconds['line']:.2f} s"),
         Row(
             "light commands that import TensorFlow", "", len(importing), 0, False,
             f"of {', '.join(LIGHT)}: {', '.join(importing) or 'none'}",
@@ -74,6 +76,15 @@ def starts_with_telephone_photographs(loaded: loading.Data, folder: Path) -> dic
 
 def process(*arguments: str) -> Callable[[], object]:
     return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+
+def read_first_line(command: str, folder: str) -> None:
+    """Start a command that needs TensorFlow, and end it when it has said what it is about to do."""
+    line = [sys.executable, "-m", "signdigits", command]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder) as started:
+        assert started.stdout is not None
+        started.stdout.readline()
+        started.kill()
 
 
 def start(uri: str, folder: Path) -> None:

@@ -53,13 +53,15 @@ def environment() -> Iterator[None]:
 
 
 def write_photographs(folder: Path, classes: int = 3, each: int = 20) -> Path:
-    """Write class folders `0`, `1`, ... of JPEG files: a bright bar at a place per class, with noise."""
+    """Write up to six class folders `0`, `1`, ... of JPEG files: a bright bar at a place per class, with noise."""
     random = np.random.default_rng(0)
     for label in range(classes):
         (folder / str(label)).mkdir(parents=True)
+        at = label % 3 * 8
         for number in range(each):
             pixels = random.integers(0, 80, (24, 24, 3), dtype=np.uint8)
-            pixels[label * 8 : label * 8 + 6] += 150
+            bars = pixels if label < 3 else pixels.transpose(1, 0, 2)  # across, then upright
+            bars[at : at + 6] += 150
             Image.fromarray(pixels).save(folder / str(label) / f"IMG_{number:04d}.JPG", quality=95)
     return folder
 

@@ -1,8 +1,10 @@
 """The whole job; tests/test_home.py starts it with `mlflow run`, and serves its champion."""
 
 import dataclasses
+import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -23,11 +25,30 @@ from signdigits.data import loading
 from signdigits.model import training
 from signdigits.tuning.space import Range, Space
 
+from .conftest import store_like
+
 pytestmark = pytest.mark.slow
 
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
 STUDY = StudyParameters(n_trials=2, pruner="none", space="notebook")
 TWO = RefitParameters(n_seeds=2)
+
+
+@pytest.fixture(scope="module")
+def finished_job(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Path:
+    """The folder of the stores of a finished job with three refits."""
+    folder = tmp_path_factory.mktemp("job")
+    with store_like(empty_store, folder):
+        main.main(loaded, SPACE, STUDY, RefitParameters(n_seeds=3), RegistryParameters())
+    return folder
+
+
+@pytest.fixture
+def job(finished_job: Path, tmp_path: Path) -> Iterator[str]:
+    """Yield the URI of a copy of the finished job's store."""
+    with store_like(finished_job / "mlflow.db", tmp_path) as uri:
+        shutil.copy(finished_job / "optuna.db", tmp_path)
+        yield uri
 
 
 def runs() -> list[Run]:
@@ -57,8 +78,7 @@ def test_interrupted_job_is_resumed(store: str, loaded: loading.Data, monkeypatc
     }
 
 
-def test_refit_uses_training_and_validation(store: str, loaded: loading.Data) -> None:
-    main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+def test_refit_uses_training_and_validation(job: str, loaded: loading.Data) -> None:
     (refit,) = [run for run in runs() if run.data.tags["role"] == "refit" and run.data.tags["seed"] == "1337"]
     used = [item for item in refit.inputs.dataset_inputs if item.dataset.name == "bars"]
     inputs = {tag.value: item.dataset.digest for item in used for tag in item.tags}
@@ -73,8 +93,7 @@ def test_refit_uses_training_and_validation(store: str, loaded: loading.Data) ->
         assert refit.data.params[name] == best.data.params[name]
 
 
-def test_first_seed_is_registered(store: str, loaded: loading.Data) -> None:
-    main.main(loaded, SPACE, STUDY, RefitParameters(n_seeds=3), RegistryParameters())
+def test_first_seed_is_registered(job: str) -> None:
     refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
     assert set(refits) == {"1337", "1338", "1339"}
     accuracies = [run.data.metrics["test_accuracy"] for run in refits.values()]
@@ -86,9 +105,8 @@ def test_first_seed_is_registered(store: str, loaded: loading.Data) -> None:
     assert float(champion.tags["test_accuracy_mean"]) == pytest.approx(np.mean(accuracies))
 
 
-def test_second_start_keeps_rollback(store: str, loaded: loading.Data) -> None:
+def test_second_start_keeps_rollback(job: str, loaded: loading.Data) -> None:
     once = RefitParameters(n_seeds=1)
-    main.main(loaded, SPACE, STUDY, once, RegistryParameters())
     other = dataclasses.replace(STUDY, study_name="other")
     assert main.main(loaded, SPACE, other, once, RegistryParameters(force=True)).version == "2"
     register.register(ModelParameters(), VersionParameters(version=1))

@@ -1,11 +1,13 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from signdigits.tracking import runs
 from signdigits.tuning import storage, study
 from signdigits.tuning.space import Range, Space
 
-from .conftest import wait_until
+from .conftest import store_like, use_store, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +37,36 @@ EXTENDED = Space.of("extended", epochs=Range(1, 3), batch_size=Range(8, 16), con
 # The first of these as options of the command line.
 OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "1:3", "--batch_size", "16"]
 THREE = StudyParameters(n_trials=3, pruner="none", space="notebook")
+SIX = dataclasses.replace(THREE, n_trials=6)
 # Trials long enough, a second or more, to be killed in the middle of one.
 LONG = Range(20, 30)
+
+
+@pytest.fixture(scope="module")
+def finished_study(
+    tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path
+) -> tuple[Path, search.Search]:
+    """A study of six trials, and the folder of its stores."""
+    folder = tmp_path_factory.mktemp("study")
+    with store_like(empty_store, folder):
+        return folder, search.search(loaded, SPACE, SIX)
+
+
+@pytest.fixture
+def finished(finished_study: tuple[Path, search.Search]) -> Iterator[search.Search]:
+    """A finished study in its stores, for tests that only read them."""
+    folder, opened = finished_study
+    with use_store(folder):
+        yield opened
+
+
+@pytest.fixture
+def copied(finished_study: tuple[Path, search.Search], tmp_path: Path) -> Iterator[search.Search]:
+    """The finished study, while its stores are copies that the test may change."""
+    folder, opened = finished_study
+    with store_like(folder / "mlflow.db", tmp_path):
+        shutil.copy(folder / "optuna.db", tmp_path)
+        yield opened
 
 
 def trials(opened: search.Search) -> list[Run]:
@@ -47,11 +77,17 @@ def artifacts(run_id: str, folder: str) -> set[str]:
     return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id, folder)}
 
 
-@pytest.mark.parametrize("space", [SPACE, EXTENDED])
-def test_trials_are_nested_runs(store: str, loaded: loading.Data, space: Space) -> None:
-    opened = search.search(loaded, space, THREE)
+def test_trials_are_nested_runs(finished: search.Search) -> None:
+    check_trials(finished, SPACE, [f"trial-{number:03d}" for number in range(6)])
+
+
+def test_extended_trials_are_nested_runs(store: str, loaded: loading.Data) -> None:
+    check_trials(search.search(loaded, EXTENDED, THREE), EXTENDED, ["trial-000", "trial-001", "trial-002"])
+
+
+def check_trials(opened: search.Search, space: Space, names: list[str]) -> None:
     runs = trials(opened)
-    assert [run.info.run_name for run in runs] == ["trial-000", "trial-001", "trial-002"]
+    assert [run.info.run_name for run in runs] == names
     for trial, run in zip(opened.study.trials, runs, strict=True):
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == opened.run_id
@@ -62,22 +98,36 @@ def test_trials_are_nested_runs(store: str, loaded: loading.Data, space: Space) 
         assert len(history) == trial.params["epochs"]
 
 
-def test_study_run_has_best_trial(store: str, loaded: loading.Data) -> None:
-    opened = search.search(loaded, SPACE, THREE)
-    run = mlflow.get_run(opened.run_id)
-    best = opened.best
+def test_study_run_has_best_trial(finished: search.Search) -> None:
+    run = mlflow.get_run(finished.run_id)
+    best = finished.best
     assert run.info.status == "FINISHED"
     assert run.data.metrics["best_trial"] == best.number
     assert run.data.metrics["best_val_accuracy"] == pytest.approx(best.value)
     assert run.data.metrics["best_initial_learning_rate"] == pytest.approx(best.params["initial_learning_rate"])
-    assert run.data.metrics["trials_complete"] == 3
-    assert run.data.tags["best_run_id"] == trials(opened)[best.number].info.run_id
+    assert run.data.metrics["trials_complete"] == 6
+    assert run.data.tags["best_run_id"] == trials(finished)[best.number].info.run_id
     assert "A study on" in run.data.tags["mlflow.note.content"]
     pictures = ("optimization_history", "param_importances", "parallel_coordinate", "slice", "intermediate_values")
-    assert artifacts(opened.run_id, "study") == {f"study/{name}.png" for name in pictures} | {
+    assert artifacts(finished.run_id, "study") == {f"study/{name}.png" for name in pictures} | {
         "study/trials.csv",
         "study/space.json",
     }
+
+
+def test_epochs_are_searched(finished: search.Search) -> None:
+    drawn = [trial.params["epochs"] for trial in finished.study.trials]
+    assert len(set(drawn)) >= 3
+    assert [int(run.data.params["epochs"]) for run in trials(finished)] == drawn
+
+
+def test_trials_log_their_dataset(finished: search.Search, loaded: loading.Data) -> None:
+    for run in trials(finished):
+        inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
+        assert inputs == {
+            "training": loaded.dataset.part_digest(loaded.split.training),
+            "validation": loaded.dataset.part_digest(loaded.split.validation),
+        }
 
 
 def test_same_command_continues_study(store: str, loaded: loading.Data) -> None:
@@ -95,43 +145,23 @@ def test_starts_sample_different_trials(store: str, loaded: loading.Data) -> Non
     assert len({tuple(trial.params.values()) for trial in opened.study.trials}) == 4
 
 
-def test_epochs_are_searched(store: str, loaded: loading.Data) -> None:
-    space = Space.of("notebook", epochs=Range(1, 4), batch_size=16)
-    opened = search.search(loaded, space, StudyParameters(n_trials=6, pruner="none"))
-    drawn = [trial.params["epochs"] for trial in opened.study.trials]
-    assert len(set(drawn)) >= 3
-    assert [int(run.data.params["epochs"]) for run in trials(opened)] == drawn
-
-
-def test_trials_log_their_dataset(store: str, loaded: loading.Data) -> None:
-    opened = search.search(loaded, SPACE, dataclasses.replace(THREE, n_trials=1))
-    (run,) = trials(opened)
-    inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
-    assert inputs == {
-        "training": loaded.dataset.part_digest(loaded.split.training),
-        "validation": loaded.dataset.part_digest(loaded.split.validation),
-    }
-
-
-def test_deleted_trial_is_not_best(store: str, loaded: loading.Data) -> None:
-    first = search.search(loaded, SPACE, THREE).best
-    mlflow.delete_run(first.user_attrs["mlflow_run_id"])
-    again = search.search(loaded, SPACE, THREE)
-    assert again.best.number != first.number
+def test_deleted_trial_is_not_best(copied: search.Search, loaded: loading.Data) -> None:
+    best = copied.best
+    mlflow.delete_run(best.user_attrs["mlflow_run_id"])
+    again = search.search(loaded, SPACE, SIX)
+    assert again.best.number != best.number
     assert mlflow.get_run(again.run_id).data.tags["best_run_id"] == again.best.user_attrs["mlflow_run_id"]
 
 
-def test_warm_start_enqueues_best_trials(store: str, loaded: loading.Data) -> None:
-    first = search.search(loaded, SPACE, dataclasses.replace(THREE, study_name="first"))
+def test_warm_start_enqueues_best_trials(copied: search.Search, loaded: loading.Data) -> None:
+    first = copied.study.study_name
     wider = Space.of("notebook", epochs=Range(2, 4), batch_size=16)
-    opened = search.search(
-        loaded, wider, dataclasses.replace(THREE, study_name="wider", warm_start="first", n_trials=4)
-    )
-    origins = [trial.user_attrs.get("origin") for trial in opened.study.trials]
-    assert origins == ["baseline", *(f"first/{trial.number}" for trial in study.rank_trials(first.study))]
+    opened = search.search(loaded, wider, dataclasses.replace(THREE, study_name="wider", warm_start=first))
+    origins = [trial.user_attrs.get("origin") for trial in opened.study.trials[:4]]
+    assert origins == ["baseline", *(f"{first}/{trial.number}" for trial in study.rank_trials(copied.study)[:3])]
     started = opened.study.trials[1].params
-    assert started == first.best.params | {"epochs": max(2, first.best.params["epochs"])}
-    assert trials(opened)[1].data.tags["origin"] == f"first/{first.best.number}"
+    assert started == copied.best.params | {"epochs": max(2, copied.best.params["epochs"])}
+    assert trials(opened)[1].data.tags["origin"] == f"{first}/{copied.best.number}"
 
 
 def test_unknown_warm_start_is_refused(store: str, loaded: loading.Data) -> None:
