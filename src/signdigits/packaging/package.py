@@ -55,36 +55,42 @@ def log_model(network: "keras.Sequential", calibration: Calibration, data: Data,
     LiteRT's format; the Keras file beside it is for further training. The logits are divided by the temperature of
     `calibration`. `facts` become tags of the model and its version.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(network, calibration, data, Path(folder))
+        return log_files(Path(folder), data, {"temperature": calibration.temperature, **facts})
+
+
+def write_files(network: "keras.Sequential", calibration: Calibration, data: Data, folder: Path) -> None:
+    """Write the files of the model that its training decides: the network in both formats, the detector, the settings."""
+    network.save(folder / "network.keras", include_optimizer=False)
+    with startup.filtered_stderr():
+        architecture.with_features(network).export(folder / "network.tflite", format="litert", verbose=False)
+    calibration.detector.save(folder / "detector.npz")
+    (folder / "settings.json").write_text(json.dumps(_model_settings(data, calibration.temperature)))
+
+
+def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
+    """Log a model with the files of `write_files` to the active run; `facts` become its tags."""
     active = mlflow.active_run()
     assert active is not None
-    with tempfile.TemporaryDirectory() as workshop:
-        network_file, settings_file = Path(workshop, "network.tflite"), Path(workshop, "settings.json")
-        detector_file = Path(workshop, "detector.npz")
-        calibration.detector.save(detector_file)
-        keras_file = network_file.with_suffix(".keras")
-        network.save(keras_file, include_optimizer=False)
-        with startup.filtered_stderr():
-            architecture.with_features(network).export(network_file, format="litert", verbose=False)
-        settings_file.write_text(json.dumps(_model_settings(data, calibration.temperature)))
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-            artifacts={
-                "network": str(network_file),
-                "keras": str(keras_file),
-                "settings": str(settings_file),
-                "detector": str(detector_file),
-                "images": images.__file__,
-                "outliers": outliers.__file__,
-                "prediction_log": prediction_log.__file__,
-            },
-            signature=SIGNATURE,
-            input_example=make_input_example(data),
-            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
-        )
+    info = mlflow.pyfunc.log_model(
+        name="model",
+        python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+        artifacts={
+            "network": str(folder / "network.tflite"),
+            "keras": str(folder / "network.keras"),
+            "settings": str(folder / "settings.json"),
+            "detector": str(folder / "detector.npz"),
+            "images": images.__file__,
+            "outliers": outliers.__file__,
+            "prediction_log": prediction_log.__file__,
+        },
+        signature=SIGNATURE,
+        input_example=make_input_example(data),
+        pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
+    )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
-    tags = runs.data_tags(data.dataset, data.split)
-    tags |= {"git_commit": commit, "data": data.parameters.data, "temperature": str(calibration.temperature)}
+    tags = runs.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
     mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info
 
