@@ -1,11 +1,13 @@
 import io
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pillow_heif
 import pytest
 from PIL import Image, ImageCms
 
+from signdigits.data import images
 from signdigits.data.images import ImageError, count_pixels, decode_image, load_image, open_image, to_array
 
 pillow_heif.register_heif_opener()
@@ -222,6 +224,23 @@ def test_wide_gamut_becomes_srgb(color_mode: str) -> None:
     stored, seen = Image.new("RGB", (8, 8), (200, 0, 0)), Image.new("RGB", (8, 8), (0, 200, 0))
     array = decode_image(encode(stored, icc_profile=wide_gamut_profile()), 8, color_mode)
     np.testing.assert_allclose(array, to_array(seen, 8, color_mode), atol=3 if color_mode == "rgb" else 0.02)
+
+
+def test_threads_share_the_transform_of_a_profile() -> None:
+    random = np.random.default_rng(0)
+    stored = [Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(50)]
+    photographs = [encode(image, icc_profile=wide_gamut_profile()) for image in stored]
+    alone = [decode_image(photograph, 8, "rgb") for photograph in photographs]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda photograph: decode_image(photograph, 8, "rgb"), 4 * photographs))
+    np.testing.assert_array_equal(together, 4 * alone)
+
+
+@pytest.mark.parametrize("length", [548, images.MAX_KEPT_PROFILE + 1])
+def test_large_profiles_are_not_kept(length: int) -> None:
+    images.build_transform.cache_clear()
+    decode_image(encode(half_black(), icc_profile=b"x" * length), 8, "rgb")
+    assert images.build_transform.cache_info().currsize == (length <= images.MAX_KEPT_PROFILE)
 
 
 @pytest.mark.parametrize("profile", [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])

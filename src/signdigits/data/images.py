@@ -3,6 +3,7 @@
 This file is packaged with each model, and therefore imports only Pillow, pillow-heif and NumPy.
 """
 
+import functools
 import io
 import math
 import warnings
@@ -30,6 +31,8 @@ FORMATS = {
 # A photograph of 12,000 x 9,000 pixels passes; a decompression bomb, a small file that decodes to gigabytes, does not.
 MAX_PIXELS = 120_000_000
 MAX_BYTES = 40_000_000  # of a file; as base64 text, 53 megabytes, it fits into the request body that `serve` allows
+
+MAX_KEPT_PROFILE = 10_000  # bytes; Display P3 has 548, sRGB 3,144
 
 WHITE_IS_ZERO = 0  # TIFF 6.0, tag 262, PhotometricInterpretation
 
@@ -138,12 +141,12 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     cannot be decoded or converted.
     """
     load_image(image, image_size)
-    profile = _find_profile(image)
-    mode = "RGB" if color_mode == "rgb" or profile else "L"
     try:
+        transform = _find_transform(image)
+        mode = "RGB" if color_mode == "rgb" or transform else "L"
         resized = _resize(_convert(_flatten_on_white(_apply_orientation(image)), mode), image_size).convert(mode)
-        if profile:
-            resized = _convert_to_srgb(resized, profile)
+        if transform:
+            resized = transform.apply(resized)
     except ImageError:
         raise
     except Exception as error:  # Pillow raises many types here too
@@ -175,21 +178,29 @@ def _pad_to_square(pixels: np.ndarray) -> np.ndarray:
     return np.pad(pixels, [*sides, *[(0, 0)] * (pixels.ndim - 2)], "edge")
 
 
-def _find_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """Return the ICC profile of a colour image, such as a phone's Display P3; None without one, or if it is sRGB."""
-    if image.mode not in ("RGB", "RGBA") or not image.info.get("icc_profile"):
+def _find_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform to sRGB of a colour image with an ICC profile, such as a phone's Display P3; else None."""
+    profile = image.info.get("icc_profile")
+    if image.mode not in ("RGB", "RGBA") or not profile:
         return None
+    # Clients could fill the memory with transforms of large profiles.
+    build = build_transform if len(profile) <= MAX_KEPT_PROFILE else build_transform.__wrapped__
+    return build(profile)
+
+
+@functools.lru_cache(
+    maxsize=8
+)  # to build one takes longer than to decode a small photograph, and those of a camera share it
+def build_transform(icc_profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform from a profile to sRGB; None if it is sRGB, or unusable."""
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         is_srgb = "srgb" in ImageCms.getProfileDescription(profile).lower()
     except (ImageCms.PyCMSError, OSError):  # the pixels are fine: use them as stored
         return None
-    return None if is_srgb or profile.profile.xcolor_space.strip() != "RGB" else profile
-
-
-def _convert_to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
-    converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return image if converted is None else converted
+    if is_srgb or profile.profile.xcolor_space.strip() != "RGB":
+        return None
+    return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
