@@ -225,7 +225,9 @@ def test_model_pins_its_requirements(served: Served) -> None:
     model = mlflow.models.get_model_info(served.model_uri)
     folder = Path(mlflow.artifacts.download_artifacts(served.model_uri))
     pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().split())
-    assert set(pins) == {"mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "pillow-heif", "uvloop", "httptools"}
+    assert set(pins) == {
+        "mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "pillow-heif", "uvloop", "httptools", "threadpoolctl"
+    }  # fmt: skip
     assert model.signature.inputs.input_names() == ["image"]
     assert model.signature.outputs.required_input_names() == [
         "label", "probability", "probabilities", "outlier_score", "is_outlier"

@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     import keras
 
 # The imports of the served model; the model pins the installed versions.
-REQUIREMENTS = ("mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "pillow-heif", "uvloop", "httptools")
+REQUIREMENTS = (
+    "mlflow",
+    "ai-edge-litert",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pillow-heif",
+    "uvloop",
+    "httptools",
+    "threadpoolctl",
+)
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image")]),

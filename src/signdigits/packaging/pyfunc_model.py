@@ -29,6 +29,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import DEADLINE_EXCEEDED, INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 from mlflow.pyfunc import PythonModel, PythonModelContext
+from threadpoolctl import ThreadpoolController
 
 # Rows of a request that are processed in parallel: decoder and network release the GIL, and an endpoint seldom has more CPUs
 # to itself. An interpreter takes 8 MB.
@@ -75,6 +76,7 @@ class SignDigits(PythonModel):
         logging_ = _load_module(context.artifacts["prediction_log"])
         self.prediction_log = logging_.PredictionLog.from_environ(os.environ)
         self.image_statistics = logging_.image_statistics  # for the drift reference of an evaluation
+        self.libraries = ThreadpoolController()
         # An interpreter has one set of tensors, and is used by one thread at a time.
         self.interpreters = queue.SimpleQueue[Any]()
         for _ in range(INTERPRETERS):
@@ -104,7 +106,9 @@ class SignDigits(PythonModel):
         decoded = self.decode(images, self.start_timer())
         probabilities = softmax(np.array([photograph.logits for photograph in decoded], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
-        scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
+        # Threads of OpenBLAS wait busily for 25 ms after a product, and take a CPU from the next photographs.
+        with self.libraries.limit(limits=1, user_api="blas"):
+            scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
         are_outliers = scores > 1
         request = self.request.get()
         if self.prediction_log is not None and getattr(request, "is_logged", True):
