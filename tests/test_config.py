@@ -20,7 +20,7 @@ from signdigits.tuning.space import SPACES, Range, Space
         (hp.Hyperparameters, {"epochs": True}, "epochs=True: must be of type int"),
         (hp.Hyperparameters, {"batch_size": "128"}, "batch_size='128': must be of type int"),
         (hp.Hyperparameters, {"seed": -1}, "seed=-1: must be 0 or more"),
-        (hp.DataParameters, {"image_size": 7}, "image_size=7: must be 8 or more"),
+        (hp.DataParameters, {"image_size": 7}, "image_size=7: must be 8 or more, or 0"),
         (hp.DataParameters, {"color_mode": "sepia"}, "color_mode='sepia': must be one of rgb, grayscale"),
         (
             hp.StudyParameters,

@@ -97,7 +97,9 @@ class DataParameters(SourceParameters):
         "two parts; auto: random for the named data sets, stratified for other folders",
         choices=("auto", "random", "stratified", "grouped"),
     )
-    image_size: int = parameter(100, "height and width after resizing, in pixels", low=8, high=1024)
+    image_size: int = parameter(
+        0, "height and width after resizing, in pixels; 0: 100, or 32 for handwritten-digits", low=0, high=1024
+    )
     color_mode: str = parameter(
         "rgb", "rgb: 3 channels, 0 to 255; grayscale: 1 channel, inverted, 1 - x/255", choices=("rgb", "grayscale")
     )
@@ -107,6 +109,11 @@ class DataParameters(SourceParameters):
     log_data: bool = parameter(
         False, "keep the photographs as an artifact of the run, once per digest; data=runs:/RUN repeats from it"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.image_size < 8:
+            raise ParameterError(f"image_size={self.image_size}: must be 8 or more, or 0")
 
 
 @dataclass(frozen=True)

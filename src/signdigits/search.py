@@ -92,9 +92,8 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     Raises ParameterError if the images are too small for the space, and StudyError if the storage cannot be used, if
     another process is searching the same study, or if a study of that name was created with other data or settings.
     """
-    architecture.check_blocks(
-        space.ends("conv_blocks")[1], data.parameters.image_size
-    )  # fail before the search, not in the middle of it
+    # Fail before the search, not in the middle of it.
+    architecture.check_blocks(space.ends("conv_blocks")[1], data.image_size)
     settings = study_settings(data, space, parameters)
     name = parameters.study_name if parameters.study_name != "auto" else automatic_name(data, settings)
     executors.check_stores(parameters)

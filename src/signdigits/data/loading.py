@@ -8,6 +8,7 @@ import numpy as np
 from signdigits.config import DataParameters
 from signdigits.data.cache import FOLDER, DiskArray, PhotographCache
 from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.data.sources import default_image_size
 from signdigits.data.split import Split, split_dataset
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,11 @@ class Data:
         return self.fitting.shape
 
     @property
+    def image_size(self) -> int:
+        """Height and width of an image, in pixels."""
+        return self.image_shape[0]
+
+    @property
     def n_classes(self) -> int:
         return len(self.dataset.class_names)
 
@@ -70,7 +76,8 @@ def load_data(parameters: DataParameters) -> Data:
 
     Raises DataError, naming the path, if the folder cannot be used.
     """
-    cache = PhotographCache(parameters.image_size, parameters.color_mode)
+    image_size = parameters.image_size or default_image_size(parameters.data)
+    cache = PhotographCache(image_size, parameters.color_mode)
     dataset = scan_dataset(parameters, cache)
     pixels = DiskArray(cache, np.array([photograph.checksum for photograph in dataset.photographs]))
     split = split_dataset(dataset, parameters.split)

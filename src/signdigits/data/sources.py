@@ -30,6 +30,9 @@ SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dat
 # `folder_digest` of the 2,062 photographs in their class folders: GitHub generates the archive on request, and its bytes vary.
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
+IMAGE_SIZE = 100  # the notebook's
+IMAGE_SIZES = {HANDWRITTEN_DIGITS: 32}  # they are 8x8 images: more pixels show no more
+
 ARCHIVE = "photographs.zip"  # artifact; not named after the data set, because MLflow cuts names at a #
 # Tags of a run with `log_data`: the URI of its or another run's archive, and the `folder_digest` of what is in it.
 PHOTOGRAPHS = "photographs"
@@ -56,6 +59,11 @@ def resolve_source(data: str, home: Path = Path("data")) -> Path:
     if data == SIGN_LANGUAGE_DIGITS:
         return download_sign_language_digits(home / SIGN_LANGUAGE_DIGITS)
     return Path(data)
+
+
+def default_image_size(data: str) -> int:
+    """Return the `image_size` for `data`, in pixels; joined data have that of the first."""
+    return IMAGE_SIZES.get(data.partition(",")[0], IMAGE_SIZE)
 
 
 def _write_handwritten_digits(target: Path, image_size: int = 100) -> Path:

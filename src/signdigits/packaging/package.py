@@ -110,7 +110,7 @@ def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
     parameters = data.parameters
     return {
         "class_names": data.dataset.class_names,
-        "image_size": parameters.image_size,
+        "image_size": data.image_size,
         "color_mode": parameters.color_mode,
         "temperature": temperature,
     }
@@ -119,7 +119,7 @@ def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
 def make_input_example(data: Data) -> pd.DataFrame:
     """Return a training photograph as a request of the endpoint: a column `image` of base64 text."""
     first = data.dataset.photographs[data.split.training[0]]
-    array = images.decode_image(data.dataset.read(first), data.parameters.image_size, "rgb")
+    array = images.decode_image(data.dataset.read(first), data.image_size, "rgb")
     jpeg = io.BytesIO()
     Image.fromarray(array).save(jpeg, "JPEG")
     return pd.DataFrame({"image": [base64.b64encode(jpeg.getvalue()).decode()]})

@@ -31,7 +31,7 @@ def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dic
     """Return the settings that identify a study: data, split, search space, objective and pruner."""
     return {
         **runs.data_tags(data.dataset, data.split),
-        "image_size": data.parameters.image_size,
+        "image_size": data.image_size,
         "color_mode": data.parameters.color_mode,
         **{name: str(r) for name, r in space.ranges.items()},
         **space.fixed,
