@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlflow
 import numpy as np
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from signdigits.model.calibration import Calibration
 
+T = TypeVar("T")
 PROJECT = Path(__file__).parents[1]
 SIZE = 16  # pixels: the smallest network that still has its three poolings
 
@@ -232,12 +233,13 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], Any], seconds: float) -> None:
-    """Poll until `condition` holds; fail the test if it does not within `seconds`."""
+def wait_until(condition: Callable[[], T], seconds: float) -> T:
+    """Poll until `condition` holds, and return its value; fail the test if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.1)
+    return found
 
 
 @pytest.fixture(scope="session")

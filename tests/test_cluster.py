@@ -142,7 +142,8 @@ def check(search: Search, output: str) -> None:
 
 
 def kill_worker(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
-    victim = search.at_work()[0]
+    # The one that began last: it does not end before it is killed.
+    victim = max(wait_until(search.at_work, seconds=60), key=lambda run: run.info.start_time)
     os.kill(int(victim.data.tags["process"].split(":")[1]), signal.SIGKILL)
     wait_until(lambda: mlflow.get_run(victim.info.run_id).info.status == "KILLED", seconds=60)
     assert victim.data.tags["trial"] in {str(trial.user_attrs.get("retry_of")) for trial in search.trials()}
