@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from signdigits.config import DataParameters
-from signdigits.data import loading
+from signdigits.data import loading, sources
 
 from .conftest import SIZE
 
@@ -24,6 +24,24 @@ def test_arrays_have_requested_shape(photographs: Path, color_mode: str, channel
     assert loaded.training.x.shape[1:] == (SIZE, SIZE, channels)
     assert loaded.training.x.dtype == dtype
     assert len(loaded.training) == len(loaded.training.x)
+
+
+@pytest.mark.parametrize(("image_size", "expected"), [(0, 32), (48, 48)])
+def test_embedded_digits_have_32_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_size: int, expected: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = loading.load_data(DataParameters(data="handwritten-digits", image_size=image_size))
+    assert loaded.image_shape == (expected, expected, 3)
+
+
+def test_photographs_have_100_pixels(photographs: Path) -> None:
+    assert loading.load_data(DataParameters(data=str(photographs))).image_size == 100
+
+
+@pytest.mark.parametrize(("data", "size"), [("handwritten-digits,accepted", 32), ("accepted,handwritten-digits", 100)])
+def test_joined_data_have_the_size_of_the_first(data: str, size: int) -> None:
+    assert sources.default_image_size(data) == size
 
 
 def test_each_photograph_is_read_once(photographs: Path) -> None:
