@@ -121,6 +121,14 @@ def store_like(database: Path, folder: Path) -> Iterator[str]:
         yield uri
 
 
+@contextmanager
+def copy_stores(source: Path, folder: Path) -> Iterator[str]:
+    """Use copies, in `folder`, of the tracking store and the studies in `source`."""
+    shutil.copy(source / "optuna.db", folder)
+    with store_like(source / "mlflow.db", folder) as uri:
+        yield uri
+
+
 @pytest.fixture
 def store(tmp_path: Path, empty_store: Path) -> Iterator[str]:
     """Yield the URI of a tracking store; the test also has its own working directory."""

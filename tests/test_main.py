@@ -1,7 +1,6 @@
 """The whole job; tests/test_home.py starts it with `mlflow run`, and serves its champion."""
 
 import dataclasses
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from signdigits.data import loading
 from signdigits.model import training
 from signdigits.tuning.space import Range, Space
 
-from .conftest import store_like
+from .conftest import copy_stores, store_like
 
 pytestmark = pytest.mark.slow
 
@@ -46,8 +45,7 @@ def finished_job(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data,
 @pytest.fixture
 def job(finished_job: Path, tmp_path: Path) -> Iterator[str]:
     """Yield the URI of a copy of the finished job's store."""
-    with store_like(finished_job / "mlflow.db", tmp_path) as uri:
-        shutil.copy(finished_job / "optuna.db", tmp_path)
+    with copy_stores(finished_job, tmp_path) as uri:
         yield uri
 
 

@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -28,7 +27,7 @@ from signdigits.tracking import runs
 from signdigits.tuning import storage, study
 from signdigits.tuning.space import Range, Space
 
-from .conftest import store_like, use_store, wait_until
+from .conftest import copy_stores, store_like, use_store, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -64,8 +63,7 @@ def finished(finished_study: tuple[Path, search.Search]) -> Iterator[search.Sear
 def copied(finished_study: tuple[Path, search.Search], tmp_path: Path) -> Iterator[search.Search]:
     """The finished study, while its stores are copies that the test may change."""
     folder, opened = finished_study
-    with store_like(folder / "mlflow.db", tmp_path):
-        shutil.copy(folder / "optuna.db", tmp_path)
+    with copy_stores(folder, tmp_path):
         yield opened
 
 
@@ -157,8 +155,9 @@ def test_warm_start_enqueues_best_trials(copied: search.Search, loaded: loading.
     first = copied.study.study_name
     wider = Space.of("notebook", epochs=Range(2, 4), batch_size=16)
     opened = search.search(loaded, wider, dataclasses.replace(THREE, study_name="wider", warm_start=first))
-    origins = [trial.user_attrs.get("origin") for trial in opened.study.trials[:4]]
-    assert origins == ["baseline", *(f"{first}/{trial.number}" for trial in study.rank_trials(copied.study)[:3])]
+    origins = [trial.user_attrs.get("origin") for trial in opened.study.trials]
+    best = study.rank_trials(copied.study)[: study.WARM_START_TRIALS]
+    assert origins == ["baseline", *(f"{first}/{trial.number}" for trial in best)]
     started = opened.study.trials[1].params
     assert started == copied.best.params | {"epochs": max(2, copied.best.params["epochs"])}
     assert trials(opened)[1].data.tags["origin"] == f"{first}/{copied.best.number}"

@@ -188,9 +188,8 @@ def _find_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     return build(profile)
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # to build one takes longer than to decode a small photograph, and those of a camera share it
+# To build one takes longer than to decode a small photograph, and the photographs of a camera share it.
+@functools.lru_cache(maxsize=8)
 def build_transform(icc_profile: bytes) -> ImageCms.ImageCmsTransform | None:
     """Return the transform from a profile to sRGB; None if it is sRGB, or unusable."""
     try:

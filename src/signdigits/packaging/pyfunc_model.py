@@ -106,7 +106,7 @@ class SignDigits(PythonModel):
         decoded = self.decode(images, self.start_timer())
         probabilities = softmax(np.array([photograph.logits for photograph in decoded], float) / self.temperature)
         by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
-        # Threads of OpenBLAS wait busily for 25 ms after a product, and take a CPU from the next photographs.
+        # Threads of OpenBLAS wait busily after a product, and take a CPU from the next photographs.
         with self.libraries.limit(limits=1, user_api="blas"):
             scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
         are_outliers = scores > 1
