@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
-from tqdm import tqdm
 
 from signdigits import plots, tables
 from signdigits.batch.scoring import Scorer
@@ -31,6 +30,7 @@ from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError
 from signdigits.model import calibration
 from signdigits.packaging import prediction_log
+from signdigits.threads import map_in_threads
 from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
@@ -129,14 +129,16 @@ def _score_robustness(scorer: Scorer, dataset: Dataset, table: pd.DataFrame, tem
         for path in table["path"]
     }
     seeds = {path: seed for seed, path in enumerate(seen)}
-    rows = {"none": table}
-    for name in tqdm(CORRUPTIONS, desc="robustness", unit=" corruptions", leave=False, disable=None):
 
-        def read(path: str, name: str = name) -> bytes:
+    def score(name: str) -> pd.DataFrame:
+        def read(path: str) -> bytes:
             return _to_bmp(corrupt_image(Image.fromarray(seen[path]), name, seeds[path]))
 
         predicted = scorer.score_photographs(list(seen), read).rename(columns={"label": "prediction"})
-        rows[name] = predicted.assign(label=table["label"])
+        return predicted.assign(label=table["label"])
+
+    scored = map_in_threads(score, list(CORRUPTIONS), "robustness")
+    rows = {"none": table, **dict(zip(CORRUPTIONS, scored, strict=True))}
     return pd.DataFrame(
         {name: _describe_corruption(row, dataset.class_names, temperature) for name, row in rows.items()}
     ).T.rename_axis("corruption")

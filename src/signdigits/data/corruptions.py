@@ -64,14 +64,23 @@ def _move(
     image: Image.Image, *, angle: float = 0.0, scale: float = 1.0, right: float = 0.0, down: float = 0.0
 ) -> Image.Image:
     """Rotate, scale and shift about the centre (bicubic); the border is repeated outwards."""
+    return _move_padded(_pad(image), angle, scale, right, down)
+
+
+def _pad(image: Image.Image) -> Image.Image:
+    """Repeat the border outwards, by the side of the image in each direction."""
     side = image.width
-    padded = Image.fromarray(np.pad(np.asarray(image), ((side, side), (side, side), (0, 0)), "edge"))
-    centre = padded.width / 2
+    return Image.fromarray(np.pad(np.asarray(image), ((side, side), (side, side), (0, 0)), "edge"))
+
+
+def _move_padded(padded: Image.Image, angle: float, scale: float, right: float, down: float) -> Image.Image:
+    side = padded.width // 3
     across, along = math.cos(angle) / scale, math.sin(angle) / scale
-    x, y = centre * (1 - across) - along * centre - right * side, centre * (1 - across) + along * centre - down * side
-    matrix = (across, along, x, -along, across, y)
-    moved = padded.transform(padded.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    return moved.crop((side, side, 2 * side, 2 * side))
+    centre = side / 2
+    x = centre * (3 - across - along) - right * side
+    y = centre * (3 - across + along) - down * side
+    matrix = (across, along, x, -along, across, y)  # from the result to the padded image
+    return padded.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
 
 
 def _squeezed(image: Image.Image, random: np.random.Generator) -> Image.Image:
@@ -94,9 +103,10 @@ def _blur(image: Image.Image, random: np.random.Generator) -> Image.Image:
 def _motion_blur(image: Image.Image, random: np.random.Generator) -> Image.Image:
     """Average along a random direction over 8 % of the side."""
     direction, length = random.uniform(0, math.pi), 0.08
+    padded = _pad(image)
     offsets = np.linspace(-length / 2, length / 2, 9)
-    moved = [_move(image, right=o * math.cos(direction), down=o * math.sin(direction)) for o in offsets]
-    return _to_image(np.mean([np.asarray(one, float) for one in moved], axis=0))
+    moved = [_move_padded(padded, 0.0, 1.0, o * math.cos(direction), o * math.sin(direction)) for o in offsets]
+    return _to_image(np.mean([np.asarray(one) for one in moved], axis=0))
 
 
 def _jpeg(quality: int) -> Corruption:
