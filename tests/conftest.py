@@ -241,12 +241,12 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], T], seconds: float) -> T:
+def wait_until(condition: Callable[[], T], seconds: float, interval: float = 0.1) -> T:
     """Poll until `condition` holds, and return its value; fail the test if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
+        time.sleep(interval)
     return found
 
 

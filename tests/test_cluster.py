@@ -1,5 +1,6 @@
 """A distributed search with injected faults: PostgreSQL, an MLflow server behind nginx, and Ray."""
 
+import functools
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import mlflow
 import optuna
 import pytest
 from mlflow.entities import Run
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from signdigits.tuning import storage
@@ -26,7 +28,8 @@ from .conftest import free_port, wait_until
 ROOT = Path(__file__).parents[1]
 N_TRIALS = 6  # and three more for each further fault of the same search
 LATEST = 2.0  # seconds after the first finished trial: a fault comes at random before
-OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "40:60", "--batch_size", "16", "--pruner", "none"]
+INTERVAL = 0.5  # seconds between two looks at the stores, which share two CPUs with the trials
+OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "20:30", "--batch_size", "16", "--pruner", "none"]
 
 pytestmark = [
     pytest.mark.cluster,
@@ -108,11 +111,14 @@ class Search:
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(self.line, env=self.environment, **output)
 
+    @functools.cached_property
+    def storage(self) -> RDBStorage:
+        return storage.open_storage(self.environment["STORAGE"])
+
     def trials(self) -> list[FrozenTrial]:
-        backend = storage.open_storage(self.environment["STORAGE"])
-        if self.name not in optuna.get_all_study_names(backend):
+        if self.name not in optuna.get_all_study_names(self.storage):
             return []
-        return optuna.load_study(study_name=self.name, storage=backend).get_trials(deepcopy=False)
+        return optuna.load_study(study_name=self.name, storage=self.storage).get_trials(deepcopy=False)
 
     def runs(self, role: str) -> list[Run]:
         wanted = f"tags.role = '{role}' and tags.study = '{self.name}'"
@@ -143,9 +149,9 @@ def check(search: Search, output: str) -> None:
 
 def kill_worker(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
     # The one that began last: it does not end before it is killed.
-    victim = max(wait_until(search.at_work, seconds=60), key=lambda run: run.info.start_time)
+    victim = max(wait_until(search.at_work, seconds=60, interval=INTERVAL), key=lambda run: run.info.start_time)
     os.kill(int(victim.data.tags["process"].split(":")[1]), signal.SIGKILL)
-    wait_until(lambda: mlflow.get_run(victim.info.run_id).info.status == "KILLED", seconds=60)
+    wait_until(lambda: mlflow.get_run(victim.info.run_id).info.status == "KILLED", seconds=60, interval=INTERVAL)
     assert victim.data.tags["trial"] in {str(trial.user_attrs.get("retry_of")) for trial in search.trials()}
     return driver
 
@@ -175,7 +181,7 @@ def stop_tracking(search: Search, cluster: Cluster, driver: subprocess.Popen[str
 
 
 def wait_for_work(search: Search, driver: subprocess.Popen[str], seconds: float) -> None:
-    wait_until(lambda: search.at_work() or driver.poll() is not None, seconds=seconds)
+    wait_until(lambda: search.at_work() or driver.poll() is not None, seconds=seconds, interval=INTERVAL)
     assert driver.poll() is None, "the search ended before the fault"
 
 

@@ -22,6 +22,7 @@ from signdigits.config import (
 )
 from signdigits.data import loading
 from signdigits.model import training
+from signdigits.tracking import registry
 from signdigits.tuning.space import Range, Space
 
 from .conftest import copy_stores, store_like
@@ -30,15 +31,15 @@ pytestmark = pytest.mark.slow
 
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
 STUDY = StudyParameters(n_trials=2, pruner="none", space="notebook")
-TWO = RefitParameters(n_seeds=2)
+ONE, TWO = RefitParameters(n_seeds=1), RefitParameters(n_seeds=2)
 
 
 @pytest.fixture(scope="module")
 def finished_job(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Path:
-    """The folder of the stores of a finished job with three refits."""
+    """The folder of the stores of a finished job with two refits."""
     folder = tmp_path_factory.mktemp("job")
     with store_like(empty_store, folder):
-        main.main(loaded, SPACE, STUDY, RefitParameters(n_seeds=3), RegistryParameters())
+        main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
     return folder
 
 
@@ -62,17 +63,17 @@ def test_interrupted_job_is_resumed(store: str, loaded: loading.Data, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(main.evaluate, "score_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+            main.main(loaded, SPACE, STUDY, ONE, RegistryParameters())
     assert Counter(run.info.status for run in runs()) == {"FINISHED": 2, "KILLED": 2}
 
-    decision = main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+    decision = main.main(loaded, SPACE, STUDY, ONE, RegistryParameters())
     assert (decision.version, decision.alias) == ("1", "champion")
     roles = Counter((run.data.tags["role"], run.info.status) for run in runs())
     assert roles == {
         ("study", "FINISHED"): 1,
         ("trial", "FINISHED"): 2,
         ("refit", "KILLED"): 1,
-        ("refit", "FINISHED"): 2,
+        ("refit", "FINISHED"): 1,
     }
 
 
@@ -93,7 +94,7 @@ def test_refit_uses_training_and_validation(job: str, loaded: loading.Data) -> N
 
 def test_first_seed_is_registered(job: str) -> None:
     refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
-    assert set(refits) == {"1337", "1338", "1339"}
+    assert set(refits) == {"1337", "1338"}
     accuracies = [run.data.metrics["test_accuracy"] for run in refits.values()]
     (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
     assert study.data.metrics["test_accuracy_mean"] == pytest.approx(np.mean(accuracies))
@@ -104,14 +105,29 @@ def test_first_seed_is_registered(job: str) -> None:
 
 
 def test_second_start_keeps_rollback(job: str, loaded: loading.Data) -> None:
-    once = RefitParameters(n_seeds=1)
     other = dataclasses.replace(STUDY, study_name="other")
-    assert main.main(loaded, SPACE, other, once, RegistryParameters(force=True)).version == "2"
+    assert main.main(loaded, SPACE, other, ONE, RegistryParameters(force=True)).version == "2"
     register.register(ModelParameters(), VersionParameters(version=1))
-    again = main.main(loaded, SPACE, other, once, RegistryParameters(force=True))
+    again = main.main(loaded, SPACE, other, ONE, RegistryParameters(force=True))
     assert (again.version, again.alias) == ("2", "champion"), "what was decided then"
     champion = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion")
     assert str(champion.version) == "1"
+
+
+@pytest.mark.parametrize("alias", ["champion", "challenger"])
+def test_deleted_alias_names_remedy(
+    job: str, loaded: loading.Data, caplog: pytest.LogCaptureFixture, alias: str
+) -> None:
+    register.register(ModelParameters(), VersionParameters(version=1, alias=alias))
+    mlflow.MlflowClient().delete_registered_model_alias(MODEL_NAME, alias)
+    with caplog.at_level("INFO", "signdigits"):
+        main.main(loaded, SPACE, STUDY, TWO, RegistryParameters(alias=alias))
+    remedy = f"python -m signdigits register --version 1 --alias {alias}"
+    standing = "no alias" if alias == "champion" else "champion"
+    assert f"version 1, {standing}; it was {alias}, and `{remedy}` assigns it again" in caplog.text
+    assert remedy in registry.missing_alias(MODEL_NAME, alias)
+    register.register(ModelParameters(), VersionParameters(version=1, alias=alias))
+    assert alias in registry.list_aliases(MODEL_NAME, "1")
 
 
 def test_refit_that_learns_nothing_is_skipped(
@@ -127,7 +143,7 @@ def test_refit_that_learns_nothing_is_skipped(
         return fit
 
     monkeypatch.setattr(training, "fit_network", collapse(training.fit_network))
-    main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), RefitParameters(n_seeds=1), RegistryParameters())
+    main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONE, RegistryParameters())
     refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
     assert (refits["1337"].info.status, refits["1338"].info.status) == ("FAILED", "FINISHED")
     assert refits["1337"].data.tags["failure_reason"].startswith("TrainingDiverged: training accuracy 0.0000")
