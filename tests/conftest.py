@@ -1,5 +1,6 @@
 """Fixtures: generated photographs, a SQLite store per test, trained models, real servers on free ports."""
 
+import fcntl
 import functools
 import os
 import shutil
@@ -45,6 +46,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("repetition", range(metafunc.config.getoption("--faults")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests: at the end, the others keep every process busy."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def environment() -> Iterator[None]:
     """Use the environment of an activated .venv, and import TensorFlow as the command line does."""
@@ -69,9 +76,28 @@ def write_photographs(folder: Path, classes: int = 3, each: int = 20) -> Path:
 
 
 @pytest.fixture(scope="session")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fill_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function that fills a new folder once for all processes of pytest-xdist, and returns it."""
+    folder = tmp_path_factory.getbasetemp()
+    common = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def fill(name: str, write: Callable[[Path], object]) -> Path:
+        with (common / f"{name}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if not lock.read():
+                (common / name).mkdir()
+                write(common / name)
+                lock.write("filled")
+        return common / name
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def photographs(fill_once: Callable[..., Path]) -> Path:
     """A read-only folder of 60 photographs in 3 classes; `write_photographs` makes others."""
-    return write_photographs(tmp_path_factory.mktemp("photographs") / "bars")
+    return fill_once("photographs", lambda folder: write_photographs(folder / "bars")) / "bars"
 
 
 @pytest.fixture(scope="session")
@@ -85,12 +111,14 @@ def loaded(source: DataParameters) -> loading.Data:
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_store(fill_once: Callable[..., Path]) -> Path:
     """An empty MLflow database, to copy: creating its tables takes two seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    with use_store(folder):
-        mlflow.search_experiments()
-    return folder / "mlflow.db"
+
+    def create(folder: Path) -> None:
+        with use_store(folder):
+            mlflow.search_experiments()
+
+    return fill_once("store", create) / "mlflow.db"
 
 
 @contextmanager
@@ -137,16 +165,18 @@ def store(tmp_path: Path, empty_store: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def champion_store(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Path:
+def champion_store(fill_once: Callable[..., Path], loaded: loading.Data, empty_store: Path) -> Path:
     """An MLflow database, to copy, with a trained, evaluated and registered model."""
-    folder = tmp_path_factory.mktemp("champion")
-    shutil.copy(empty_store, folder / "mlflow.db")
-    with use_store(folder):
-        mlflow.set_experiment("tests")
-        run_id = train.train(loaded, Hyperparameters(epochs=8, batch_size=8, initial_learning_rate=0.003))
-        evaluate.evaluate(loaded.parameters, ModelParameters(run_id=run_id))
-        register.register(ModelParameters(run_id=run_id), VersionParameters())
-    return folder / "mlflow.db"
+
+    def create(folder: Path) -> None:
+        shutil.copy(empty_store, folder / "mlflow.db")
+        with use_store(folder):
+            mlflow.set_experiment("tests")
+            run_id = train.train(loaded, Hyperparameters(epochs=8, batch_size=8, initial_learning_rate=0.003))
+            evaluate.evaluate(loaded.parameters, ModelParameters(run_id=run_id))
+            register.register(ModelParameters(run_id=run_id), VersionParameters())
+
+    return fill_once("champion", create) / "mlflow.db"
 
 
 @pytest.fixture
