@@ -22,7 +22,6 @@ from signdigits.config import (
     Hyperparameters,
     ModelParameters,
     NameParameters,
-    RefitParameters,
     StudyParameters,
     VersionParameters,
 )
@@ -38,7 +37,6 @@ pytestmark = pytest.mark.slow
 
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
 STUDY = StudyParameters(n_trials=2, pruner="none", space="notebook")
-ONCE = RefitParameters(n_seeds=1)
 
 
 def during_the_second_trial(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:

@@ -74,6 +74,7 @@ def _pad(image: Image.Image) -> Image.Image:
 
 
 def _move_padded(padded: Image.Image, angle: float, scale: float, right: float, down: float) -> Image.Image:
+    """Rotate, scale and shift the middle of a padded image, and return it alone."""
     side = padded.width // 3
     across, along = math.cos(angle) / scale, math.sin(angle) / scale
     centre = side / 2
