@@ -1,7 +1,6 @@
 """Fixtures: generated photographs, a SQLite store per test, trained models, real servers on free ports."""
 
 import fcntl
-import functools
 import os
 import shutil
 import signal
@@ -195,22 +194,19 @@ def calibrate(network: "keras.Sequential", loaded: loading.Data, temperature: fl
 
 
 @pytest.fixture(scope="session")
-def model_files(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data) -> Callable[[float], Path]:
+def model_files(fill_once: Callable[..., Path], loaded: loading.Data) -> Callable[[float], Path]:
     """Return a function from a temperature to the files of an untrained model: exporting one takes two seconds."""
     import keras
 
     from signdigits.model import architecture
 
-    @functools.cache
-    def write(temperature: float) -> Path:
-        folder = tmp_path_factory.mktemp("model")
+    def write(folder: Path, temperature: float) -> None:
         keras.utils.set_random_seed(0)
         network = architecture.build_network(loaded.training.shape, 3)
         architecture.compile_network(network, Hyperparameters())
         package.write_files(network, calibrate(network, loaded, temperature), loaded, folder)
-        return folder
 
-    return write
+    return lambda temperature: fill_once(f"model-{temperature}", lambda folder: write(folder, temperature))
 
 
 @pytest.fixture

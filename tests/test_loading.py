@@ -46,7 +46,6 @@ def test_joined_data_have_the_size_of_the_first(data: str, size: int) -> None:
 def test_each_photograph_is_read_once(photographs: Path) -> None:
     script = f"""
 import sys
-from dataclasses import replace
 opened = []
 sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
 from signdigits.config import DataParameters
