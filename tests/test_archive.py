@@ -7,7 +7,7 @@ import pytest
 
 from signdigits import prepare
 from signdigits.config import DataParameters, ReportParameters
-from signdigits.data import loading
+from signdigits.data import loading, sources
 from signdigits.data.loading import Data
 from signdigits.errors import DataError, DownloadError, ModelError
 
@@ -51,6 +51,13 @@ def test_run_is_repeated_without_folder(mine: Data) -> None:
         again = loading.load_data(dataclasses.replace(mine.parameters, data=f"runs:/{run_id}"))
         assert (again.split.digest, again.dataset.name) == (mine.split.digest, "hands #1")
         assert again.dataset.folder.parent.parent == Path("data", "cache")
+
+
+def test_repeated_digits_keep_their_size(photographs: Path, tmp_path: Path, store: str) -> None:
+    folder = Path(shutil.copytree(photographs, tmp_path / sources.HANDWRITTEN_DIGITS))
+    original = loading.load_data(DataParameters(data=str(folder), log_data=True))
+    again = loading.load_data(DataParameters(data=f"runs:/{report(original)}"))
+    assert again.image_size == original.image_size == 32
 
 
 def test_changed_artifact_is_refused(mine: Data, tmp_path: Path) -> None:

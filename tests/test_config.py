@@ -63,13 +63,14 @@ def test_searched_decay_has_an_effect(name: str) -> None:
 
 
 def test_written_digits_are_not_mirrored() -> None:
-    space = Space.of("extended", "handwritten-digits")
+    space = Space.of("extended").for_data_set("handwritten-digits")
     assert space.fixed["horizontal_flip"] == 0
     assert not space.includes_mirror_images()
-    assert Space.of("extended", "photographs").includes_mirror_images()
-    assert Space.of("extended", "handwritten-digits", horizontal_flip=0.5).includes_mirror_images()
+    assert Space.of("extended").for_data_set("photographs") == Space.of("extended")
+    assert Space.of("extended").includes_mirror_images()
+    assert Space.of("extended", horizontal_flip=0.5).for_data_set("handwritten-digits").includes_mirror_images()
     assert space.ranges["epochs"].high < Space.of("extended").ranges["epochs"].low, "and are learned sooner"
-    assert Space.of("notebook", "handwritten-digits") == Space.of("notebook")
+    assert Space.of("notebook").for_data_set("handwritten-digits") == Space.of("notebook")
 
 
 def test_auto_is_the_space_default() -> None:

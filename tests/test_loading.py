@@ -38,8 +38,16 @@ def test_photographs_have_100_pixels(photographs: Path) -> None:
     assert loading.load_data(DataParameters(data=str(photographs))).image_size == 100
 
 
-@pytest.mark.parametrize(("data", "size"), [("handwritten-digits,accepted", 32), ("accepted,handwritten-digits", 100)])
-def test_joined_data_have_the_size_of_the_first(data: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        ("data/handwritten-digits", 32),
+        ("handwritten-digits,accepted", 32),
+        ("cache/handwritten-digits+accepted,more", 32),
+        ("accepted,handwritten-digits", 100),
+    ],
+)
+def test_folder_name_decides_the_size(data: str, size: int) -> None:
     assert sources.default_image_size(data) == size
 
 

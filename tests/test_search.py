@@ -272,6 +272,15 @@ def test_too_small_images_are_refused(store: str, loaded: loading.Data) -> None:
     assert not Path("optuna.db").exists()
 
 
+def test_joined_digits_are_not_mirrored(store: str, loaded: loading.Data) -> None:
+    joined = dataclasses.replace(
+        loaded, dataset=dataclasses.replace(loaded.dataset, name="handwritten-digits+accepted")
+    )
+    with search.open_study(joined, EXTENDED, dataclasses.replace(THREE, space="extended")) as opened:
+        assert runs.find_run(opened.run_id).data.params["horizontal_flip"] == "0.0"
+        assert opened.context.space.ranges["epochs"] == EXTENDED.ranges["epochs"], "given ones stay"
+
+
 def test_locked_study_is_refused(store: str, loaded: loading.Data) -> None:
     named = dataclasses.replace(THREE, study_name="mine")
     with (

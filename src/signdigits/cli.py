@@ -281,7 +281,7 @@ def _describe_changes(name: str, values: dict[str, Any]) -> str:
 def _make_group(group: type, values: dict[str, Any]) -> Any:
     names = [declared.name for declared in fields(config.Hyperparameters if group is Space else group)]
     chosen = {name: values[name] for name in names}
-    return Space.of(values["space"], values["data"], **chosen) if group is Space else group(**chosen)
+    return Space.of(values["space"], **chosen) if group is Space else group(**chosen)
 
 
 def _load(parameters: config.DataParameters) -> Any:

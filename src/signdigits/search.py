@@ -92,6 +92,7 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     Raises ParameterError if the images are too small for the space, and StudyError if the storage cannot be used, if
     another process is searching the same study, or if a study of that name was created with other data or settings.
     """
+    space = space.for_data_set(data.dataset.origin)
     # Fail before the search, not in the middle of it.
     architecture.check_blocks(space.ends("conv_blocks")[1], data.image_size)
     settings = study_settings(data, space, parameters)

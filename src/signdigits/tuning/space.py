@@ -1,7 +1,7 @@
 """The search spaces: what the search draws each hyperparameter from. One that is not listed keeps its default."""
 
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from signdigits.config import Hyperparameters, Number, Value, check_value
@@ -72,29 +72,43 @@ DATA_SET_VALUES: Mapping[tuple[str, str], Mapping[str, Range | Value]] = {
 
 @dataclass(frozen=True)
 class Space:
-    """A search space: `ranges` are searched, `fixed` hyperparameters are not."""
+    """A search space: a range or a fixed value of each hyperparameter; those of `given` replace the space's own."""
 
-    ranges: Mapping[str, Range]
-    fixed: Mapping[str, Value]
+    name: str
+    values: Mapping[str, Range | Value]
+    given: frozenset[str]
 
     @classmethod
-    def of(cls, space: str, data: str = "", **values: Range | Value) -> Self:
-        """Return the space called `space` for the data set `data`, with `values` (but for "auto") in place of its own.
+    def of(cls, space: str, **values: Range | Value) -> Self:
+        """Return the space called `space`, with `values` (but for "auto") in place of its own.
 
         Raises ParameterError if a value, or an end of a range, lies outside the hyperparameter's limits.
         """
         declared = {f.name: f for f in fields(Hyperparameters)}
         given = {name: value for name, value in values.items() if value != AUTO or name == "precision"}
-        defaults = {name: search_default(f, space) for name, f in declared.items()}
-        chosen = {**defaults, **DATA_SET_VALUES.get((space, data), {}), **given}
+        chosen = {name: search_default(f, space) for name, f in declared.items()} | given
         for name, value in chosen.items():
             ends = (value.low, value.high) if isinstance(value, Range) else (value,)
             for end in ends:
                 check_value(declared[name], end)
             if isinstance(value, Range) and value.low > value.high:
                 raise ParameterError(f"{name}={value}: the range is empty; write LOW:HIGH")
-        ranges = {name: value for name, value in chosen.items() if isinstance(value, Range)}
-        return cls(ranges, {name: value for name, value in chosen.items() if not isinstance(value, Range)})
+        return cls(space, chosen, frozenset(given))
+
+    def for_data_set(self, name: str) -> Self:
+        """Return the space with its own values for the data set called `name`, where none are given."""
+        own = DATA_SET_VALUES.get((self.name, name), {})
+        return replace(self, values={**self.values, **own, **{key: self.values[key] for key in self.given}})
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """The hyperparameters that are searched."""
+        return {name: value for name, value in self.values.items() if isinstance(value, Range)}
+
+    @property
+    def fixed(self) -> dict[str, Value]:
+        """The hyperparameters that are not."""
+        return {name: value for name, value in self.values.items() if not isinstance(value, Range)}
 
     def suggest(self, trial: "optuna.Trial") -> Hyperparameters:
         """Draw a value from each range; the other hyperparameters are fixed."""
