@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from signdigits.config import SourceParameters
-from signdigits.data import groups, sources, split
+from signdigits.config import DataParameters, SourceParameters
+from signdigits.data import groups, loading, sources, split
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import DataError
 
@@ -108,6 +108,7 @@ def test_named_data_set_can_be_joined(tmp_path: Path) -> None:
     joined = scan_dataset(SourceParameters(data="handwritten-digits,accepted"))
     assert len(joined.photographs) == 1798
     assert split.split_dataset(joined, "auto").name == "random", "as of the first alone"
+    assert loading.load_data(DataParameters(data="handwritten-digits,accepted")).image_size == 32
 
 
 def test_comma_may_be_in_a_name(tmp_path: Path) -> None:

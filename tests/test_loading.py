@@ -39,16 +39,16 @@ def test_photographs_have_100_pixels(photographs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "size"),
+    ("folder", "size"),
     [
         ("data/handwritten-digits", 32),
-        ("handwritten-digits,accepted", 32),
-        ("cache/handwritten-digits+accepted,more", 32),
-        ("accepted,handwritten-digits", 100),
+        ("cache/handwritten-digits+accepted", 32),
+        ("cache/handwritten-digits+accepted+more", 32),
+        ("cache/accepted+handwritten-digits", 100),
     ],
 )
-def test_folder_name_decides_the_size(data: str, size: int) -> None:
-    assert sources.default_image_size(data) == size
+def test_folder_name_decides_the_size(folder: str, size: int) -> None:
+    assert sources.default_image_size(Path(folder)) == size
 
 
 def test_each_photograph_is_read_once(photographs: Path) -> None:

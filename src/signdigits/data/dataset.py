@@ -51,7 +51,7 @@ class Dataset:
     @property
     def origin(self) -> str:
         """The name of the folder; of a joined one, that of the first."""
-        return self.name.partition(joined.ADDED)[0]
+        return joined.name_original(self.name)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -86,14 +86,17 @@ class Dataset:
         return {name: counts[label] for label, name in enumerate(self.class_names)}
 
 
-def scan_dataset(parameters: SourceParameters, cache: PhotographCache | None = None) -> Dataset:
+def scan_dataset(
+    parameters: SourceParameters, cache: PhotographCache | None = None, folder: Path | None = None
+) -> Dataset:
     """Read every file of every class folder, once, and decode each photograph that the cache does not hold.
 
+    `folder` is what `resolve_source` returned, if it was called before: to join folders takes a while.
     Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
     Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
     (unless `skip_unreadable`, which lists it in the result instead).
     """
-    folder = sources.resolve_source(parameters.data)
+    folder = folder or sources.resolve_source(parameters.data)
     try:
         dataset = _read_folder(folder, parameters, cache or PhotographCache(HASHED_SIZE, "rgb"))
     except OSError as error:  # a folder that may not be entered

@@ -21,6 +21,11 @@ ADDED = "+"
 GROUPS = "groups.csv"  # of the first folder, beside its class folders
 
 
+def name_original(name: str) -> str:
+    """Return the name of the first of the folders that a joined folder called `name` holds; of any other folder, `name`."""
+    return name.partition(ADDED)[0]
+
+
 def is_added(path: str) -> bool:
     """Tell whether a photograph, by its path in the data set, is of another folder than the first."""
     parts = path.split("/")

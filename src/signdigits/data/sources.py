@@ -61,11 +61,9 @@ def resolve_source(data: str, home: Path = Path("data")) -> Path:
     return Path(data)
 
 
-def default_image_size(data: str) -> int:
-    """Return the `image_size` for `data`, in pixels; joined data have that of the first."""
-    first = data.partition(",")[0]
-    folder = _find_photographs(_read_run_id(first))["dataset"] if first.startswith("runs:") else first
-    return IMAGE_SIZES.get(Path(folder).resolve().name.partition(joined.ADDED)[0], IMAGE_SIZE)
+def default_image_size(folder: Path) -> int:
+    """Return the `image_size` for the photographs in `folder`, in pixels; a joined folder has that of the first."""
+    return IMAGE_SIZES.get(joined.name_original(folder.resolve().name), IMAGE_SIZE)
 
 
 def _write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
