@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ExportComparison:
     """The probabilities of an exported network beside the served ones."""
 
     images: int
@@ -37,7 +37,7 @@ class Comparison:
     equal_labels: float  # fraction
 
     @classmethod
-    def of(cls, served: np.ndarray, exported: np.ndarray) -> "Comparison":
+    def of(cls, served: np.ndarray, exported: np.ndarray) -> "ExportComparison":
         """Compare two arrays of shape (images, classes)."""
         equal = served.argmax(axis=1) == exported.argmax(axis=1)
         return cls(len(served), float(np.abs(served - exported).max()), float(equal.mean()))
@@ -52,7 +52,7 @@ class Photographs:
     training: list[bytes]
 
 
-def export(parameters: ExportParameters) -> Comparison:
+def export(parameters: ExportParameters) -> ExportComparison:
     """Write, compare and log the file, in a run of its own.
 
     Raises ModelError if there is no such model, or if a package is missing; DataError or ModelError if `data` is given, or
@@ -61,7 +61,7 @@ def export(parameters: ExportParameters) -> Comparison:
     formats.check_installed(parameters.format)
     model = registry.find_model("", parameters.model_uri)
     folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
-    photographs = _find_photographs(model, folder, parameters)
+    photographs = _select_photographs(model, folder, parameters)
     version, output = registry.version_of(model), Path(parameters.output)
     target = output / f"network-{version}{formats.FORMATS[parameters.format].suffix}"
     tags = {"model_id": model.model_id, "model_version": version}
@@ -80,7 +80,7 @@ def export(parameters: ExportParameters) -> Comparison:
     return comparison
 
 
-def _find_photographs(model: LoggedModel, folder: Path, parameters: ExportParameters) -> Photographs:
+def _select_photographs(model: LoggedModel, folder: Path, parameters: ExportParameters) -> Photographs:
     """Return the model's test images and some of its training images, else, if they are not at hand, its input example."""
     data = parameters.data or model.tags.get("data", "")
     try:
@@ -101,7 +101,7 @@ def _read_all(dataset: Dataset, indices: np.ndarray) -> list[bytes]:
     return [dataset.read(dataset.photographs[index]) for index in indices.tolist()]
 
 
-def _write_network(folder: Path, file: Path, photographs: Photographs, format: str) -> Comparison:
+def _write_network(folder: Path, file: Path, photographs: Photographs, format: str) -> ExportComparison:
     """Write the network of the logged model in `folder`, and compare what was written with the served answers."""
     from keras.saving import load_model
 
@@ -120,7 +120,7 @@ def _write_network(folder: Path, file: Path, photographs: Photographs, format: s
     names = [str(number) for number in range(len(photographs.compared))]
     table = scorer.score_photographs(names, lambda name: photographs.compared[int(name)])
     probabilities = table[[f"p({name})" for name in scorer.class_names]].to_numpy(float)
-    return Comparison.of(probabilities, written.run(file, decode(photographs.compared)))
+    return ExportComparison.of(probabilities, written.run(file, decode(photographs.compared)))
 
 
 def _find_artifact(folder: Path, name: str) -> Path:
@@ -131,7 +131,7 @@ def _find_artifact(folder: Path, name: str) -> Path:
     return folder / artifacts[name]["path"]
 
 
-def _log_export(target: Path, comparison: Comparison, photographs: Photographs) -> None:
+def _log_export(target: Path, comparison: ExportComparison, photographs: Photographs) -> None:
     size = target.stat().st_size
     mlflow.log_artifact(str(target))
     mlflow.log_metrics({**asdict(comparison), "bytes": size})

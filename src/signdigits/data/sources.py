@@ -150,7 +150,7 @@ def download_photographs(run_id: str, home: Path) -> Path:
 
     Raises DataError if none are logged for the run, and DownloadError, leaving nothing behind, if they cannot be read.
     """
-    tags = _find_photographs(run_id)
+    tags = _find_logged_photographs(run_id)
     uri, digest = tags[PHOTOGRAPHS], tags[PHOTOGRAPHS_DIGEST]
     target = home / digest / Path(tags["dataset"]).name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def download_photographs(run_id: str, home: Path) -> Path:
     return target
 
 
-def _find_photographs(run_id: str) -> dict[str, str]:
+def _find_logged_photographs(run_id: str) -> dict[str, str]:
     """Return the tags of a run whose photographs are logged: `run_id`, or another with the same `dataset_digest`."""
     tags: dict[str, str] = runs.find_run(run_id).data.tags
     if PHOTOGRAPHS not in tags and (digest := tags.get("dataset_digest")):

@@ -91,7 +91,7 @@ def _describe_purpose(predictions: pd.DataFrame | None) -> str:
         return ""
     names = list_classes(predictions)
     return (
-        f"It tells which of {len(names)} classes a photograph shows: {_join_names(names)}.\n\nIt is not for other classes, and not for "
+        f"It tells which of {len(names)} classes a photograph shows: {_quote_names(names)}.\n\nIt is not for other classes, and not for "
         "photographs that differ from those of its data in more than the changes that are measured below: a photograph of "
         "anything else also gets one of these labels."
     )
@@ -187,7 +187,7 @@ def _list_limits(tags: Mapping[str, str], predictions: pd.DataFrame | None, miss
     if predictions is not None:
         counts = predictions["label"].value_counts()
         if few := sorted(counts.index[counts < FEW_IMAGES]):
-            yield f"Fewer than {FEW_IMAGES} test images, and therefore a wide interval: {_join_names(few)}."
+            yield f"Fewer than {FEW_IMAGES} test images, and therefore a wide interval: {_quote_names(few)}."
     if "worst_corruption" in tags:
         worst = float(tags["worst_accuracy"])
         yield f"Of the measured changes, `{tags['worst_corruption']}` does most harm: accuracy {worst:.4f}."
@@ -195,7 +195,7 @@ def _list_limits(tags: Mapping[str, str], predictions: pd.DataFrame | None, miss
     yield "Not measured: accuracy by person, camera or place" + "".join(f"; {title}" for title in missing) + "."
 
 
-def _join_names(names: list[str]) -> str:
+def _quote_names(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:MAX_CLASSES]) + (", ..." if len(names) > MAX_CLASSES else "")
 
 
