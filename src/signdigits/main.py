@@ -57,8 +57,12 @@ def _refit_seeds(opened: search.Search, n_seeds: int) -> list[LoggedModel]:
     models: list[LoggedModel] = []
     first = opened.best_hyperparameters.seed
     for seed in range(first, first + 2 * n_seeds):
+        model = _find_refit(opened, seed)
         try:
-            models.append(_find_refit(opened, seed) or _refit_best(opened, seed))
+            if not model:
+                log.info("refit %d/%d of trial %d, with seed %d", len(models) + 1, n_seeds, opened.best.number, seed)
+                model = _refit_best(opened, seed)
+            models.append(model)
         except TrainingDiverged as error:
             log.warning("refit with seed %d skipped: %s", seed, error)
             if seed - first + 1 - len(models) > n_seeds:
@@ -87,7 +91,6 @@ def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
     hyperparameters = replace(opened.best_hyperparameters, seed=seed)
     facts = {"study": opened.study.study_name, "trial": best.number, "seed": seed}
     with runs.start_run("refit", f"refit, seed {seed}"):
-        log.info("refit of trial %d on %d images with seed %d", best.number, len(data.split.fitting), seed)
         mlflow.set_tags(facts)
         runs.log_params(asdict(hyperparameters))
         runs.log_data(data, parts=("fitting",))

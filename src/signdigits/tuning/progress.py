@@ -39,9 +39,10 @@ class SearchProgress:
             best = f"best {study.best_value:.4f} (trial {study.best_trial.number})"
         except ValueError:
             best = "no best yet"
+        left = _format_duration(self.seconds_left(trials))
         return (
             f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {metric} {value}  {params}  "
-            f"{_trial_seconds(trial):.0f} s;  {best}, about {_format_duration(self.seconds_left(trials))} left"
+            f"{_trial_seconds(trial):.0f} s;  {best}, about {left} of the search left"
         )
 
     def seconds_left(self, trials: list[FrozenTrial]) -> float:
