@@ -86,19 +86,21 @@ class Dataset:
         return {name: counts[label] for label, name in enumerate(self.class_names)}
 
 
-def scan_dataset(
-    parameters: SourceParameters, cache: PhotographCache | None = None, folder: Path | None = None
-) -> Dataset:
+def scan_dataset(parameters: SourceParameters) -> Dataset:
+    """Scan the folder that `parameters.data` names, with a cache of RGB pixels, as `scan_folder` does."""
+    return scan_folder(sources.resolve_source(parameters.data), parameters, PhotographCache(HASHED_SIZE, "rgb"))
+
+
+def scan_folder(folder: Path, parameters: SourceParameters, cache: PhotographCache) -> Dataset:
     """Read every file of every class folder, once, and decode each photograph that the cache does not hold.
 
-    `folder` is what `resolve_source` returned, if it was called before: to join folders takes a while.
+    `folder` is the one that `resolve_source` returned for `parameters.data`.
     Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
     Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
     (unless `skip_unreadable`, which lists it in the result instead).
     """
-    folder = folder or sources.resolve_source(parameters.data)
     try:
-        dataset = _read_folder(folder, parameters, cache or PhotographCache(HASHED_SIZE, "rgb"))
+        dataset = _read_folder(folder, parameters, cache)
     except OSError as error:  # a folder that may not be entered
         raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
     if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
