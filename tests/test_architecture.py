@@ -1,10 +1,12 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from signdigits.config import Hyperparameters
 from signdigits.errors import ParameterError
 from signdigits.model import architecture
+from signdigits.model.normalization import FusedBatchNormalization
 
 
 def test_notebook_network_has_1204650_parameters() -> None:
@@ -98,6 +100,36 @@ def test_batch_normalization_replaces_biases(precision: str) -> None:
     assert biased == network.layers[-1:]
     x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
     np.testing.assert_allclose(network(x), network.predict(x, verbose=0), atol=1e-2)
+
+
+def test_fused_batch_normalization_is_that_of_keras() -> None:
+    random = np.random.default_rng(0)
+    x = tf.constant(random.normal(3, 2, (16, 5, 5, 4)).astype(np.float32))
+    weights = [random.uniform(0.5, 1.5, 4).astype(np.float32) for _ in range(4)]
+    results = []
+    for layer in (FusedBatchNormalization(momentum=0.9), keras.layers.BatchNormalization(momentum=0.9)):
+        layer.build(x.shape)
+        layer.set_weights(weights)
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+            loss = tf.reduce_sum(y**3)
+        results.append(
+            [y, *tape.gradient(loss, [x, layer.gamma.value, layer.beta.value]), layer(x), *layer.get_weights()]
+        )
+    for fused, keras_own in zip(*results, strict=True):
+        np.testing.assert_allclose(fused, keras_own, rtol=1e-3, atol=1e-3)
+
+
+def test_trained_network_is_saved_with_layers_of_keras_alone() -> None:
+    chosen = Hyperparameters(normalization="batch")
+    trained = architecture.build_network((16, 16, 3), 3, chosen, for_training=True)
+    saved = architecture.build_network((16, 16, 3), 3, chosen)
+    assert sum(isinstance(layer, FusedBatchNormalization) for layer in trained.layers) == 3
+    assert {type(layer).__module__.partition(".")[0] for layer in saved.layers} == {"keras"}
+    saved.set_weights(trained.get_weights())
+    x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_allclose(saved(x), trained(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["none", "batch"])

@@ -58,7 +58,7 @@ def new_network(
     # Keras and TensorFlow keep the graphs of earlier networks. Python frees them in its own time: to force it takes a second.
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
-    network = architecture.build_network(image_shape, n_classes, hyperparameters, precision)
+    network = architecture.build_network(image_shape, n_classes, hyperparameters, precision, for_training=True)
     architecture.compile_network(network, hyperparameters)
     return network
 
