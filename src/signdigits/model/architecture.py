@@ -1,7 +1,6 @@
 """The notebook's network, its optimizer and its loss."""
 
 import platform
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,10 +40,8 @@ def build_network(
         # Each channel of each image gets mean 0 and variance 1: independent of brightness, contrast and white balance.
         network.add(layers.LayerNormalization(axis=(1, 2), epsilon=1e-5, center=False, scale=False))
     normalized = hyperparameters.normalization == "batch"
-    block_normalization = (
-        partial(FusedBatchNormalization, dtype=precision)
-        if for_training
-        else partial(layers.BatchNormalization, dtype="float32")
+    block_normalization, dtype = (
+        (FusedBatchNormalization, precision) if for_training else (layers.BatchNormalization, "float32")
     )
     # ReLU before or after max pooling is the same function with the same gradients. The notebook has it before; in bfloat16
     # (mixed precision) it takes half the time after.
@@ -56,7 +53,7 @@ def build_network(
         )
         network.add(layers.MaxPooling2D(dtype=precision))
         if normalized:
-            network.add(block_normalization(momentum=BATCH_MOMENTUM))
+            network.add(block_normalization(momentum=BATCH_MOMENTUM, dtype=dtype))
         if first is None:
             network.add(layers.ReLU(dtype=precision))
     network.add(layers.Flatten(dtype=precision))

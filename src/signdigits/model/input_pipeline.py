@@ -39,9 +39,8 @@ def steps_per_epoch(images: Images, batch_size: int) -> int:
 def _read_batches(numbers: tf.data.Dataset, images: Images, augmentation: Augmentation, seed: int) -> tf.data.Dataset:
     """Read, augment and prefetch the batches with these image numbers."""
     read = _make_reader(images)
-    cv2.setNumThreads(
-        0
-    )  # for an image of this size, its threads only take the cores from TensorFlow: a sixth of a step
+    # For images of this size, OpenCV's threads only take the cores from TensorFlow: a sixth of an epoch.
+    cv2.setNumThreads(0)
 
     def augment(x: np.ndarray, step: np.int64) -> np.ndarray:
         return augment_batch(x, augmentation, [seed, int(step)])
