@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from signdigits.config import Hyperparameters
-from signdigits.errors import ParameterError
+from signdigits.errors import UsageError
 from signdigits.model import architecture
 from signdigits.model.normalization import FusedBatchNormalization
 
@@ -58,7 +58,7 @@ def test_blocks_and_dropout_are_configurable() -> None:
 
 
 def test_too_many_blocks_are_refused() -> None:
-    with pytest.raises(ParameterError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
+    with pytest.raises(UsageError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
         architecture.build_network((16, 16, 3), 3, Hyperparameters(conv_blocks=5))
 
 

@@ -5,7 +5,7 @@ import optuna
 import pytest
 
 from signdigits import config as hp
-from signdigits.errors import ParameterError
+from signdigits.errors import UsageError
 from signdigits.tuning.space import SPACES, Range, Space
 
 
@@ -31,7 +31,7 @@ from signdigits.tuning.space import SPACES, Range, Space
     ],
 )
 def test_invalid_value_is_refused(group: type, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ParameterError) as raised:
+    with pytest.raises(UsageError) as raised:
         group(**values)
     assert message in str(raised.value)
 
@@ -101,7 +101,7 @@ def test_range_can_be_replaced() -> None:
     ],
 )
 def test_invalid_range_is_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ParameterError) as raised:
+    with pytest.raises(UsageError) as raised:
         Space.of("notebook", **values)
     assert message in str(raised.value)
 

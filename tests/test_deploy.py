@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from signdigits.cli import make_parser
-from signdigits.errors import ServingError
+from signdigits.errors import UsageError
 from signdigits.serving import nginx
 from signdigits.serving.options import ServeParameters
 
@@ -111,5 +111,5 @@ def test_deployment_fits_image() -> None:
 def test_placeholder_token_is_refused(tmp_path: Path) -> None:
     placeholder = load(KUBERNETES / "base" / "secret.yaml")["stringData"]["token"]
     (tmp_path / "token").write_text(placeholder)
-    with pytest.raises(ServingError, match="must have 16 or more"):
+    with pytest.raises(UsageError, match="must have 16 or more"):
         nginx.read_token(str(tmp_path / "token"))

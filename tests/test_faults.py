@@ -26,7 +26,7 @@ from signdigits.config import (
     VersionParameters,
 )
 from signdigits.data import loading
-from signdigits.errors import DataError, TrackingError
+from signdigits.errors import DataError, UsageError
 from signdigits.model import training
 from signdigits.tracking import registry, runs
 from signdigits.tuning.space import Range, Space
@@ -71,7 +71,7 @@ def test_deleted_study_ends_search(
             mlflow.delete_experiment(seen[0].info.experiment_id)
 
     during_the_second_trial(monkeypatch, delete)
-    with pytest.raises(TrackingError, match=r"was deleted.* restore it with `mlflow runs restore --run-id"):
+    with pytest.raises(UsageError, match=r"was deleted.* restore it with `mlflow runs restore --run-id"):
         search.search(loaded, SPACE, STUDY)
     monkeypatch.undo()
     (study,) = seen
@@ -95,7 +95,7 @@ def test_lost_store_names_remedy(store: str, loaded: loading.Data, tmp_path: Pat
         mlflow.set_tracking_uri(f"{uri}.new")
         mlflow.set_experiment("tests")
         os.chdir(tmp_path)
-        with pytest.raises(TrackingError, match=r"does not hold run .* begin anew: a search with another --study_name"):
+        with pytest.raises(UsageError, match=r"does not hold run .* begin anew: a search with another --study_name"):
             search.search(loaded, SPACE, STUDY)
         assert search.search(loaded, SPACE, dataclasses.replace(STUDY, study_name="anew", n_trials=1)).finished == 1
 
@@ -168,7 +168,7 @@ def test_unrecorded_metrics_fail_the_run(store: str, params: dict[str, float], s
     with runs.start_run("train", "train"):
         mlflow.log_param("epochs", 3)
         mlflow.log_metric("val_accuracy", 0.5, step=0)
-        with pytest.raises(TrackingError, match=f"MLflow recorded 1 of {steps} values of val_accuracy"):
+        with pytest.raises(UsageError, match=f"MLflow recorded 1 of {steps} values of val_accuracy"):
             runs.check_recorded(params, "val_accuracy", steps)
 
 

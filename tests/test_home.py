@@ -19,7 +19,7 @@ import pytest
 
 from signdigits import home
 from signdigits.config import MODEL_NAME, SERVED_MODEL
-from signdigits.errors import TrackingError
+from signdigits.errors import UsageError
 
 from .conftest import PROJECT, free_port, serving, use_store, wait_until, write_photographs
 
@@ -58,13 +58,13 @@ def test_environment_names_home(working: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_relative_home_is_refused(working: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(home.HOME, "here")
-    with pytest.raises(TrackingError, match="SIGN_DIGITS_HOME=here: must be an absolute path"):
+    with pytest.raises(UsageError, match="SIGN_DIGITS_HOME=here: must be an absolute path"):
         home.enter_home()
 
 
 def test_relative_store_is_refused(working: Path) -> None:
     mlflow.set_tracking_uri("sqlite:///mlflow.db")
-    with pytest.raises(TrackingError, match=r"write sqlite:////FOLDER/mlflow\.db"):
+    with pytest.raises(UsageError, match=r"write sqlite:////FOLDER/mlflow\.db"):
         home.enter_home()
 
 
@@ -74,7 +74,7 @@ def test_temporary_clone_is_refused(working: Path, monkeypatch: pytest.MonkeyPat
     assert Path.cwd() == working / "clone", "a checkout"
     monkeypatch.setattr(tempfile, "tempdir", str(working))
     os.chdir(tempfile.mkdtemp())
-    with pytest.raises(TrackingError, match="set SIGN_DIGITS_HOME to a folder that keeps them"):
+    with pytest.raises(UsageError, match="set SIGN_DIGITS_HOME to a folder that keeps them"):
         home.enter_home()
 
 

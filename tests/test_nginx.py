@@ -24,7 +24,7 @@ import pytest
 
 from signdigits.config import MODEL_NAME
 from signdigits.data import loading
-from signdigits.errors import ParameterError, ServingError
+from signdigits.errors import UsageError
 from signdigits.serving import nginx, supervisor
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import Process
@@ -316,14 +316,14 @@ def test_page_knows_whether_classes_are_digits(tmp_path: Path, names: list[str],
 @pytest.mark.parametrize("text", ["", "short", "with a space in it, and long", "x" * 600])
 def test_weak_token_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "token").write_text(text)
-    with pytest.raises(ServingError, match=r"16 or more letters.*secrets.token_hex"):
+    with pytest.raises(UsageError, match=r"16 or more letters.*secrets.token_hex"):
         nginx.read_token(str(tmp_path / "token"))
-    with pytest.raises(ServingError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         nginx.read_token(str(tmp_path / "missing"))
 
 
 def test_certificate_needs_key() -> None:
-    with pytest.raises(ParameterError, match="give both, or neither"):
+    with pytest.raises(UsageError, match="give both, or neither"):
         ServeParameters(certificate="certificate.pem")
 
 

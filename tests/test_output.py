@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from signdigits.batch.output import BatchJob, lock_output
-from signdigits.errors import OutputError
+from signdigits.errors import UsageError
 
 JOB = BatchJob("m-1", "1", "some", "digest", 4)
 ROWS = pd.DataFrame({"path": ["a", "b"], "label": ["1", None], "probability": [0.9, None], "reason": [None, "empty"]})
@@ -37,13 +37,13 @@ import resource, signal
 from pathlib import Path
 import pandas as pd
 from signdigits.batch import output as parts
-from signdigits.errors import OutputError
+from signdigits.errors import UsageError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with parts.lock_output(Path({str(tmp_path)!r}), parts.BatchJob("m-1", "1", "some", "digest", 4)) as output:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:
         output.write_part(0, pd.DataFrame({{"path": [f"{{n}} {{n ** 7}}" for n in range(10000)]}}))
-    except OutputError as error:
+    except UsageError as error:
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
@@ -56,7 +56,7 @@ with parts.lock_output(Path({str(tmp_path)!r}), parts.BatchJob("m-1", "1", "some
 def test_lock_ends_with_block(tmp_path: Path) -> None:
     with (
         lock_output(tmp_path, JOB),
-        pytest.raises(OutputError, match="another process"),
+        pytest.raises(UsageError, match="another process"),
         lock_output(tmp_path, JOB),
     ):
         pass
@@ -66,6 +66,6 @@ def test_lock_ends_with_block(tmp_path: Path) -> None:
 
 def test_unreadable_job_is_kept(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text("{")
-    with pytest.raises(OutputError, match=r"job\.json cannot be read"), lock_output(tmp_path, JOB):
+    with pytest.raises(UsageError, match=r"job\.json cannot be read"), lock_output(tmp_path, JOB):
         pass
     assert (tmp_path / "job.json").read_text() == "{"

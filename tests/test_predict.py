@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from signdigits import cli, predict
 from signdigits.batch.output import TABLES, BatchJob, Output, find_job, lock_output
 from signdigits.config import PredictParameters
-from signdigits.errors import OutputError
+from signdigits.errors import UsageError
 
 from .conftest import PROJECT, command, wait_until
 
@@ -212,11 +212,11 @@ def test_different_job_is_refused(champion: str, photographs: Path, tmp_path: Pa
     read(folder)
     before = Path("out", "predictions.csv").read_bytes()
     os.utime(folder / "0" / "IMG_0000.JPG", (time.time(), time.time()))
-    with pytest.raises(OutputError, match=r"started with 60 other images, from .*; pass another --output"):
+    with pytest.raises(UsageError, match=r"started with 60 other images, from .*; pass another --output"):
         read(folder)
     shutil.copytree(photographs, tmp_path / "more")
     (tmp_path / "more" / "0" / "IMG_0000.JPG").unlink()
-    with pytest.raises(OutputError, match="other images, from"):
+    with pytest.raises(UsageError, match="other images, from"):
         read(tmp_path / "more")
     assert Path("out", "predictions.csv").read_bytes() == before
     assert len(predictions()) == 1
@@ -227,16 +227,14 @@ def test_other_version_is_named(champion: str, photographs: Path) -> None:
     job = find_job(Path("out"))
     assert job is not None
     Output(Path("out"), job).update_job(model="m-other", version="7")
-    with pytest.raises(
-        OutputError, match=r"started with version 7, not 1 \(--model_uri models:/m-other continues it\)"
-    ):
+    with pytest.raises(UsageError, match=r"started with version 7, not 1 \(--model_uri models:/m-other continues it\)"):
         read(photographs)
 
 
 def test_unknown_tables_are_kept(champion: str, photographs: Path) -> None:
     Path("out").mkdir()
     Path("out", "predictions.csv").write_text("mine")
-    with pytest.raises(OutputError, match="pass another --output, or remove it"):
+    with pytest.raises(UsageError, match="pass another --output, or remove it"):
         read(photographs)
     assert Path("out", "predictions.csv").read_text() == "mine"
 

@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModel
 from signdigits import register
 from signdigits.config import MODEL_NAME, ModelParameters, RegistryParameters, VersionParameters
 from signdigits.data import loading
-from signdigits.errors import ModelError, ParameterError
+from signdigits.errors import ModelError, UsageError
 from signdigits.tracking import runs
 
 pytestmark = pytest.mark.slow
@@ -176,8 +176,8 @@ def test_unevaluated_model_is_refused(store: str, log_model: Log) -> None:
 @pytest.mark.parametrize(
     ("which", "version", "error", "message"),
     [
-        ({}, {}, ParameterError, "give one of the three"),
-        ({"run_id": "a"}, {"version": 1}, ParameterError, "give one of the three"),
+        ({}, {}, UsageError, "give one of the three"),
+        ({"run_id": "a"}, {"version": 1}, UsageError, "give one of the three"),
         ({}, {"version": 7}, ModelError, "version=7: sign-digits has no such version"),
     ],
 )
@@ -190,7 +190,7 @@ def test_impossible_request_is_refused(
 
 @pytest.mark.parametrize("alias", ["latest", "v1", "a b", ""])
 def test_invalid_alias_is_refused(alias: str) -> None:
-    with pytest.raises(ParameterError, match=f"alias='{alias}': must be letters, digits"):
+    with pytest.raises(UsageError, match=f"alias='{alias}': must be letters, digits"):
         VersionParameters(alias=alias)
 
 
@@ -222,5 +222,5 @@ def test_names_have_champions_of_their_own(store: str, log_model: Log, name: str
 
 @pytest.mark.parametrize("name", ["", "a/b", "a:b", "a@b"])
 def test_invalid_name_is_refused(name: str) -> None:
-    with pytest.raises(ParameterError, match=f"model_name='{name}': must be up to 200 characters"):
+    with pytest.raises(UsageError, match=f"model_name='{name}': must be up to 200 characters"):
         VersionParameters(model_name=name)

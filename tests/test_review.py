@@ -11,7 +11,7 @@ from mlflow.entities import Run
 from signdigits import cli, review, tables
 from signdigits.config import ReviewParameters, SourceParameters
 from signdigits.data.dataset import scan_dataset
-from signdigits.errors import ParameterError
+from signdigits.errors import UsageError
 
 IDS = ["aaaa", "bbbb", "cccc"]
 
@@ -128,7 +128,7 @@ def test_killed_review_is_completed(store: str, corrections: Path, monkeypatch: 
     assert places(corrections).keys() >= {"aaaa"}, "what is accepted is not lost"
     try:
         review.review(parameters)
-    except ParameterError:  # it was accepted before the kill
+    except UsageError:  # it was accepted before the kill
         review.review(ReviewParameters(str(corrections), drop="all"))
     assert places(corrections) == {"aaaa": "accepted"}
     assert tables.read_csv(corrections / "accepted" / "review.csv")[["id", "prediction"]].to_numpy().tolist() == [

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from signdigits.errors import ModelError, TrackingError
+from signdigits.errors import ModelError, UsageError
 from signdigits.tracking import registry, runs
 
 from .conftest import command
@@ -79,7 +79,7 @@ def test_resuming_run_names_the_study(store: str, monkeypatch: pytest.MonkeyPatc
 
 def test_run_of_other_store_names_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI"), runs.start_run("train", "train"):
+    with pytest.raises(UsageError, match="set MLFLOW_TRACKING_URI"), runs.start_run("train", "train"):
         pass
 
 
@@ -88,7 +88,7 @@ def test_deleted_study_names_remedy(store: str) -> None:
         pass
     mlflow.delete_run(study.info.run_id)
     with (
-        pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {study.info.run_id}"),
+        pytest.raises(UsageError, match=f"mlflow runs restore --run-id {study.info.run_id}"),
         runs.start_run("study", "study", run_id=study.info.run_id),
     ):
         pass
@@ -119,7 +119,7 @@ def test_early_error_is_recorded(store: str, tmp_path: Path) -> None:
 def test_deleted_experiment_names_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.delete_experiment(mlflow.create_experiment("sign-digits"))
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
-    with pytest.raises(TrackingError, match="MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"):
+    with pytest.raises(UsageError, match="MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"):
         runs.open_experiment("train")
 
 

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from signdigits import search
 from signdigits.config import StudyParameters
 from signdigits.data import loading
-from signdigits.errors import ParameterError, StudyError
+from signdigits.errors import UsageError
 from signdigits.model import training
 from signdigits.tracking import runs
 from signdigits.tuning import storage, study
@@ -164,7 +164,7 @@ def test_warm_start_enqueues_best_trials(copied: search.Search, loaded: loading.
 
 
 def test_unknown_warm_start_is_refused(store: str, loaded: loading.Data) -> None:
-    with pytest.raises(StudyError, match="warm_start=nowhere: no such study in the storage"):
+    with pytest.raises(UsageError, match="warm_start=nowhere: no such study in the storage"):
         search.search(loaded, SPACE, dataclasses.replace(THREE, warm_start="nowhere"))
 
 
@@ -186,7 +186,7 @@ def test_pruned_trials_are_no_failures(store: str, loaded: loading.Data) -> None
 def test_failed_trial_has_reason(store: str, loaded: loading.Data) -> None:
     pixels = np.full(loaded.fitting.x.shape, 1e38, np.float32)
     broken = dataclasses.replace(loaded, fitting=loading.Images(pixels, loaded.fitting.y))
-    with pytest.raises(StudyError, match="the last 3 trials failed; the last error: TrainingDiverged"):
+    with pytest.raises(UsageError, match="the last 3 trials failed; the last error: TrainingDiverged"):
         search.search(broken, SPACE, THREE)
     opened = search.search(loaded, SPACE, THREE)
     assert Counter(run.info.status for run in trials(opened)) == {"FAILED": 3, "FINISHED": 3}
@@ -202,7 +202,7 @@ def test_logging_failure_fails_trial(store: str, loaded: loading.Data, monkeypat
         raise OSError("no space left on device")
 
     monkeypatch.setattr(training, "loss_fluctuation", full)
-    with pytest.raises(StudyError, match="the last 3 trials failed; the last error: OSError: no space left"):
+    with pytest.raises(UsageError, match="the last 3 trials failed; the last error: OSError: no space left"):
         search.search(loaded, SPACE, THREE)
 
 
@@ -254,7 +254,7 @@ def test_interrupted_trial_is_retried_three_times(store: str, loaded: loading.Da
 
 @pytest.mark.parametrize("options", [{"workers": 2}, {"ray_address": "auto"}])
 def test_workers_on_sqlite_are_refused(store: str, loaded: loading.Data, options: dict[str, Any]) -> None:
-    with pytest.raises(StudyError, match="SQLite supports one writing process; pass a PostgreSQL URL"):
+    with pytest.raises(UsageError, match="SQLite supports one writing process; pass a PostgreSQL URL"):
         search.search(loaded, SPACE, dataclasses.replace(THREE, **options))
     assert not Path("optuna.db").exists()
 
@@ -262,12 +262,12 @@ def test_workers_on_sqlite_are_refused(store: str, loaded: loading.Data, options
 def test_different_settings_are_refused(store: str, loaded: loading.Data) -> None:
     named = dataclasses.replace(THREE, n_trials=1, study_name="mine")
     search.search(loaded, SPACE, named)
-    with pytest.raises(StudyError, match=r"other settings \(batch_size was 16, is 8\); give another --study_name"):
+    with pytest.raises(UsageError, match=r"other settings \(batch_size was 16, is 8\); give another --study_name"):
         search.search(loaded, Space.of("notebook", epochs=Range(1, 3), batch_size=8), named)
 
 
 def test_too_small_images_are_refused(store: str, loaded: loading.Data) -> None:
-    with pytest.raises(ParameterError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
+    with pytest.raises(UsageError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
         search.search(loaded, Space.of("extended"), THREE)
     assert not Path("optuna.db").exists()
 
@@ -285,7 +285,7 @@ def test_locked_study_is_refused(store: str, loaded: loading.Data) -> None:
     named = dataclasses.replace(THREE, study_name="mine")
     with (
         storage.lock_study(named.storage, "mine"),
-        pytest.raises(StudyError, match="another process is searching it"),
+        pytest.raises(UsageError, match="another process is searching it"),
         search.open_study(loaded, SPACE, named),
     ):
         pass

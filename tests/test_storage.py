@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from signdigits.errors import StorageError, StudyError
+from signdigits.errors import StorageError, UsageError
 from signdigits.tuning import storage
 
 
@@ -18,12 +18,12 @@ from signdigits.tuning import storage
     ],
 )
 def test_unusable_storage_is_refused(address: str, message: str) -> None:
-    with pytest.raises(StudyError, match=message):
+    with pytest.raises(UsageError, match=message):
         storage.open_storage(address)
 
 
 def test_password_in_url_is_refused() -> None:
-    with pytest.raises(StudyError, match="storage=postgresql://me:\\*\\*\\*@nowhere/db: passwords in URLs") as raised:
+    with pytest.raises(UsageError, match="storage=postgresql://me:\\*\\*\\*@nowhere/db: passwords in URLs") as raised:
         storage.open_storage("postgresql://me:secret@nowhere/db")
     assert "secret" not in str(raised.value)
 
@@ -32,7 +32,7 @@ def test_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     with pytest.raises(
-        StudyError, match=r"storage=postgresql://nowhere/db: .*psycopg.*\.\[cluster\].*--env-manager uv"
+        UsageError, match=r"storage=postgresql://nowhere/db: .*psycopg.*\.\[cluster\].*--env-manager uv"
     ):
         storage.open_storage("postgresql://nowhere/db")
 

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import signdigits
 from signdigits import config
-from signdigits.errors import ParameterError, SignDigitsError, escape_undecodable
+from signdigits.errors import SignDigitsError, UsageError, escape_undecodable
 from signdigits.serving.options import ServeParameters
 from signdigits.tuning import space
 from signdigits.tuning.space import Space
@@ -187,7 +187,7 @@ def _refuse_renamed(arguments: Sequence[str]) -> None:
     for argument in arguments:
         option, _, _ = argument.partition("=")
         if option.startswith("--") and (new := config.RENAMED.get(option[2:])):
-            raise ParameterError(f"{option} was renamed in version 0.2: use --{new}")
+            raise UsageError(f"{option} was renamed in version 0.2: use --{new}")
 
 
 def make_parser() -> argparse.ArgumentParser:

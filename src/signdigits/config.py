@@ -9,7 +9,7 @@ import re
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from signdigits.errors import ParameterError, escape_undecodable
+from signdigits.errors import UsageError, escape_undecodable
 
 Number = int | float
 Value = Number | str
@@ -42,24 +42,24 @@ def parameter(
 
 
 def check_value(declared: Field[Any], value: Any) -> None:
-    """Raise ParameterError, naming the value and what is allowed, unless `value` suits the declaration."""
+    """Raise UsageError, naming the value and what is allowed, unless `value` suits the declaration."""
     rule, name = declared.metadata, declared.name
     if type(value) is not declared.type and not (declared.type is float and type(value) is int):
-        raise ParameterError(f"{name}={value!r}: must be of type {type_name(declared)}")
+        raise UsageError(f"{name}={value!r}: must be of type {type_name(declared)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ParameterError(f"{name}={value}: must be a finite number")
+        raise UsageError(f"{name}={value}: must be a finite number")
     if isinstance(value, str) and escape_undecodable(value) != value:
-        raise ParameterError(f"{name}={value}: must be UTF-8 text")
+        raise UsageError(f"{name}={value}: must be UTF-8 text")
     if rule["choices"] and value not in rule["choices"]:
-        raise ParameterError(f"{name}={value!r}: must be one of {', '.join(rule['choices'])}")
+        raise UsageError(f"{name}={value!r}: must be one of {', '.join(rule['choices'])}")
     if isinstance(value, str) and not re.fullmatch(rule["pattern"][0], value):
-        raise ParameterError(f"{name}={value!r}: must be {rule['pattern'][1]}")
+        raise UsageError(f"{name}={value!r}: must be {rule['pattern'][1]}")
     if rule["low"] is not None and value < rule["low"]:
-        raise ParameterError(f"{name}={value}: must be {rule['low']} or more")
+        raise UsageError(f"{name}={value}: must be {rule['low']} or more")
     if rule["above"] is not None and value <= rule["above"]:
-        raise ParameterError(f"{name}={value}: must be greater than {rule['above']}")
+        raise UsageError(f"{name}={value}: must be greater than {rule['above']}")
     if rule["high"] is not None and value > rule["high"]:
-        raise ParameterError(f"{name}={value}: must be {rule['high']} or less")
+        raise UsageError(f"{name}={value}: must be {rule['high']} or less")
 
 
 def type_name(declared: Field[Any]) -> str:
@@ -113,7 +113,7 @@ class DataParameters(SourceParameters):
     def __post_init__(self) -> None:
         super().__post_init__()
         if 0 < self.image_size < 8:
-            raise ParameterError(f"image_size={self.image_size}: must be 8 or more, or 0")
+            raise UsageError(f"image_size={self.image_size}: must be 8 or more, or 0")
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ class ReviewParameters(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.accept == self.drop == "all":
-            raise ParameterError("accept='all', drop='all': pass all to one of the two")
+            raise UsageError("accept='all', drop='all': pass all to one of the two")
 
 
 EXPORT_FORMATS = ("keras", "tflite", "tflite-int8", "onnx")

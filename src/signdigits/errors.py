@@ -22,48 +22,26 @@ class SignDigitsError(Exception):
         return escape_undecodable(super().__str__())
 
 
-class ParameterError(SignDigitsError):
-    """A parameter has a wrong type, lies outside its range, or contradicts another."""
+class UsageError(SignDigitsError):
+    """A parameter, a setting or a folder that the command was given cannot be used."""
 
     exit_code = 2
 
 
-class DataError(SignDigitsError):
+class DataError(UsageError):
     """A folder of photographs cannot be used as it is."""
 
-    exit_code = 2
 
-
-class StudyError(SignDigitsError):
-    """A study cannot be started or continued under the given settings."""
-
-    exit_code = 2
-
-
-class ClusterError(SignDigitsError):
-    """The worker processes cannot be started."""
-
-    exit_code = 2
-
-
-class StorageError(SignDigitsError):
-    """The study's database is unavailable."""
-
-
-class ModelError(SignDigitsError):
+class ModelError(UsageError):
     """A run, model or version does not exist or does not fit the request."""
-
-    exit_code = 2
 
 
 class IncomparableError(ModelError):
     """Two versions cannot be compared on the same test images."""
 
 
-class TrackingError(SignDigitsError):
-    """The tracking store cannot be used, or lacks a run that it should hold."""
-
-    exit_code = 2
+class StorageError(SignDigitsError):
+    """The study's database is unavailable."""
 
 
 class DownloadError(SignDigitsError):
@@ -72,18 +50,6 @@ class DownloadError(SignDigitsError):
 
 class TrainingDiverged(SignDigitsError):
     """The training loss became NaN or infinite."""
-
-
-class ServingError(SignDigitsError):
-    """The model cannot be served under the given settings."""
-
-    exit_code = 2
-
-
-class OutputError(SignDigitsError):
-    """An output folder cannot be used: it belongs to another prediction, or is not writable."""
-
-    exit_code = 2
 
 
 class DriftFound(SignDigitsError):

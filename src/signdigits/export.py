@@ -20,7 +20,7 @@ from signdigits.batch.scoring import Scorer
 from signdigits.config import ExportParameters, SourceParameters
 from signdigits.data import split
 from signdigits.data.dataset import Dataset, scan_dataset
-from signdigits.errors import DataError, DownloadError, ModelError, OutputError
+from signdigits.errors import DataError, DownloadError, ModelError, UsageError
 from signdigits.model import architecture
 from signdigits.packaging import formats
 from signdigits.tracking import registry, runs
@@ -56,7 +56,7 @@ def export(parameters: ExportParameters) -> ExportComparison:
     """Write, compare and log the file, in a run of its own.
 
     Raises ModelError if there is no such model, or if a package is missing; DataError or ModelError if `data` is given, or
-    needed for int8, and is not what the model was trained on; OutputError if the folder cannot be written.
+    needed for int8, and is not what the model was trained on; UsageError if the folder cannot be written.
     """
     formats.check_installed(parameters.format)
     model = registry.find_model("", parameters.model_uri)
@@ -75,7 +75,7 @@ def export(parameters: ExportParameters) -> ExportComparison:
                 file.replace(target)
             shutil.copy(_find_artifact(folder, "settings"), output / f"network-{version}.json")
         except OSError as error:
-            raise OutputError(f"output={output}: {error.strerror}; choose a folder that can be written") from error
+            raise UsageError(f"output={output}: {error.strerror}; choose a folder that can be written") from error
         _log_export(target, comparison, photographs)
     return comparison
 

@@ -40,7 +40,7 @@ def predict(parameters: PredictParameters) -> Output:
     """Write the tables in a separate MLflow run, which the same command resumes after an interruption.
 
     Does nothing if the tables exist. Raises DataError if there are no photographs, ModelError if there is no such model,
-    and OutputError if the folder is in use or belongs to another job.
+    and UsageError if the folder is in use or belongs to another job.
     """
     folder = Path(parameters.output)
     photographs = inputs.find_inputs(parameters.images, folder)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from typing import Protocol
 
-from signdigits.errors import ClusterError, install_hint
+from signdigits.errors import UsageError, install_hint
 
 
 class ClusterParameters(Protocol):
@@ -32,12 +32,12 @@ def describe_cluster(parameters: ClusterParameters) -> str:
 def connect_ray(parameters: ClusterParameters, cpus: int) -> Iterator[None]:
     """Connect to the cluster at `ray_address`, or start one on this machine for the duration of the block.
 
-    Raises ClusterError if that fails.
+    Raises UsageError if that fails.
     """
     try:
         import ray
     except ImportError as error:
-        raise ClusterError(f"{describe_cluster(parameters)}: needs Ray; {install_hint('cluster')}") from error
+        raise UsageError(f"{describe_cluster(parameters)}: needs Ray; {install_hint('cluster')}") from error
     local_options = {
         "address": "local",  # else Ray would look for a cluster already running on this machine, and require its token
         "num_cpus": parameters.workers * cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1",
@@ -49,7 +49,7 @@ def connect_ray(parameters: ClusterParameters, cpus: int) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous_handler)  # Ray installs its own handler, which ends the process
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ClusterError(
+        raise UsageError(
             f"{describe_cluster(parameters)}: {reason}; check that it is up and that its token is in RAY_AUTH_TOKEN_PATH"
         ) from error
     try:

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from signdigits import tables
 from signdigits.config import ModelParameters, NameParameters, RegistryParameters, VersionParameters
-from signdigits.errors import IncomparableError, ModelError, ParameterError
+from signdigits.errors import IncomparableError, ModelError, UsageError
 from signdigits.promotion import model_card, predictions
 from signdigits.promotion.comparison import Comparison, compare_predictions
 from signdigits.tracking import registry, runs
@@ -43,7 +43,7 @@ def register(which: ModelParameters, parameters: VersionParameters) -> Decision:
     """
     given = [bool(which.run_id), bool(which.model_uri), bool(parameters.version)]
     if sum(given) != 1:
-        raise ParameterError(
+        raise UsageError(
             f"run_id={which.run_id!r}, model_uri={which.model_uri!r}, version={parameters.version}: give one of the three"
         )
     with runs.start_run("register", "register"):

@@ -18,7 +18,7 @@ import pandas as pd
 from signdigits import plots, tables
 from signdigits.config import ReviewParameters
 from signdigits.data import images
-from signdigits.errors import DataError, OutputError, ParameterError
+from signdigits.errors import DataError, UsageError
 from signdigits.files import atomic_file
 from signdigits.serving.corrections import PENDING
 from signdigits.tracking import runs
@@ -48,7 +48,7 @@ def review(parameters: ReviewParameters) -> pd.DataFrame:
     """List the corrections, carry out the decisions on them, and return the table, which a run of its own keeps.
 
     A photograph is moved or removed in one step: whenever the review is killed, it is pending, accepted or gone. Raises
-    DataError if there is no such folder, and ParameterError, before anything is changed, for an unknown id.
+    DataError if there is no such folder, and UsageError, before anything is changed, for an unknown id.
     """
     folder = Path(parameters.corrections)
     if not folder.is_dir():
@@ -66,7 +66,7 @@ def review(parameters: ReviewParameters) -> pd.DataFrame:
         try:
             _apply_decisions(folder, pending, decisions)
         except OSError as error:
-            raise OutputError(f"{error.filename or folder}: {error.strerror}; make it writable, then rerun") from error
+            raise UsageError(f"{error.filename or folder}: {error.strerror}; make it writable, then rerun") from error
         counts = table["decision"].value_counts()
         mlflow.log_metrics({name: int(counts.get(name, 0)) for name in (PENDING, ACCEPTED, "dropped")})
     if pending:
@@ -96,11 +96,11 @@ def _read_facts(path: Path) -> dict[str, str]:
 
 
 def _decide(pending: Sequence[Correction], parameters: ReviewParameters) -> dict[str, str]:
-    """Return the decision by id: accepted, dropped or pending. Raises ParameterError for an unknown or doubly named id."""
+    """Return the decision by id: accepted, dropped or pending. Raises UsageError for an unknown or doubly named id."""
     ids = [correction.id for correction in pending]
     named = {name: _read_ids(getattr(parameters, name), name, ids) for name in ("accept", "drop")}
     if both := named["accept"] & named["drop"]:
-        raise ParameterError(f"accept and drop: both name {', '.join(sorted(both))}; leave it out of one of them")
+        raise UsageError(f"accept and drop: both name {', '.join(sorted(both))}; leave it out of one of them")
     rest = {"accept": ACCEPTED, "drop": "dropped"}
     default = next((word for name, word in rest.items() if getattr(parameters, name) == ALL), PENDING)
     decided = {id: word for name, word in rest.items() for id in named[name]}
@@ -108,10 +108,10 @@ def _decide(pending: Sequence[Correction], parameters: ReviewParameters) -> dict
 
 
 def _read_ids(text: str, name: str, ids: Sequence[str]) -> set[str]:
-    """Return the ids in `text`, none for `all`. Raises ParameterError if one is unknown."""
+    """Return the ids in `text`, none for `all`. Raises UsageError if one is unknown."""
     named = set() if text == ALL else {part.strip() for part in text.split(",")} - {""}
     if unknown := sorted(named - set(ids)):
-        raise ParameterError(
+        raise UsageError(
             f"{name}={','.join(unknown)}: no pending correction of that id; the same command without --accept and --drop lists them"
         )
     return named

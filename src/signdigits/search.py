@@ -21,7 +21,7 @@ from signdigits import plots, tables
 from signdigits.config import Hyperparameters, StudyParameters
 from signdigits.data import archive
 from signdigits.data.loading import Data
-from signdigits.errors import StorageError, StudyError
+from signdigits.errors import StorageError, UsageError
 from signdigits.model import architecture
 from signdigits.tracking import runs, urls
 from signdigits.tuning import executors, storage
@@ -58,10 +58,10 @@ class Search:
 
     @property
     def best(self) -> FrozenTrial:
-        """The best complete trial. Raises StudyError if there is none."""
+        """The best complete trial. Raises UsageError if there is none."""
         trials = rank_trials(self.study)
         if not trials:
-            raise StudyError(
+            raise UsageError(
                 f"study {self.study.study_name}: no complete trial (or its run was deleted in the UI); raise --timeout or "
                 "--n_trials"
             )
@@ -89,7 +89,7 @@ def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
 def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterator[Search]:
     """Create or continue the study of these data and settings, inside its MLflow run.
 
-    Raises ParameterError if the images are too small for the space, and StudyError if the storage cannot be used, if
+    Raises UsageError if the images are too small for the space, and UsageError if the storage cannot be used, if
     another process is searching the same study, or if a study of that name was created with other data or settings.
     """
     space = space.for_data_set(data.dataset.origin)

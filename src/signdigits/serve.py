@@ -20,7 +20,7 @@ from pathlib import Path
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits.errors import ModelError, ServingError
+from signdigits.errors import ModelError, UsageError
 from signdigits.serving import nginx
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import worker_command, worker_environment
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(parameters: ServeParameters) -> None:
-    """Serve until interrupted. Raises ServingError or ModelError if the server cannot start."""
+    """Serve until interrupted. Raises UsageError or ModelError if the server cannot start."""
     with _runtime_folder() as home:
         version = _find_version(parameters, home)
         _check_port(parameters)
@@ -63,12 +63,12 @@ def _find_version(parameters: ServeParameters, home: Path) -> ModelVersion:
 
 
 def _write_configuration(parameters: ServeParameters, home: Path) -> None:
-    """Write nginx's configuration, which holds the token, and its files. Raises ServingError if a file cannot be read."""
+    """Write nginx's configuration, which holds the token, and its files. Raises UsageError if a file cannot be read."""
     token = nginx.read_token(parameters.token_file) if parameters.token_file else ""
     for name in ("certificate", "key"):
         file = getattr(parameters, name)
         if file and not os.access(file, os.R_OK):
-            raise ServingError(f"{name}={file}: cannot be read")
+            raise UsageError(f"{name}={file}: cannot be read")
     nginx.make_home(home)
     configuration = home / "nginx.conf"
     configuration.touch(mode=0o600)
@@ -76,14 +76,14 @@ def _write_configuration(parameters: ServeParameters, home: Path) -> None:
 
 
 def _check_port(parameters: ServeParameters) -> None:
-    """Raise ServingError unless the port can be listened on."""
+    """Raise UsageError unless the port can be listened on."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(parameters.host, parameters.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nginx does
             probe.bind(address)
     except OSError as error:
-        raise ServingError(
+        raise UsageError(
             f"{parameters.host}:{parameters.port}: {error.strerror}; stop the process that listens there, or pass another --port or --host"
         ) from error
 
@@ -101,7 +101,7 @@ def _serve_alone(parameters: ServeParameters, version: ModelVersion) -> None:
         if (value := getattr(parameters, name))
     ]
     if unsupported:
-        raise ServingError(f"{', '.join(unsupported)}: needs nginx; install it (Debian: apt install nginx-light)")
+        raise UsageError(f"{', '.join(unsupported)}: needs nginx; install it (Debian: apt install nginx-light)")
     log.warning(
         "nginx is not installed, or not in PATH: serving version %s on %s without reverse proxy; no page, no limits per client, "
         "and a promotion needs a restart. Debian: apt install nginx-light",

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from signdigits import tables
-from signdigits.errors import OutputError
+from signdigits.errors import UsageError
 
 TABLES = ("predictions.parquet", "predictions.csv")
 
@@ -110,7 +110,7 @@ def _join_csv(parts: Sequence[Path], target: Path) -> None:
 
 
 def _write_atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically: `write` fills a temporary file, renamed once on disk. Raises OutputError on failure."""
+    """Write a file atomically: `write` fills a temporary file, renamed once on disk. Raises UsageError on failure."""
     partial_file = target.with_name(f".{target.name}.unfinished")
     try:
         write(partial_file)
@@ -125,22 +125,20 @@ def _write_atomically(target: Path, write: Callable[[Path], object]) -> None:
 def lock_output(folder: Path, job: BatchJob) -> Iterator[Output]:
     """Lock the output folder for `job`, new or left by an interrupted run.
 
-    Raises OutputError if it belongs to another job, holds tables of unknown origin, or is locked by another process.
+    Raises UsageError if it belongs to another job, holds tables of unknown origin, or is locked by another process.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except filelock.Timeout:
-        raise OutputError(
-            f"output={folder}: in use by another process; wait for it, or pass another --output"
-        ) from None
+        raise UsageError(f"output={folder}: in use by another process; wait for it, or pass another --output") from None
     except OSError as error:
         raise _not_writable(folder, error) from error
     with lock:
         existing = find_job(folder)
         if existing is not None and not existing.is_of(job):
-            raise OutputError(
+            raise UsageError(
                 f"output={folder}: {_describe_difference(existing, job)}; pass another --output, or remove the folder"
             )
         yield Output(folder, existing or job)
@@ -153,11 +151,11 @@ def find_job(folder: Path) -> BatchJob | None:
         table = next((name for name in TABLES if (folder / name).exists()), None)
         if table is None:
             return None
-        raise OutputError(
+        raise UsageError(
             f"output={folder}: {table} exists without job.json; pass another --output, or remove it"
         ) from None
     except (OSError, ValueError, TypeError) as error:
-        raise OutputError(
+        raise UsageError(
             f"output={folder}: job.json cannot be read ({error}); pass another --output, or remove it"
         ) from error
 
@@ -171,5 +169,5 @@ def _describe_difference(other: BatchJob, job: BatchJob) -> str:
     return f"started with {other.count} other images, from {other.images}"
 
 
-def _not_writable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path}: {error.strerror}; free some space or choose a writable --output, then rerun")
+def _not_writable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"{path}: {error.strerror}; free some space or choose a writable --output, then rerun")

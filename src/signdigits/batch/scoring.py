@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from signdigits import startup
 from signdigits.config import PredictParameters
 from signdigits.data import images
-from signdigits.errors import ClusterError, DataError, SignDigitsError, escape_undecodable
+from signdigits.errors import DataError, SignDigitsError, UsageError, escape_undecodable
 from signdigits.packaging import prediction_log
 from signdigits.ray_cluster import connect_ray, is_distributed
 
@@ -117,7 +117,7 @@ def _make_row(path: str, prediction: dict[str, Any] | str) -> dict[str, Any]:
 def score_chunks(
     model_folder: Path, chunks: Sequence[Chunk], parameters: PredictParameters
 ) -> Iterator[tuple[Chunk, pd.DataFrame]]:
-    """Yield each chunk with its rows, in any order. Raises ClusterError if the workers cannot be started, or keep dying."""
+    """Yield each chunk with its rows, in any order. Raises UsageError if the workers cannot be started, or keep dying."""
     if not is_distributed(parameters):
         yield from _score_in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
         return
@@ -163,7 +163,7 @@ def _score_on_workers(
             raise error.cause from None
         raise
     except RayError as error:
-        raise ClusterError(
+        raise UsageError(
             f"workers={workers}: they keep dying ({str(error).splitlines()[0]}); run the same command to continue, perhaps with fewer"
         ) from error
 

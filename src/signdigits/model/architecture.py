@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from signdigits.config import Hyperparameters
-from signdigits.errors import ParameterError
+from signdigits.errors import UsageError
 
 if TYPE_CHECKING:
     import keras
@@ -26,7 +26,7 @@ def build_network(
     Three channels are RGB from 0 to 255 and are rescaled to 0 to 1; one channel is grayscale and
     rescaled already. With 100x100 RGB images, ten classes and the default hyperparameters it has 1,204,650 parameters.
     `precision` is the Keras dtype policy that the layers compute in. With `for_training`, TensorFlow's fused kernel normalizes
-    the blocks; without it all layers are Keras' own, to be saved. Raises ParameterError if the images are too small for the
+    the blocks; without it all layers are Keras' own, to be saved. Raises UsageError if the images are too small for the
     blocks.
     """
     from keras import Input, Sequential, layers
@@ -92,9 +92,9 @@ def with_probabilities(network: "keras.Sequential", temperature: float) -> "kera
 
 
 def check_blocks(conv_blocks: int, image_size: int) -> None:
-    """Raise ParameterError if `conv_blocks` poolings cannot halve `image_size` pixels."""
+    """Raise UsageError if `conv_blocks` poolings cannot halve `image_size` pixels."""
     if image_size < 2**conv_blocks:
-        raise ParameterError(
+        raise UsageError(
             f"conv_blocks={conv_blocks}: each block halves the image, and {image_size} pixels are too few; "
             "choose fewer blocks, or a larger image_size"
         )

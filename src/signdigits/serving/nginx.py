@@ -16,7 +16,7 @@ from pathlib import Path
 import jinja2
 
 from signdigits.data import images
-from signdigits.errors import ServingError
+from signdigits.errors import UsageError
 from signdigits.files import atomic_file
 from signdigits.serving.options import KEEP_ALIVE, ServeParameters
 
@@ -142,19 +142,19 @@ def _worker_account() -> pwd.struct_passwd:
     for name in ("www-data", "nginx", "nobody"):
         if name in known:
             return known[name]
-    raise ServingError(
+    raise UsageError(
         "no account for nginx's workers (www-data, nginx or nobody); start the server as another user than root"
     )
 
 
 def read_token(path: str) -> str:
-    """Return the bearer token in the file at `path`. Raises ServingError if it is not usable."""
+    """Return the bearer token in the file at `path`. Raises UsageError if it is not usable."""
     try:
         token = Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ServingError(f"token_file={path}: cannot be read ({error}); write a token into it") from error
+        raise UsageError(f"token_file={path}: cannot be read ({error}); write a token into it") from error
     if not re.fullmatch(TOKEN, token):
-        raise ServingError(
+        raise UsageError(
             f"token_file={path}: the token must have 16 or more letters, digits or ._~+/=-; generate one with "
             "python -c 'import secrets; print(secrets.token_hex(24))'"
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from signdigits.config import ALIAS, URL, NameParameters, parameter
-from signdigits.errors import ParameterError
+from signdigits.errors import UsageError
 
 KEEP_ALIVE = 60  # seconds that nginx keeps an idle connection to a worker; the worker must keep it longer
 
@@ -63,11 +63,11 @@ class ServeParameters(NameParameters):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.certificate) != bool(self.key):
-            raise ParameterError(f"certificate={self.certificate!r}, key={self.key!r}: give both, or neither")
+            raise UsageError(f"certificate={self.certificate!r}, key={self.key!r}: give both, or neither")
         if self.shadow and not self.supervise:
-            raise ParameterError(f"shadow={self.shadow!r}: needs the supervisor; leave out --supervise false")
+            raise UsageError(f"shadow={self.shadow!r}: needs the supervisor; leave out --supervise false")
         if self.model_uri and self.supervise:
-            raise ParameterError(
+            raise UsageError(
                 f"model_uri={self.model_uri!r}: a supervised server follows an alias; pass --supervise false as well"
             )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from signdigits.errors import ServingError
+from signdigits.errors import UsageError
 from signdigits.notify import notify
 from signdigits.serving import metrics, nginx
 from signdigits.serving.background import BackgroundThread
@@ -104,14 +104,14 @@ class Supervisor:
             if self.switch_to(candidate):
                 break
         else:
-            raise ServingError(
+            raise UsageError(
                 f"{self.parameters.alias}: version {version.version} cannot be served, and none was served before"
             )
         self.nginx_process = self.start_nginx()
         deadline = time.monotonic() + self.parameters.start_timeout
         while not is_listening(self.parameters):
             if not self.nginx_process.running or time.monotonic() > deadline:
-                raise ServingError(f"nginx does not start: {self.nginx_process.exit_reason()}")
+                raise UsageError(f"nginx does not start: {self.nginx_process.exit_reason()}")
             time.sleep(TICK / 10)
 
     def find_fallbacks(self, version: ModelVersion) -> list[ModelVersion]:
@@ -311,12 +311,12 @@ class Unsupervised(Supervisor):
     """
 
     def supervise(self) -> None:
-        """Wait for a moment. Raises ServingError if nginx or a worker has exited."""
+        """Wait for a moment. Raises UsageError if nginx or a worker has exited."""
         time.sleep(TICK)
         workers = [worker.process for worker in self.live.workers] if self.live else []
         for process in filter(None, [self.nginx_process, *workers]):
             if not process.running:
-                raise ServingError(f"{process.name} exited ({process.exit_reason()}); start the server again")
+                raise UsageError(f"{process.name} exited ({process.exit_reason()}); start the server again")
 
     def poll_alias(self) -> None:
         pass
@@ -325,7 +325,7 @@ class Unsupervised(Supervisor):
         return []
 
     def wait(self, version: ModelVersion, reason: str) -> None:
-        raise ServingError(f"version {version.version} cannot be served: {reason}")
+        raise UsageError(f"version {version.version} cannot be served: {reason}")
 
     def reject(self, version: ModelVersion, failure: HealthCheckFailed) -> None:
         self.wait(version, str(failure))

@@ -16,7 +16,7 @@ from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
-from signdigits.errors import ModelError, TrackingError
+from signdigits.errors import ModelError, UsageError
 from signdigits.tracking import store
 
 if TYPE_CHECKING:  # commands that touch no photograph need not wait for scikit-learn
@@ -86,7 +86,7 @@ def start_run(
 
 
 def end_run(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
-    """End the active run. Raises TrackingError for a run that should be FINISHED and was deleted in the meantime."""
+    """End the active run. Raises UsageError for a run that should be FINISHED and was deleted in the meantime."""
     try:
         if reason:
             mlflow.set_tag("failure_reason", reason[:5000])
@@ -109,15 +109,15 @@ def is_deleted(run_id: str) -> bool:
     return "deleted" in stages
 
 
-def deleted_error(run_id: str) -> TrackingError:
-    return TrackingError(
+def deleted_error(run_id: str) -> UsageError:
+    return UsageError(
         f"run {run_id} or its experiment was deleted; restore it with `mlflow runs restore --run-id {run_id}` "
         "(or `mlflow experiments restore`), then run the same command to continue"
     )
 
 
 def _open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
-    """Start or continue the run; raises TrackingError if the store does not hold a run that it should.
+    """Start or continue the run; raises UsageError if the store does not hold a run that it should.
 
     The run has its tags from the beginning, so that a run that is left by a killed process can be attributed.
     """
@@ -138,7 +138,7 @@ def _open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: di
             mlflow.delete_tag("failure_reason")  # what ended it the last time is over
         return continued
     except MlflowException as error:
-        raise TrackingError(
+        raise UsageError(
             f"{store.store_address()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
             "to the address of the store that holds the run"
         ) from error
@@ -148,7 +148,7 @@ def _find_continued(run_id: str) -> Run:
     try:
         return mlflow.get_run(run_id)
     except MlflowException as error:
-        raise TrackingError(
+        raise UsageError(
             f"{store.store_address()}: does not hold run {run_id}, which this would continue; set MLFLOW_TRACKING_URI to the store that "
             "does, or begin anew: a search with another --study_name, a prediction with another --output"
         ) from error
@@ -221,7 +221,7 @@ def open_experiment(role: str) -> None:
         else:
             experiment_id = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT).experiment_id
     except MlflowException as error:
-        raise TrackingError(
+        raise UsageError(
             f"{store.store_address()}: {error.message}; run the command in the project's folder, set MLFLOW_TRACKING_URI to the "
             "store that holds the run, or MLFLOW_EXPERIMENT_NAME to an experiment that is not deleted"
         ) from error
@@ -308,7 +308,7 @@ def log_params(params: Mapping[str, Any]) -> None:
 
 
 def check_recorded(params: Mapping[str, Any], metric: str, steps: int) -> None:
-    """Raise TrackingError unless the active run holds all `params` and `steps` values of `metric`.
+    """Raise UsageError unless the active run holds all `params` and `steps` values of `metric`.
 
     Some of MLflow's settings, such as asynchronous logging, can lose them silently.
     """
@@ -318,7 +318,7 @@ def check_recorded(params: Mapping[str, Any], metric: str, steps: int) -> None:
     missing = sorted(params.keys() - mlflow.get_run(run_id).data.params.keys())
     recorded = len(mlflow.MlflowClient().get_metric_history(run_id, metric))
     if missing or recorded < steps:
-        raise TrackingError(
+        raise UsageError(
             f"run {run_id}: MLflow recorded {recorded} of {steps} values of {metric}, missing parameters: "
             f"{', '.join(missing) or 'none'}; check the MLFLOW_ variables of the environment"
         )

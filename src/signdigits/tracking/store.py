@@ -10,11 +10,11 @@ import mlflow
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from signdigits.errors import TrackingError
+from signdigits.errors import UsageError
 
 
 def connect_store() -> None:
-    """Raise TrackingError if the tracking store cannot be used. A SQLite store that is not there is created."""
+    """Raise UsageError if the tracking store cannot be used. A SQLite store that is not there is created."""
     try:
         _create_database()
         _connect_once()
@@ -22,11 +22,11 @@ def connect_store() -> None:
     except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
         file = database_file()
         if file and re.search("already exists|no such table|Can't locate revision", str(error)):
-            raise TrackingError(
+            raise UsageError(
                 f"{file}: incomplete tables, from an interrupted start or another version of MLflow; remove the file if it "
                 f"holds no run, else run `mlflow db upgrade {store_address()}`"
             ) from error
-        raise TrackingError(
+        raise UsageError(
             f"{store_address()}: {str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a store that can be used"
         ) from error
 

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from signdigits import startup
 from signdigits.config import DataParameters, StudyParameters
 from signdigits.data import sources
-from signdigits.errors import StudyError
+from signdigits.errors import UsageError
 from signdigits.ray_cluster import connect_ray, describe_cluster, is_distributed
 from signdigits.tracking import runs
 from signdigits.tuning import dataset_transfer, storage
@@ -61,7 +61,7 @@ def _run_locally(
 
 
 class FailureLimit:
-    """An Optuna callback that raises StudyError after MAX_FAILURES consecutive failed trials."""
+    """An Optuna callback that raises UsageError after MAX_FAILURES consecutive failed trials."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -72,13 +72,13 @@ class FailureLimit:
         if reason:
             _check_not_deleted(study)
         if self.failures >= MAX_FAILURES:
-            raise StudyError(
+            raise UsageError(
                 f"study {study.study_name}: the last {MAX_FAILURES} trials failed; the last error: {reason}"
             )
 
 
 def _check_not_deleted(study: optuna.Study) -> None:
-    """Raise TrackingError if the study's run was deleted: every further trial would fail."""
+    """Raise UsageError if the study's run was deleted: every further trial would fail."""
     if runs.is_deleted(run_id := study.user_attrs["mlflow_run_id"]):
         raise runs.deleted_error(run_id)
 
@@ -86,7 +86,7 @@ def _check_not_deleted(study: optuna.Study) -> None:
 def _run_on_workers(
     study: optuna.Study, context: "TrialContext", parameters: StudyParameters, progress: SearchProgress
 ) -> None:
-    """Run `workers` trials at a time. Raises ClusterError if Ray cannot be reached."""
+    """Run `workers` trials at a time. Raises UsageError if Ray cannot be reached."""
     cpus = parameters.cpus_per_trial or max(1, (os.cpu_count() or 1) // parameters.workers)
     with connect_ray(parameters, cpus):
         if parameters.ray_address:
@@ -95,16 +95,16 @@ def _run_on_workers(
 
 
 def check_stores(parameters: StudyParameters) -> None:
-    """Raise StudyError unless several workers can share the stores."""
+    """Raise UsageError unless several workers can share the stores."""
     if not is_distributed(parameters):
         return
     if not storage.is_shared(parameters.storage):
-        raise StudyError(
+        raise UsageError(
             f"storage={parameters.storage}, {describe_cluster(parameters)}: SQLite supports one writing process; pass a PostgreSQL URL "
             "(scripts/cluster up starts a server), or workers=1"
         )
     if not mlflow.get_tracking_uri().startswith("http"):
-        raise StudyError(
+        raise UsageError(
             f"{mlflow.get_tracking_uri()}, {describe_cluster(parameters)}: workers log to a tracking server; set MLFLOW_TRACKING_URI to its "
             "URL (scripts/cluster up starts one), or pass workers=1"
         )
@@ -179,14 +179,14 @@ class RayExecutor:
             self.start_worker()
 
     def run(self, progress: SearchProgress) -> None:
-        """Keep the workers busy until no trial is missing. Raises StudyError if every host is excluded."""
+        """Keep the workers busy until no trial is missing. Raises UsageError if every host is excluded."""
         while True:
             while self.free and self.missing(progress) > 0:
                 self.start_trial(self.free.pop())
             if not self.busy and self.missing(progress) <= 0:
                 return
             if not (self.starting or self.busy or self.free):
-                raise StudyError(f"study {self.study.study_name}: no worker is left; the last error: {self.reason}")
+                raise UsageError(f"study {self.study.study_name}: no worker is left; the last error: {self.reason}")
             for number in self.wait():
                 progress(self.study, self.study.get_trials(deepcopy=False)[number])
 

@@ -5,7 +5,7 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from signdigits.config import Hyperparameters, Number, Value, check_value
-from signdigits.errors import ParameterError
+from signdigits.errors import UsageError
 
 if TYPE_CHECKING:
     import optuna
@@ -82,7 +82,7 @@ class Space:
     def of(cls, space: str, **values: Range | Value) -> Self:
         """Return the space called `space`, with `values` (but for "auto") in place of its own.
 
-        Raises ParameterError if a value, or an end of a range, lies outside the hyperparameter's limits.
+        Raises UsageError if a value, or an end of a range, lies outside the hyperparameter's limits.
         """
         declared = {f.name: f for f in fields(Hyperparameters)}
         given = {name: value for name, value in values.items() if value != AUTO or name == "precision"}
@@ -92,7 +92,7 @@ class Space:
             for end in ends:
                 check_value(declared[name], end)
             if isinstance(value, Range) and value.low > value.high:
-                raise ParameterError(f"{name}={value}: the range is empty; write LOW:HIGH")
+                raise UsageError(f"{name}={value}: the range is empty; write LOW:HIGH")
         return cls(space, chosen, frozenset(given))
 
     def for_data_set(self, name: str) -> Self:

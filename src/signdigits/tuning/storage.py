@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool
 
-from signdigits.errors import StorageError, StudyError, install_hint
+from signdigits.errors import StorageError, UsageError, install_hint
 
 MAX_DOWNTIME = 120.0  # seconds of retries while the database is down
 HEARTBEAT_INTERVAL = 10  # seconds
@@ -25,13 +25,13 @@ GRACE_PERIOD = 60  # seconds without a heartbeat after which a trial counts as i
 
 
 def _parse_url(storage: str) -> URL:
-    """Return the parsed URL. Raises StudyError, without the password, if it is malformed or holds a password."""
+    """Return the parsed URL. Raises UsageError, without the password, if it is malformed or holds a password."""
     try:
         url = make_url(storage)
     except ArgumentError as error:
-        raise StudyError("storage: not an SQLAlchemy URL, such as sqlite:///optuna.db") from error
+        raise UsageError("storage: not an SQLAlchemy URL, such as sqlite:///optuna.db") from error
     if url.password is not None:
-        raise StudyError(
+        raise UsageError(
             f"storage={url.render_as_string(hide_password=True)}: passwords in URLs end up in logs and runs; "
             "put it into ~/.pgpass or PGPASSWORD"
         )
@@ -44,7 +44,7 @@ def is_shared(storage: str) -> bool:
 
 
 def open_storage(storage: str) -> RDBStorage:
-    """Open the storage, and create its tables if needed. Raises StudyError if it cannot be used.
+    """Open the storage, and create its tables if needed. Raises UsageError if it cannot be used.
 
     In a shared storage, trials have a heartbeat, and connections are retried while the database is down.
     """
@@ -89,7 +89,7 @@ def ignore_experimental_warnings() -> Iterator[None]:
 def lock_study(storage: str, name: str) -> Iterator[None]:
     """Lock the study called `name`. The lock ends with the process, also when it is killed.
 
-    Raises StudyError if another process holds it: on any machine where the database is PostgreSQL, else on this one.
+    Raises UsageError if another process holds it: on any machine where the database is PostgreSQL, else on this one.
     """
     url = _parse_url(storage)
     with _lock_in_database(url, name) if url.get_backend_name() == "postgresql" else _lock_file(url, name):
@@ -122,7 +122,7 @@ def _lock_file(url: URL, name: str) -> Iterator[None]:
     except filelock.Timeout as error:
         raise _study_in_use(name) from error
     except OSError as error:  # no such folder, another account's lock, or a full disk
-        raise StudyError(f"study {name}: cannot lock {lock.lock_file} ({error.strerror}); {_LOCK_REMEDY}") from error
+        raise UsageError(f"study {name}: cannot lock {lock.lock_file} ({error.strerror}); {_LOCK_REMEDY}") from error
     try:
         yield
     finally:
@@ -147,10 +147,10 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _unusable_storage(storage: str, error: Exception) -> StudyError:
+def _unusable_storage(storage: str, error: Exception) -> UsageError:
     if isinstance(error, ImportError):  # the driver is missing
-        return StudyError(f"storage={storage}: {first_line(error)}; {install_hint('cluster')}")
-    return StudyError(f"storage={storage}: {first_line(error)}")
+        return UsageError(f"storage={storage}: {first_line(error)}; {install_hint('cluster')}")
+    return UsageError(f"storage={storage}: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:
@@ -158,7 +158,7 @@ def first_line(error: Exception) -> str:
     return str(error.__cause__ or error).splitlines()[0]
 
 
-def _study_in_use(name: str) -> StudyError:
-    return StudyError(
+def _study_in_use(name: str) -> UsageError:
+    return UsageError(
         f"study {name}: another process is searching it; wait for it, stop it, or give another --study_name"
     )

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from signdigits.config import StudyParameters
 from signdigits.data.loading import Data
-from signdigits.errors import StudyError
+from signdigits.errors import UsageError
 from signdigits.tracking import runs
 from signdigits.tuning import storage
 from signdigits.tuning.space import Space
@@ -46,7 +46,7 @@ def automatic_name(data: Data, settings: dict[str, Any]) -> str:
 
 
 def load_study(name: str, settings: dict[str, Any], space: Space, parameters: StudyParameters) -> optuna.Study:
-    """Load the study called `name`, or create it. Raises StudyError if it was created with other settings."""
+    """Load the study called `name`, or create it. Raises UsageError if it was created with other settings."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search prints its own line for each trial
     backend = storage.open_storage(parameters.storage)
     study = optuna.create_study(
@@ -66,7 +66,7 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
     elif known != settings:
         differing = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
         changes = ", ".join(f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing)
-        raise StudyError(f"study_name={name}: created with other settings ({changes}); give another --study_name")
+        raise UsageError(f"study_name={name}: created with other settings ({changes}); give another --study_name")
     if parameters.warm_start:
         _enqueue_best(study, parameters.warm_start, backend, space)
     return study
@@ -75,13 +75,13 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
 def _enqueue_best(study: optuna.Study, source: str, backend: optuna.storages.BaseStorage, space: Space) -> None:
     """Enqueue the best trials of the study called `source`, their values moved into the ranges of `space`.
 
-    Raises StudyError if the storage has no such study.
+    Raises UsageError if the storage has no such study.
     """
     try:
         found = optuna.load_study(study_name=source, storage=backend)
     except KeyError as error:
         names = ", ".join(optuna.get_all_study_names(backend))
-        raise StudyError(f"warm_start={source}: no such study in the storage; it has {names}") from error
+        raise UsageError(f"warm_start={source}: no such study in the storage; it has {names}") from error
     for trial in rank_trials(found)[:WARM_START_TRIALS]:
         params = space.clip({name: value for name, value in trial.params.items() if name in space.ranges})
         study.enqueue_trial(params, user_attrs={"origin": f"{source}/{trial.number}"}, skip_if_exists=True)
