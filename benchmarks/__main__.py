@@ -18,35 +18,17 @@ from benchmarks import measure
 from benchmarks.measure import Row
 from signdigits.tracking import runs
 
-PARTS = (
-    "training",
-    "trial",
-    "serving",
-    "proxy",
-    "start",
-    "growth",
-    "batch",
-    "search",
-    "outliers",
-    "label_errors",
-    "attack",
-    "rollout",
-    "gate",
-)
-ON_A_CLUSTER = ("coordination", "workers")  # these need a running `scripts/cluster`
-PARTS_HELP = f"of {', '.join(PARTS)} (default: all of these); on a cluster {', '.join(ON_A_CLUSTER)}"
+PARTS = ("training", "serving", "start", "batch", "proxy", "rollout", "attack", "search")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=PARTS_HELP)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--data", default="sign-language-digits", help="the photographs (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, help="a file to write the table to")
     parsed = parser.parse_args()
-    if unknown := [part for part in parsed.parts if part not in PARTS + ON_A_CLUSTER]:
-        parser.error(f"{', '.join(unknown)}: not one of {', '.join(PARTS + ON_A_CLUSTER)}")
-    if "STORAGE" not in os.environ and not set(ON_A_CLUSTER).isdisjoint(parsed.parts):
-        parser.error("no cluster; run: scripts/cluster up && source <(scripts/cluster env)")
+    if unknown := [part for part in parsed.parts if part not in PARTS]:
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join(PARTS)}")
     found: list[Row] = []
     # Each part in a process of its own: no tracking store, thread pool or memory of one reaches the next.
     context = multiprocessing.get_context("spawn")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import mlflow
 from PIL import Image
+from tests.load import JSON, Load
 
 from benchmarks import proxy, serving
-from benchmarks.load import JSON, Load, until
-from benchmarks.measure import Row, temporary_store
+from benchmarks.measure import Row, temporary_store, until
 from signdigits.config import DataParameters
 from signdigits.data import loading
 

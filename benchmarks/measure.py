@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import mlflow
 
 from signdigits import startup
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,13 @@ def part(name: str, photographs: str) -> list[Row]:
         logging.getLogger(peer).setLevel(logging.ERROR)
     rows: list[Row] = importlib.import_module(f"benchmarks.{name}").rows(photographs)
     return rows
+
+
+def until(condition: Callable[[], T | None], seconds: float) -> T:
+    """Poll until `condition` holds, and return its value. Raises RuntimeError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not within {seconds} s")
+        time.sleep(0.1)
+    return found

@@ -1,4 +1,4 @@
-"""The reverse proxy: promotions and kills under load, saturation, overhead per request, and mutated requests."""
+"""The reverse proxy: overhead per request, promotions and kills under load, and saturation."""
 
 import contextlib
 import http.client
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import mlflow
 import psutil
+from tests.load import Load
 
-from benchmarks import mutations, serving
-from benchmarks.load import Load, until
-from benchmarks.measure import Row, in_turns, temporary_store
-from benchmarks.saturation import memory, saturate
+from benchmarks import serving
+from benchmarks.measure import Row, in_turns, temporary_store, until
+from benchmarks.saturation import saturate
 from benchmarks.untrained import log_untrained
 from signdigits.config import MODEL_NAME, DataParameters
 from signdigits.data import loading
@@ -57,7 +57,6 @@ def rows(
     rounds: int = 200,
     seconds: int = 600,
     connections: int = 200,
-    mutated: int = 10_000,
     requests: int = 3000,
 ) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
@@ -71,7 +70,6 @@ def rows(
         following, median = promote(server, promotions)
         found += following
         found += kill(server, kills, median)
-        found += mutate(server, mutated)
         found += drown(server, folder, seconds, connections)
     return found
 
@@ -193,20 +191,6 @@ def back(server: Server, path: Path, victim: int) -> bool:
         return processes.send_request(path, "GET", "/ping", timeout=1).status == 200
     except (OSError, http.client.HTTPException):
         return False
-
-
-def mutate(server: Server, count: int) -> list[Row]:
-    mutations.bombard(server.port, max(20, count // 10))
-    before = memory(server.process)
-    tally = mutations.bombard(server.port, count)
-    growth = memory(server.process) / before - 1
-    for fault in tally.faults[:10]:
-        print(fault, file=sys.stderr)
-    said = ", ".join(f"{number} times {status}" for status, number in sorted(tally.statuses.items()))
-    return [
-        Row(f"5xx, stack traces and no reply, {count:,} mutated requests", "", len(tally.faults), 0, False, said),
-        Row("growth of memory meanwhile", "a tenth as many", growth, 0.05, False, f"{before / 1e6:.0f} MB before"),
-    ]
 
 
 def drown(server: Server, folder: Path, seconds: int, connections: int) -> list[Row]:

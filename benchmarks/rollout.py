@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+from tests.load import Load
 
 from benchmarks import serving
-from benchmarks.load import Load, until
-from benchmarks.measure import Row, temporary_store
+from benchmarks.measure import Row, temporary_store, until
 from benchmarks.untrained import log_untrained
 from signdigits.config import DataParameters
 from signdigits.data import loading

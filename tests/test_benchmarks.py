@@ -1,10 +1,8 @@
 """The benchmarks, without assertions on times."""
 
-import importlib
-
 import pytest
 from benchmarks import training
-from benchmarks.__main__ import ON_A_CLUSTER, PARTS, markdown
+from benchmarks.__main__ import markdown
 from benchmarks.measure import Row, in_turns
 
 pytestmark = pytest.mark.slow
@@ -31,11 +29,3 @@ def test_operations_are_counted_per_layer() -> None:
     """By hand: 8.64, 23.04, 23.04, 2.36 and 0.003 million forwards; twice that backwards, but once for the first."""
     million = 8.64 + 23.04 + 23.04 + 2.359296 + 0.00256
     assert abs(training.operations(1) / 1e6 - (3 * million - 8.64)) < 0.01
-
-
-@pytest.mark.parametrize("part", PARTS + ON_A_CLUSTER)
-def test_benchmarks_can_be_imported(part: str) -> None:
-    if part in ("proxy", "attack", "rollout", *ON_A_CLUSTER):
-        pytest.importorskip("psutil", reason="needs the extra .[benchmark]")
-        pytest.importorskip("hypothesis", reason="needs the extra .[benchmark]")
-    assert callable(importlib.import_module(f"benchmarks.{part}").rows)

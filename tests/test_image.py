@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 
 import mlflow
 import pytest
-from benchmarks.untrained import log_untrained
 
 from signdigits.config import MODEL_NAME
 from signdigits.data import loading
+from signdigits.packaging import package
+from signdigits.tracking import runs
 
 from .conftest import PROJECT, answers, free_port, use_store, wait_until
 
@@ -111,7 +112,12 @@ def server_pids(port: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def tracking(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, loaded: loading.Data) -> Iterator[str]:
+def tracking(
+    tmp_path_factory: pytest.TempPathFactory,
+    empty_store: Path,
+    loaded: loading.Data,
+    model_files: Callable[[float], Path],
+) -> Iterator[str]:
     """A tracking server with versions 1, the champion, and 2 of an untrained model."""
     folder = tmp_path_factory.mktemp("tracking")
     shutil.copy(empty_store, folder / "mlflow.db")
@@ -135,7 +141,8 @@ def tracking(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, loaded
             patch.setenv("MLFLOW_TRACKING_URI", url)
             mlflow.set_tracking_uri(url)
             mlflow.set_experiment("image")
-            uri = log_untrained(loaded).model_uri
+            with runs.start_run("train", "train"):
+                uri = package.log_files(model_files(1.0), loaded, {}).model_uri
             for _ in range(2):
                 mlflow.register_model(uri, MODEL_NAME)
             promote(1)

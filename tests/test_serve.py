@@ -22,7 +22,6 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
-from benchmarks.load import JSON, Load
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
@@ -34,6 +33,7 @@ from signdigits.serving.supervisor import REASON, STATE, Supervisor, is_listenin
 from signdigits.tracking import registry as tracking_registry
 
 from .conftest import command, free_port, serve_command, store_like, wait_until
+from .load import JSON, Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
 

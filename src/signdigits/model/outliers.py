@@ -1,8 +1,8 @@
 """Tell a photograph that resembles none of the training images: no hand, for example.
 
 The outlier score is the distance to the nearest training image, in the features of the network at unit length: Sun, Ming, Zhu
-and Li, "Out-of-distribution detection with deep nearest neighbors", 2022, arXiv:2204.06507, with one neighbour. It was chosen
-among four published scores, and its features (architecture.with_features) among three (benchmarks/outliers.py).
+and Li, "Out-of-distribution detection with deep nearest neighbors", 2022, arXiv:2204.06507, with one neighbour. docs/decisions.md
+compares it with other published scores, and its features (architecture.with_features) with parts of them.
 
 This file is packaged with each model, and therefore imports only NumPy.
 """

@@ -1,13 +1,10 @@
-"""A constant load on an endpoint."""
+"""A constant load on an endpoint, for the tests and the benchmarks."""
 
 import http.client
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
-T = TypeVar("T")
 JSON = {"Content-Type": "application/json"}
 PAUSE = 0.02  # seconds between a reply and a thread's next request
 
@@ -63,13 +60,3 @@ class Load:
         """The first reply of a version, of those from number `start` on."""
         found = [reply for reply in self.replies[start:] if reply.version == version]
         return min(found, key=lambda reply: reply.came, default=None)
-
-
-def until(condition: Callable[[], T | None], seconds: float) -> T:
-    """Wait until `condition` holds, and return what it says. Raises RuntimeError if it does not within so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"not within {seconds} s")
-        time.sleep(0.1)
-    return found
