@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from signdigits.config import DataParameters, SourceParameters
-from signdigits.data import dataset, folders, loading
+from signdigits.data import dataset, loading, sources
 from signdigits.errors import DataError
 
 from .conftest import SIZE, write_photographs
@@ -120,7 +120,7 @@ def test_junk_files_are_skipped(tmp_path: Path) -> None:
         shutil.copy(folder / "0" / "IMG_0000.JPG", folder / "0" / name / "copy.JPG")
     for name in ("Thumbs.db", "._IMG_0000.JPG", "more/desktop.ini"):
         (folder / "0" / name).write_bytes(b"junk")
-    assert folders.count_junk(folder) == 6
+    assert sources.count_junk(folder) == 6
     assert dataset.scan_dataset(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
 
 

@@ -1,13 +1,13 @@
 """Joined folders: `data=A,B`."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from signdigits.config import DataParameters, SourceParameters
-from signdigits.data import groups, loading, sources, split
+from signdigits.data import loading, sources, split
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import DataError
 
@@ -46,21 +46,21 @@ def test_added_photographs_are_marked(photographs: Path, tmp_path: Path) -> None
     before = {photograph.path for photograph in scan_dataset(SourceParameters(data=str(photographs))).photographs}
     after = {photograph.path for photograph in joined.photographs}
     assert after - before == {"1/+accepted/000.jpeg", "1/+accepted/001.jpeg"}
-    assert joined.folder.parts[:2] == ("data", "cache")
-    assert [path.name for path in joined.folder.parent.iterdir()] == ["bars+accepted"]
+    assert joined.source == f"{photographs},{accepted}"
+    assert joined.locate("1/+accepted/000.jpeg") == accepted / "1" / "000.jpeg"
+    assert scan_dataset(SourceParameters(data=joined.source)) == joined
 
 
-def test_joined_folder_is_a_copy(photographs: Path, tmp_path: Path) -> None:
-    """An edit of a source makes another folder, and leaves the first."""
+def test_edited_photograph_is_noticed(photographs: Path, tmp_path: Path) -> None:
+    """The folders are not copied: an edit makes another data set, and the first refuses to read it."""
     accepted = write_corrections(tmp_path / "accepted", photographs, each=2)
-    first, again = join(photographs, accepted), join(photographs, accepted)
-    assert again.folder == first.folder
+    first = join(photographs, accepted)
+    assert [hashlib.sha256(first.read(found)).hexdigest() == found.checksum for found in first.photographs]
     edited = accepted / "1" / "000.jpeg"
     edited.write_bytes(edited.read_bytes() + b"edited")
-    second = join(photographs, accepted)
-    assert second.folder != first.folder
-    assert [first.read(photograph) for photograph in first.photographs]
-    assert len({first.digest, second.digest}) == 2
+    assert join(photographs, accepted).digest != first.digest
+    with pytest.raises(DataError, match=r"accepted/1/000.jpeg: has changed since the folder was scanned"):
+        [first.read(photograph) for photograph in first.photographs]
 
 
 @pytest.mark.parametrize("name", ["random", "stratified", "grouped"])
@@ -68,7 +68,7 @@ def test_photographs_stay_in_their_part(photographs: Path, tmp_path: Path, name:
     original = Path(shutil.copytree(photographs, tmp_path / "bars"))
     listed = scan_dataset(SourceParameters(data=str(original))).photographs
     rows = [f"{photograph.path},signer {int(photograph.checksum[:2], 16) % 15}" for photograph in listed]
-    (original / groups.FILE).write_text("\n".join(["path,group", *rows]))
+    (original / split.GROUPS).write_text("\n".join(["path,group", *rows]))
     alone = parts(scan_dataset(SourceParameters(data=str(original))), name)
     few = parts(join(original, write_corrections(tmp_path / "few" / "accepted", photographs, 10)), name)
     many = parts(join(original, write_corrections(tmp_path / "many" / "accepted", photographs, 100)), name)
@@ -92,17 +92,25 @@ def test_copies_are_left_out(photographs: Path, tmp_path: Path) -> None:
 
 
 def test_more_can_be_added(photographs: Path, tmp_path: Path) -> None:
-    """A joined folder, as of `data=runs:/RUN`, can be the first of another."""
-    first = join(photographs, write_corrections(tmp_path / "accepted", photographs, 2))
+    """A data set that joins folders can be kept by a run; its copy can be the first of another, also with the same folders."""
+    accepted = write_corrections(tmp_path / "accepted", photographs, 2)
+    first = join(photographs, accepted)
+    kept = tmp_path / "kept" / first.name  # as `data=runs:/RUN` finds it
+    for photograph in first.photographs:
+        (kept / photograph.path).parent.mkdir(parents=True, exist_ok=True)
+        (kept / photograph.path).write_bytes(first.read(photograph))
+    for again in (join(kept), join(kept, accepted)):
+        assert [photograph.path for photograph in again.photographs] == [found.path for found in first.photographs]
+        assert again.digest == first.digest
     (tmp_path / "more" / "2").mkdir(parents=True)
     (tmp_path / "more" / "2" / "new.jpeg").write_bytes((photographs / "2" / "IMG_0000.JPG").read_bytes() + b"new")
-    again = join(first.folder, tmp_path / "more")
+    again = join(kept, tmp_path / "more")
     assert again.name == "bars+accepted+more"
     assert {path.split("/")[1] for path in (p.path for p in again.photographs) if "+" in path} == {"+accepted", "+more"}
 
 
 def test_named_data_set_can_be_joined(tmp_path: Path) -> None:
-    digits = sources.resolve_source(sources.HANDWRITTEN_DIGITS)
+    (digits,) = sources.resolve_source(sources.HANDWRITTEN_DIGITS)
     (tmp_path / "accepted" / "7").mkdir(parents=True)
     (tmp_path / "accepted" / "7" / "new.png").write_bytes((digits / "7" / "digit_0007.png").read_bytes() + b"new")
     joined = scan_dataset(SourceParameters(data="handwritten-digits,accepted"))
@@ -113,7 +121,7 @@ def test_named_data_set_can_be_joined(tmp_path: Path) -> None:
 
 def test_comma_may_be_in_a_name(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "left,right", each=1)
-    assert sources.resolve_source(str(folder)) == folder
+    assert sources.resolve_source(str(folder)) == (folder,)
 
 
 def test_misuse_names_remedy(photographs: Path, tmp_path: Path) -> None:
@@ -124,20 +132,7 @@ def test_misuse_names_remedy(photographs: Path, tmp_path: Path) -> None:
         join(photographs, tmp_path / "other")
     for name in ("a", "b"):
         write_corrections(tmp_path / name / "accepted", photographs, each=1)
-    (tmp_path / "b" / "accepted" / "1" / "000.jpeg").write_bytes(b"other")
+    with (tmp_path / "b" / "accepted" / "1" / "000.jpeg").open("ab") as other:
+        other.write(b"other")
     with pytest.raises(DataError, match=r"would have the same path, 1/\+accepted/000.jpeg; rename one"):
         join(photographs, tmp_path / "a" / "accepted", tmp_path / "b" / "accepted")
-
-
-def test_interrupted_join_leaves_nothing(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accepted = write_corrections(tmp_path / "accepted", photographs, each=2)
-
-    def interrupted(source: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            join(photographs, accepted)
-    assert list((tmp_path / "data").rglob("bars*")) == []
-    assert np.array(join(photographs, accepted).labels).size == 62

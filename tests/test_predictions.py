@@ -8,6 +8,7 @@ import pytest
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from signdigits.config import MODEL_NAME, DataParameters
+from signdigits.data import lineage
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import IncomparableError, ModelError
 from signdigits.promotion import predictions
@@ -27,7 +28,7 @@ def evaluated(dataset: Dataset, indices: np.ndarray) -> ModelVersion:
         table[f"p({name})"] = (table["label"] == name).astype(float)
     with runs.start_run("evaluate", "evaluate") as run:
         mlflow.log_text(table.to_csv(index=False), runs.PREDICTIONS)
-        mlflow.log_input(runs.dataset_input(dataset, indices), context="testing")
+        mlflow.log_input(lineage.dataset_input(dataset, indices), context="testing")
     tags = {"test_digest": dataset.part_digest(indices), "test_run_id": run.info.run_id}
     found = [ModelVersionTag(name, value) for name, value in tags.items()]
     return ModelVersion(MODEL_NAME, "2", 0, source="models:/m-2", tags=found)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from signdigits import prepare
 from signdigits.config import DataParameters, ReportParameters, SourceParameters
-from signdigits.data import groups, loading, quality
+from signdigits.data import loading, quality, split
 from signdigits.data.dataset import scan_dataset
 
 from .conftest import SIZE, write_photographs
@@ -129,15 +129,15 @@ def test_planted_label_errors_come_first(store: str, tmp_path: Path, caplog: pyt
 
 def test_real_groups_are_written(sign_digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photographs"
-    shutil.copytree(sign_digits, folder, ignore=shutil.ignore_patterns(groups.FILE))
+    shutil.copytree(sign_digits, folder, ignore=shutil.ignore_patterns(split.GROUPS))
     found = scan_dataset(SourceParameters(data=str(folder)))
     folder.chmod(0o555)
-    groups.write_groups(found)
-    assert not (folder / groups.FILE).exists(), "read-only, also for root"
+    split.write_groups(found)
+    assert not (folder / split.GROUPS).exists(), "read-only, also for root"
     folder.chmod(0o755)
-    told = groups.read_groups(found)
-    groups.write_groups(found)
-    table = pd.read_csv(folder / groups.FILE)
+    told = split.read_groups(found)
+    split.write_groups(found)
+    table = pd.read_csv(folder / split.GROUPS)
     assert table["group"].nunique() == 220
-    assert groups.read_groups(found).tolist() == told.tolist() == table["group"].tolist()
+    assert split.read_groups(found).tolist() == told.tolist() == table["group"].tolist()
     assert scan_dataset(SourceParameters(data=str(folder))).digest == found.digest

@@ -11,7 +11,7 @@ from mlflow.entities import LoggedModel
 
 from signdigits import register
 from signdigits.config import MODEL_NAME, ModelParameters, RegistryParameters, VersionParameters
-from signdigits.data import loading
+from signdigits.data import lineage, loading
 from signdigits.errors import ModelError, UsageError
 from signdigits.tracking import runs
 
@@ -110,7 +110,7 @@ def test_champion_of_other_images_is_challenged(store: str, log_model: Log, load
     table[[f"p({name})" for name in dataset.class_names]] = np.eye(3)[dataset.labels[indices]]
     with runs.start_run("evaluate", "evaluate") as run:
         mlflow.log_text(table.to_csv(index=False), runs.PREDICTIONS)
-        mlflow.log_input(runs.dataset_input(dataset, indices), context="testing")
+        mlflow.log_input(lineage.dataset_input(dataset, indices), context="testing")
     tags = {"test_accuracy": "1", "test_images": "12", "test_digest": loaded.split.test_digest}
     decision = promote(log_model(**tags, test_run_id=run.info.run_id))
     assert (decision.version, decision.alias) == ("2", "champion")

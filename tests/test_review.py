@@ -8,10 +8,11 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from signdigits import cli, review, tables
+from signdigits import cli, review
 from signdigits.config import ReviewParameters, SourceParameters
 from signdigits.data.dataset import scan_dataset
 from signdigits.errors import UsageError
+from signdigits.files import read_csv
 
 IDS = ["aaaa", "bbbb", "cccc"]
 
@@ -57,7 +58,7 @@ def test_review_lists_corrections(store: str, corrections: Path, caplog: pytest.
     assert run.data.metrics == {"pending": 3, "accepted": 0, "dropped": 0}
     files = {item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, "review")}
     assert files == {"review/corrections.csv", "review/corrections-01.png"}
-    table = tables.read_csv(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/review/corrections.csv"))
+    table = read_csv(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/review/corrections.csv"))
     assert table["id"].tolist() == IDS
     assert table.loc[0].to_dict() == {
         "id": "aaaa", "label": "0", "prediction": "2", "probability": "0.5", "version": "1",
@@ -74,7 +75,7 @@ def test_accepted_corrections_are_a_data_set(store: str, corrections: Path) -> N
     assert [path.name for path in (corrections / "pending").rglob("*") if path.is_file()] == [".dddd.jpeg-77"]
     dataset = scan_dataset(SourceParameters(data=str(corrections / "accepted")))
     assert [photograph.path for photograph in dataset.photographs] == ["0/aaaa.jpeg", "2/cccc.jpeg"]
-    record = tables.read_csv(corrections / "accepted" / "review.csv")
+    record = read_csv(corrections / "accepted" / "review.csv")
     assert record[["id", "label", "prediction"]].to_numpy().tolist() == [["aaaa", "0", "2"], ["cccc", "2", "2"]]
 
 
@@ -131,7 +132,7 @@ def test_killed_review_is_completed(store: str, corrections: Path, monkeypatch: 
     except UsageError:  # it was accepted before the kill
         review.review(ReviewParameters(str(corrections), drop="all"))
     assert places(corrections) == {"aaaa": "accepted"}
-    assert tables.read_csv(corrections / "accepted" / "review.csv")[["id", "prediction"]].to_numpy().tolist() == [
+    assert read_csv(corrections / "accepted" / "review.csv")[["id", "prediction"]].to_numpy().tolist() == [
         ["aaaa", "2"]
     ]
     assert list((corrections / "pending").rglob("*.json")) == []

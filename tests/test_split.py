@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from signdigits.config import DataParameters, SourceParameters
-from signdigits.data import groups, loading, split
+from signdigits.data import loading, split
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import DataError
 
@@ -93,7 +93,7 @@ def write_groups(folder: Path, size: int) -> np.ndarray:
     dataset = scan_dataset(SourceParameters(data=str(folder)))
     table = pd.DataFrame({"path": [photograph.path for photograph in dataset.photographs]})
     table["group"] = [f"signer {int(path[-8:-4]) // size}" for path in table["path"]]
-    table.to_csv(folder / groups.FILE, index=False)
+    table.to_csv(folder / split.GROUPS, index=False)
     return table["group"].to_numpy()
 
 
@@ -124,7 +124,7 @@ def test_split_changes_the_digest(tmp_path: Path) -> None:
 
 def test_real_students_are_never_split(sign_digits: Path) -> None:
     loaded = loading.load_data(DataParameters(data=str(sign_digits), split="grouped", image_size=SIZE))
-    found = groups.read_groups(loaded.dataset)
+    found = split.read_groups(loaded.dataset)
     assert [len(indices) for indices in loaded.split.parts.values()] == [1319, 331, 412]
     assert [len(set(found[indices])) for indices in loaded.split.parts.values()] == [143, 34, 43]
     assert len(set(found)) == 220
@@ -141,6 +141,6 @@ def test_real_students_are_never_split(sign_digits: Path) -> None:
 def test_unusable_groups_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
     folder = write_photographs(tmp_path / "bars")
     if content is not None:
-        (folder / groups.FILE).write_text(content)
+        (folder / split.GROUPS).write_text(content)
     with pytest.raises(DataError, match=message):
         split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")

@@ -16,13 +16,12 @@ import pandas as pd
 from mlflow.entities import LoggedModel
 from numpy.typing import ArrayLike
 from PIL import Image
-from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-from signdigits import plots, tables
+from signdigits import files, plots
 from signdigits.batch.scoring import Scorer
 from signdigits.config import ModelParameters, SourceParameters
-from signdigits.data import images, split
+from signdigits.data import images, lineage, split
 from signdigits.data.corruptions import CORRUPTIONS, corrupt_image
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
@@ -30,6 +29,7 @@ from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError
 from signdigits.model import calibration
 from signdigits.packaging import prediction_log
+from signdigits.promotion.comparison import wilson_interval
 from signdigits.threads import map_in_threads
 from signdigits.tracking import registry, runs
 
@@ -73,21 +73,23 @@ def evaluate(parameters: SourceParameters, which: ModelParameters) -> Scores:
 def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     """Score `model` on the test images; log metrics, tables and pictures to the active run and the model."""
     parts = split.split_dataset(dataset, model.tags.get("split", "random"))
-    tags = runs.data_tags(dataset, parts)
+    tags = lineage.data_tags(dataset, parts)
     mlflow.set_tags(tags)
-    mlflow.log_input(runs.dataset_input(dataset, parts.testing), context="testing")
+    mlflow.log_input(lineage.dataset_input(dataset, parts.testing), context="testing")
     scorer = Scorer(model.model_uri)
     table = _predict_photographs(scorer, dataset, parts.testing)
-    mlflow.log_text(tables.to_csv(table), runs.PREDICTIONS)
-    mlflow.log_text(tables.to_csv(_make_reference(scorer, dataset, table)), runs.REFERENCE)
+    mlflow.log_text(files.to_csv(table), runs.PREDICTIONS)
+    mlflow.log_text(files.to_csv(_make_reference(scorer, dataset, table)), runs.REFERENCE)
     temperature = float(model.tags.get("temperature", "1"))
     scores = compute_scores(table, dataset.class_names, temperature)
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
     per_class = _score_classes(table)
-    mlflow.log_text(tables.to_csv(per_class), "test/per_class.csv")
+    mlflow.log_text(files.to_csv(per_class), "test/per_class.csv")
     _log_mlflow_evaluation(table)
     reliability = calibration.compute_reliability(*_to_arrays(table, dataset.class_names))
-    runs.log_figure("test/reliability.png", lambda: plots.plot_reliability(reliability))
+    runs.log_figure(
+        "test/reliability.png", lambda: plots.plot_reliability(**vars(reliability), error=reliability.error)
+    )
     if not (wrong := table[table["label"] != table["prediction"]].nlargest(MAX_MISTAKES, "probability")).empty:
         runs.log_figure("test/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset, scorer))
     robustness = _score_robustness(scorer, dataset, table, temperature)
@@ -125,7 +127,7 @@ def _score_robustness(scorer: Scorer, dataset: Dataset, table: pd.DataFrame, tem
     """Return the scores of the test images under each corruption, a row each; the index is its name, and `none`."""
     model = scorer.served.unwrap_python_model()
     seen = {
-        path: model.images.decode_image(images.read_file(dataset.folder / path), model.image_size, "rgb")
+        path: model.images.decode_image(images.read_file(dataset.locate(path)), model.image_size, "rgb")
         for path in table["path"]
     }
     seeds = {path: seed for seed, path in enumerate(seen)}
@@ -160,7 +162,7 @@ def _describe_corruption(table: pd.DataFrame, class_names: tuple[str, ...], temp
 
 def _log_robustness(robustness: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:
     """Log table, picture and metrics of the robustness; return its summary: mean and worst accuracy, mean ECE."""
-    mlflow.log_text(tables.to_csv(robustness.reset_index()), runs.ROBUSTNESS)
+    mlflow.log_text(files.to_csv(robustness.reset_index()), runs.ROBUSTNESS)
     runs.log_figure("test/robustness.png", lambda: plots.plot_robustness(robustness))
     corrupted = robustness.drop(index="none")
     metrics = {
@@ -199,7 +201,7 @@ def compute_auroc(inliers: ArrayLike, outliers: ArrayLike) -> float:
 
 def _log_outliers(outliers: pd.DataFrame, table: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:
     """Log table and metrics of the outlier detection; return the metrics."""
-    mlflow.log_text(tables.to_csv(outliers), runs.OUTLIERS)
+    mlflow.log_text(files.to_csv(outliers), runs.OUTLIERS)
     every = outliers.to_dict("records")[-1]
     metrics = {
         "outlier_auroc": every["auroc"],
@@ -226,7 +228,7 @@ def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd
     measure = getattr(model, "image_statistics", prediction_log.image_statistics)  # models logged by 0.1 do not show it
 
     def look(path: str) -> dict[str, float]:
-        image = model.images.open_image(images.read_file(dataset.folder / path))
+        image = model.images.open_image(images.read_file(dataset.locate(path)))
         size = image.size
         pixels = model.images.to_array(image, model.image_size, model.color_mode)
         statistics: dict[str, float] = measure(size, pixels)
@@ -237,19 +239,16 @@ def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd
 
 
 def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:
-    """Return the scores of a table of predictions.
-
-    The confidence interval is Wilson's (1927), which assumes independent images.
-    """
+    """Return the scores of a table of predictions."""
     right = int((table["label"] == table["prediction"]).sum())
-    interval = binomtest(right, len(table)).proportion_ci(confidence_level=0.95, method="wilson")
+    low, high = wilson_interval(right, len(table))
     probabilities, labels = _to_arrays(table, class_names)
     before = calibration.at_temperature(probabilities, 1 / temperature)
     return Scores(
         len(table),
         right / len(table),
-        float(interval.low),
-        float(interval.high),
+        low,
+        high,
         calibration.compute_reliability(probabilities, labels).error,
         calibration.compute_reliability(before, labels).error,
     )
@@ -291,7 +290,7 @@ def _log_mlflow_evaluation(table: pd.DataFrame) -> None:
 
 def _plot_mistakes(wrong: pd.DataFrame, dataset: Dataset, scorer: Scorer) -> plots.Figure:
     """Plot the mistakes with the highest probabilities, over each what the model looked at."""
-    contents = [images.read_file(dataset.folder / path) for path in wrong["path"]]
+    contents = [images.read_file(dataset.locate(path)) for path in wrong["path"]]
     pictures = [images.decode_image(content, 200, "rgb") for content in contents]
     titles = [f"{row.label} read as {row.prediction}\n{row.probability:.0%}, {row.path}" for row in wrong.itertuples()]
     return plots.plot_photographs(pictures, titles, "Worst mistakes", columns=4, maps=scorer.explain(contents))

@@ -1,12 +1,15 @@
-"""Atomic writes, and digests of many files."""
+"""Atomic writes, digests of many files, and CSV in which text stays text."""
 
 import hashlib
+import io
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pandas as pd
 
 
 @contextmanager
@@ -41,3 +44,25 @@ def compute_digest(entries: Iterable[tuple[str, str]]) -> str:
     for path, checksum in sorted(entries):
         sha256.update(os.fsencode(f"{path}\0{checksum}\n"))
     return sha256.hexdigest()[:32]
+
+
+def read_csv(source: Path | str, is_number: Callable[[str], bool] = lambda column: False) -> pd.DataFrame:
+    """Read a CSV file, or the text of one. Columns are text, except those that `is_number` selects by name.
+
+    By default pandas parses `None`, `NA`, `null` and `nan` as missing values, and `007` as a number. All may be names of
+    classes, groups or files. Raises OSError or ValueError if it cannot be read.
+    """
+    stream = io.StringIO(source) if isinstance(source, str) else source
+    table = pd.read_csv(stream, dtype=str, keep_default_na=False, na_filter=False)
+    numbers = [column for column in table if is_number(str(column))]
+    return table.astype(dict.fromkeys(numbers, float))
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """Return the table as CSV text, without its index; missing values are empty."""
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def is_probability(column: str) -> bool:
+    """Return whether a column holds probabilities: `probability`, and `p(CLASS)` of each class."""
+    return column == "probability" or column.startswith("p(")

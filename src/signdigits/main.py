@@ -15,6 +15,7 @@ from mlflow.entities import LoggedModel
 
 from signdigits import evaluate, prepare, register, search
 from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
+from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import TrainingDiverged
 from signdigits.model import training
@@ -93,7 +94,7 @@ def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
     with runs.start_run("refit", f"refit, seed {seed}"):
         mlflow.set_tags(facts)
         runs.log_params(asdict(hyperparameters))
-        runs.log_data(data, parts=("fitting",))
+        lineage.log_data(data, parts=("fitting",))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.fitting, None, hyperparameters)
         _check_learned(fitted, opened.best.user_attrs.get("accuracy", 0.0))

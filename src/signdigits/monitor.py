@@ -19,7 +19,7 @@ import pandas as pd
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
-from signdigits import plots, tables
+from signdigits import files, plots
 from signdigits.agreement import pair_predictions
 from signdigits.config import MonitorParameters
 from signdigits.drift import Drift, measure_drift
@@ -111,7 +111,7 @@ def _read_reference(model: LoggedModel) -> pd.DataFrame:
         text = mlflow.artifacts.load_text(f"runs:/{model.tags['test_run_id']}/{runs.REFERENCE}")
     except (MlflowException, OSError) as error:
         raise ModelError(f"model {model.model_id}: no reference in run {model.tags['test_run_id']}; {again}") from error
-    return tables.read_csv(text, lambda column: True)
+    return files.read_csv(text, lambda column: True)
 
 
 def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from signdigits.drift import Drift
-    from signdigits.model.calibration import Reliability
 
 
 def plot_learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
@@ -64,18 +63,18 @@ def plot_photographs(
     return figure
 
 
-def plot_reliability(found: "Reliability") -> Figure:
-    """Plot the reliability diagram: accuracy by confidence, and the number of images of each bin."""
+def plot_reliability(counts: np.ndarray, confidence: np.ndarray, accuracy: np.ndarray, error: float) -> Figure:
+    """Plot the reliability diagram: accuracy by mean confidence, and the number of images of each bin."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    width = 1 / len(found.counts)
-    centres = (np.arange(len(found.counts)) + 0.5) * width
+    width = 1 / len(counts)
+    centres = (np.arange(len(counts)) + 0.5) * width
     above.plot([0, 1], [0, 1], color="gray", linestyle="--", label="confidence = accuracy")
-    above.bar(centres, np.nan_to_num(found.accuracy), width * 0.9, label="accuracy")
-    above.plot(found.confidence, found.accuracy, "o", color="black", markersize=3, label="mean confidence of the bin")
-    above.set(title=f"Expected calibration error {found.error:.4f}", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    above.bar(centres, np.nan_to_num(accuracy), width * 0.9, label="accuracy")
+    above.plot(confidence, accuracy, "o", color="black", markersize=3, label="mean confidence of the bin")
+    above.set(title=f"Expected calibration error {error:.4f}", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     above.legend(loc="upper left")
-    below.bar(centres, found.counts, width * 0.9, color="gray")
+    below.bar(centres, counts, width * 0.9, color="gray")
     below.set(xlabel="confidence", ylabel="images", yscale="symlog")
     return figure
 

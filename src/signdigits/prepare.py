@@ -11,13 +11,13 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from scipy.stats import binomtest
 
-from signdigits import plots, tables
+from signdigits import files, plots
 from signdigits.config import ReportParameters
-from signdigits.data import archive, groups, quality
-from signdigits.data.folders import count_junk
+from signdigits.data import lineage, quality, split
 from signdigits.data.loading import Data
+from signdigits.data.sources import count_junk
+from signdigits.promotion.comparison import wilson_interval
 from signdigits.tracking import runs
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ def prepare(data: Data, report: ReportParameters) -> str:
     """Report on `data` in a separate run, and return the run's id."""
     with runs.start_run("prepare", f"prepare {data.dataset.name}") as run:
         runs.log_params(asdict(data.parameters) | asdict(report))
-        mlflow.log_input(runs.dataset_input(data.dataset), context="all")
+        mlflow.log_input(lineage.dataset_input(data.dataset), context="all")
         log_report(data)
         if data.parameters.log_data:
-            archive.log_photographs(data.dataset, run.info.run_id)
+            lineage.log_photographs(data.dataset, run.info.run_id)
         if report.label_errors:
             log_label_errors(data)
         runs.set_description(_describe_dataset(data))
@@ -42,9 +42,9 @@ def prepare(data: Data, report: ReportParameters) -> str:
 
 def log_report(data: Data) -> None:
     """Log the report, the table of files, a sample and the findings to the active run, and print a summary."""
-    groups.write_groups(data.dataset)
+    split.write_groups(data.dataset)
     report, findings = _build_report(data), quality.find_issues(data)
-    mlflow.set_tags(runs.data_tags(data.dataset, data.split))
+    mlflow.set_tags(lineage.data_tags(data.dataset, data.split))
     mlflow.log_metrics(
         {
             "photographs": len(data.dataset.photographs),
@@ -55,9 +55,9 @@ def log_report(data: Data) -> None:
         }
     )
     mlflow.log_dict(report, "data/report.json")
-    mlflow.log_text(tables.to_csv(quality.tabulate_files(data)), runs.FILES)
+    mlflow.log_text(files.to_csv(quality.tabulate_files(data)), runs.FILES)
     runs.log_figure("data/sample.png", lambda: _plot_sample(data))
-    mlflow.log_text(tables.to_csv(findings), "data/findings.csv")
+    mlflow.log_text(files.to_csv(findings), "data/findings.csv")
     if set(findings["finding"]) - set(quality.WITHOUT_PICTURE):
         runs.log_figure("data/findings.png", lambda: quality.plot_findings(data, findings))
     for line in _report_lines(data, report, findings):
@@ -71,7 +71,7 @@ def log_label_errors(data: Data) -> None:
     table = label_errors.rank_labels(data.dataset)
     issues = int(table["issue"].sum())
     mlflow.log_metric("label_issues", issues)
-    mlflow.log_text(tables.to_csv(table), "data/label_errors.csv")
+    mlflow.log_text(files.to_csv(table), "data/label_errors.csv")
     runs.log_figure("data/label_errors.png", lambda: label_errors.plot_labels(data.dataset, table))
     log.info("label errors, estimated: %d; see data/label_errors.csv and data/label_errors.png in the run", issues)
     for row in table[table["suggested"] != table["class"]].head(MAX_LINES).to_dict("records"):
@@ -91,7 +91,7 @@ def _build_report(data: Data) -> dict[str, Any]:
         "modes": dict(Counter(photograph.mode for photograph in dataset.photographs).most_common()),
         "turned upright": rotated,
         "unreadable": dataset.unreadable,
-        "junk files": count_junk(dataset.folder),
+        "junk files": sum(map(count_junk, dataset.folders)),
         "test accuracy": _expected_interval(len(split.testing)),
         "split": {
             name: {"images": len(part), "digest": dataset.part_digest(part)} for name, part in split.parts.items()
@@ -102,8 +102,8 @@ def _build_report(data: Data) -> dict[str, Any]:
 def _expected_interval(n: int) -> dict[str, float]:
     """Return Wilson's 95 % confidence interval of a test accuracy of nine in ten of `n` images, rounded to an image."""
     right = round(EXPECTED_ACCURACY * n)
-    interval = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return {"images": n, "right": right, "low": round(interval.low, 3), "high": round(interval.high, 3)}
+    low, high = wilson_interval(right, n)
+    return {"images": n, "right": right, "low": round(low, 3), "high": round(high, 3)}
 
 
 def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) -> list[str]:
@@ -114,7 +114,7 @@ def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) ->
     parts = ", ".join(f"{part['images']} {name}" for name, part in report["split"].items())
     expected = report["test accuracy"]
     lines = [
-        f"{dataset.folder}: {len(dataset.photographs)} photographs in {len(dataset.class_names)} classes, {size_summary}",
+        f"{', '.join(map(str, dataset.folders))}: {len(dataset.photographs)} photographs in {len(dataset.class_names)} classes, {size_summary}",
         f"classes: {', '.join(f'{name} {count}' for name, count in report['classes'].items())}",
         f"split {data.split.name}: {parts}; digest {dataset.digest}",
         f"a model that reads {expected['right']} of the {expected['images']} test images has an accuracy of "

@@ -14,7 +14,7 @@ from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from signdigits import tables
+from signdigits import files
 from signdigits.config import ModelParameters, NameParameters, RegistryParameters, VersionParameters
 from signdigits.errors import IncomparableError, ModelError, UsageError
 from signdigits.promotion import model_card, predictions
@@ -109,7 +109,7 @@ def _challenge(
             raise
         return False, str(error), None
     comparison = compare_predictions(collected.challenger, collected.champion, rules)
-    mlflow.log_text(tables.to_csv(collected.to_table()), "gate/predictions.csv")
+    mlflow.log_text(files.to_csv(collected.to_table()), "gate/predictions.csv")
     mlflow.set_tag("champion_trained_on", collected.n_known)
     table = comparison.contingency_table
     return (

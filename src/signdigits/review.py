@@ -15,7 +15,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 
-from signdigits import plots, tables
+from signdigits import files, plots
 from signdigits.config import ReviewParameters
 from signdigits.data import images
 from signdigits.errors import DataError, UsageError
@@ -119,7 +119,7 @@ def _read_ids(text: str, name: str, ids: Sequence[str]) -> set[str]:
 
 def _log_corrections(shown: Sequence[Correction], table: pd.DataFrame) -> None:
     """Log the table, and contact sheets of the photographs; not of the dropped ones, lest the run keeps them."""
-    mlflow.log_text(tables.to_csv(table), "review/corrections.csv")
+    mlflow.log_text(files.to_csv(table), "review/corrections.csv")
     for start in range(0, len(shown), SHEET):
         runs.log_figure(f"review/corrections-{start // SHEET + 1:02d}.png", _sheet_of(shown[start : start + SHEET]))
 
@@ -159,8 +159,8 @@ def _record_accepted(folder: Path) -> None:
     record = folder / ACCEPTED / RECORD
     table = pd.DataFrame([{"id": path.stem, **_read_facts(path)} for path in moved])
     if record.exists():
-        table = pd.concat([tables.read_csv(record), table]).drop_duplicates("id", keep="last")
+        table = pd.concat([files.read_csv(record), table]).drop_duplicates("id", keep="last")
     with atomic_file(record) as partial_file:
-        partial_file.write_text(tables.to_csv(table))
+        partial_file.write_text(files.to_csv(table))
     for path in moved:
         path.unlink()

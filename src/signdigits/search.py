@@ -17,9 +17,9 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import plots, tables
+from signdigits import files, plots
 from signdigits.config import Hyperparameters, StudyParameters
-from signdigits.data import archive
+from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import StorageError, UsageError
 from signdigits.model import architecture
@@ -164,9 +164,9 @@ def _describe_study(opened: Search) -> None:
     ranges = {name: str(r) for name, r in space.ranges.items()}
     runs.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
     mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")  # `mlflow run` has logged "auto" for these
-    runs.log_data(data, parts=("training", "validation"))
+    lineage.log_data(data, parts=("training", "validation"))
     if data.parameters.log_data:
-        archive.log_photographs(data.dataset, opened.run_id)
+        lineage.log_photographs(data.dataset, opened.run_id)
     runs.log_versions()
     # Tags, because a continued study may have more trials or another timeout, and MLflow's parameters cannot change.
     mlflow.set_tags({"study": opened.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})
@@ -199,7 +199,7 @@ def _log_study(opened: Search) -> None:
     mlflow.log_metrics(param_importances(study))
     for name, figure in plots.plot_study(study, metric).items():
         mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
-    mlflow.log_text(tables.to_csv(study.trials_dataframe()), "study/trials.csv")
+    mlflow.log_text(files.to_csv(study.trials_dataframe()), "study/trials.csv")
     log.info(
         "best: trial %d, %s %.4f with %s", best.number, metric, best.value,
         ", ".join(f"{name}={format_value(value)}" for name, value in best.params.items()),

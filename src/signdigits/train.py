@@ -9,9 +9,9 @@ from dataclasses import asdict
 
 import mlflow
 
-from signdigits import tables
+from signdigits import files
 from signdigits.config import Hyperparameters
-from signdigits.data import archive, quality
+from signdigits.data import lineage, quality
 from signdigits.data.loading import Data
 from signdigits.model import training
 from signdigits.packaging import package
@@ -27,10 +27,10 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
     """
     with runs.start_run("train", "train") as run:
         runs.log_params(asdict(data.parameters) | asdict(hyperparameters))
-        runs.log_data(data, parts=("training", "validation"))
-        mlflow.log_text(tables.to_csv(quality.tabulate_files(data)), runs.FILES)
+        lineage.log_data(data, parts=("training", "validation"))
+        mlflow.log_text(files.to_csv(quality.tabulate_files(data)), runs.FILES)
         if data.parameters.log_data:
-            archive.log_photographs(data.dataset, run.info.run_id)
+            lineage.log_photographs(data.dataset, run.info.run_id)
         runs.log_versions()
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from signdigits import tables
-from signdigits.data.folders import count_junk, find_files
+from signdigits.data.sources import count_junk, find_files
 from signdigits.errors import DataError
+from signdigits.files import read_csv
 
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": tables.read_csv, ".parquet": pd.read_parquet}
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": read_csv, ".parquet": pd.read_parquet}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from signdigits import tables
+from signdigits import files
 from signdigits.errors import UsageError
 
 TABLES = ("predictions.parquet", "predictions.csv")
@@ -92,7 +92,7 @@ def _schema_of(columns: Sequence[str]) -> pa.Schema:
 
 
 def _type_of(column: str) -> pa.DataType:
-    if tables.is_probability(column) or column == "outlier_score":
+    if files.is_probability(column) or column == "outlier_score":
         return pa.float64()
     return pa.bool_() if column == "is_outlier" else pa.string()
 

@@ -1,8 +1,9 @@
-"""A data set: a folder of class folders with photographs."""
+"""A data set: folders of class folders with photographs."""
 
 import hashlib
+import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,8 @@ import numpy as np
 from PIL import Image
 
 from signdigits.config import SourceParameters
-from signdigits.data import joined, sources
+from signdigits.data import sources
 from signdigits.data.cache import PhotographCache
-from signdigits.data.folders import find_files, is_junk
 from signdigits.data.images import ImageError, load_image, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
 from signdigits.files import compute_digest
@@ -28,7 +28,7 @@ SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test",
 class Photograph:
     """A readable photograph: its path, its label and the properties of its file."""
 
-    path: str  # relative to the data set's folder, with forward slashes
+    path: str  # in the data set, with forward slashes
     label: int
     checksum: str  # SHA-256 of the file
     size: tuple[int, int]  # width and height in pixels, as stored
@@ -37,21 +37,42 @@ class Photograph:
     perceptual_hash: int  # pHash, 64 bits; similar images differ in few of them
     mean_colour: tuple[float, float, float]  # red, green and blue, 0 to 255
 
+    @property
+    def is_added(self) -> bool:
+        """Tell whether the photograph is of another folder than the first."""
+        parts = self.path.split("/")
+        return len(parts) > 2 and parts[1].startswith(sources.ADDED)
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """The photographs of a folder, sorted by class name and file name."""
+    """The photographs of a folder, sorted by class name and file name; of `data=A,B`, those of several folders.
+
+    A photograph of the first folder keeps its path; one that another folder adds has CLASS/+NAME/ before its own, with the name
+    of that folder. The mark stays in the copy of a run (`log_data`), and the split keeps those of the first in their parts.
+    """
 
     name: str
-    folder: Path
+    folders: tuple[Path, ...]
     class_names: tuple[str, ...]
     photographs: tuple[Photograph, ...]
     unreadable: dict[str, str]  # path -> reason
+    added: dict[str, Path]  # path -> file, of the other folders
+
+    @property
+    def folder(self) -> Path:
+        """The folder, or the first."""
+        return self.folders[0]
+
+    @property
+    def source(self) -> str:
+        """The folders as a value of `data`, from any working directory."""
+        return ",".join(str(folder.resolve()) for folder in self.folders)
 
     @property
     def origin(self) -> str:
-        """The name of the folder; of a joined one, that of the first."""
-        return joined.name_original(self.name)
+        """The name of the folder, or the first."""
+        return sources.name_original(self.name)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -65,7 +86,7 @@ class Dataset:
 
     def read(self, photograph: Photograph) -> bytes:
         """Return the bytes of a photograph. Raises DataError if it is missing or has changed since the folder was scanned."""
-        path = self.folder / photograph.path
+        path = self.locate(photograph.path)
         try:
             content = read_file(path)
         except OSError as error:
@@ -75,6 +96,10 @@ class Dataset:
                 f"{path}: has changed since the folder was scanned; run the command again to use the new content"
             )
         return content
+
+    def locate(self, path: str) -> Path:
+        """Return the file of a photograph."""
+        return self.added.get(path, self.folder / path)
 
     def part_digest(self, indices: np.ndarray) -> str:
         """Return the digest of some of the photographs."""
@@ -87,55 +112,91 @@ class Dataset:
 
 
 def scan_dataset(parameters: SourceParameters) -> Dataset:
-    """Scan the folder that `parameters.data` names, with a cache of RGB pixels, as `scan_folder` does."""
-    return scan_folder(sources.resolve_source(parameters.data), parameters, PhotographCache(HASHED_SIZE, "rgb"))
+    """Scan the folders that `parameters.data` names, with a cache of RGB pixels, as `scan_folders` does."""
+    return scan_folders(sources.resolve_source(parameters.data), parameters, PhotographCache(HASHED_SIZE, "rgb"))
 
 
-def scan_folder(folder: Path, parameters: SourceParameters, cache: PhotographCache) -> Dataset:
+def scan_folders(folders: Sequence[Path], parameters: SourceParameters, cache: PhotographCache) -> Dataset:
     """Read every file of every class folder, once, and decode each photograph that the cache does not hold.
 
-    `folder` is the one that `resolve_source` returned for `parameters.data`.
-    Class names are the sorted names of the folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
-    Raises DataError for a missing folder, fewer than two classes, an empty class, or an unreadable file
-    (unless `skip_unreadable`, which lists it in the result instead).
+    `folders` are those that `resolve_source` returned for `parameters.data`.
+    Class names are the sorted names of the first's folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
+    Raises DataError for a missing folder, fewer than two classes, an empty class, a class that the first folder has not, or
+    an unreadable file (unless `skip_unreadable`, which lists it in the result instead).
     """
     try:
-        dataset = _read_folder(folder, parameters, cache)
+        dataset = _read_folders(folders, parameters, cache)
     except OSError as error:  # a folder that may not be entered
-        raise DataError(f"{error.filename or folder}: {error.strerror}; make it readable") from error
+        raise DataError(f"{error.filename or folders[0]}: {error.strerror}; make it readable") from error
     if parameters.data == sources.SIGN_LANGUAGE_DIGITS and dataset.digest != sources.SIGN_LANGUAGE_DIGITS_DIGEST:
-        raise DataError(f"{folder}: has changed since the download; remove the folder to download it again")
+        raise DataError(f"{dataset.folder}: has changed since the download; remove the folder to download it again")
     return dataset
 
 
-def _read_folder(folder: Path, parameters: SourceParameters, cache: PhotographCache) -> Dataset:
-    class_names = _find_classes(folder)
-    files = [(path, label) for label, name in enumerate(class_names) for path in find_files(folder / name)]
-    results = map_in_threads(lambda file: _examine_file(*file, folder, cache), files, "reading")
-    photographs: list[Photograph] = []
+def _read_folders(folders: Sequence[Path], parameters: SourceParameters, cache: PhotographCache) -> Dataset:
+    class_names = _find_classes(folders)
+    files = list(_list_files(folders, class_names))
+    results = map_in_threads(lambda file: _examine_file(*file, cache), files, "reading")
+    photographs: dict[str, Photograph] = {}
+    added: dict[str, Path] = {}
     unreadable: dict[str, str] = {}
-    for (path, _), result in zip(files, results, strict=True):
-        if not isinstance(result, ImageError):
-            photographs.append(result)
-        elif parameters.skip_unreadable:
-            unreadable[escape_undecodable(path.relative_to(folder).as_posix())] = str(result)
-        else:
-            raise DataError(f"{path}: {result}; remove it, or pass --skip_unreadable true") from result
-    labels = {photograph.label for photograph in photographs}
+    contents: set[tuple[int, str]] = set()
+    for (path, label, file), result in zip(files, results, strict=True):
+        if isinstance(result, ImageError):
+            if not parameters.skip_unreadable:
+                raise DataError(f"{file}: {result}; remove it, or pass --skip_unreadable true") from result
+            unreadable[escape_undecodable(path)] = str(result)
+            continue
+        if result.is_added and (label, result.checksum) in contents:
+            continue  # a copy could lie in another part of the split than its original (leakage)
+        if path in photographs:
+            raise DataError(
+                f"{file}: {added.get(path, folders[0] / path)} would have the same path, {path}; rename one of their folders"
+            )
+        photographs[path] = result
+        contents.add((label, result.checksum))
+        if file != folders[0] / path:
+            added[path] = file
+    labels = {photograph.label for photograph in photographs.values()}
     for label, name in enumerate(class_names):
         if label not in labels:
-            raise DataError(f"{folder / name}: no photographs in this class folder; add some, or remove it")
-    return Dataset(folder.resolve().name, folder, class_names, tuple(photographs), unreadable)
+            raise DataError(f"{folders[0] / name}: no photographs in this class folder; add some, or remove it")
+    ordered = sorted(photographs.values(), key=lambda found: (found.label, *posixpath.split(found.path)))
+    joined_name = sources.ADDED.join(folder.resolve().name for folder in folders)
+    return Dataset(joined_name, tuple(folders), class_names, tuple(ordered), unreadable, added)
 
 
-def _find_classes(folder: Path) -> tuple[str, ...]:
-    """Return the sorted names of the class folders in `folder`."""
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder{_describe_relative(folder)}; pass --data a folder of class folders, or one of the names "
-            f"{sources.HANDWRITTEN_DIGITS} and {sources.SIGN_LANGUAGE_DIGITS}"
-        )
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_junk(entry)))
+def _list_files(folders: Sequence[Path], class_names: Sequence[str]) -> Iterator[tuple[str, int, Path]]:
+    """Yield the path in the data set, the label and the file of each photograph."""
+    first, *others = folders
+    for label, name in enumerate(class_names):
+        yield from ((path.relative_to(first).as_posix(), label, path) for path in sources.find_files(first / name))
+    for folder in others:
+        for name in _list_classes(folder):
+            if name not in class_names:
+                raise DataError(
+                    f"{folder / name}: no class of {first}, which it is joined to; rename it, or add the class"
+                )
+            for path in sources.find_files(folder / name):
+                inner = path.relative_to(folder / name).as_posix()
+                yield f"{name}/{sources.ADDED}{folder.resolve().name}/{inner}", class_names.index(name), path
+
+
+def _list_classes(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not sources.is_junk(entry)))
+
+
+def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
+    """Return the sorted names of the class folders in the first folder, after a check of all."""
+    for folder in folders:
+        if not folder.is_dir():
+            hint = "data=A,B joins existing folders or data sets, and a comma in a name is one between two; "
+            raise DataError(
+                f"{folder}: no such folder{_describe_relative(folder)}; {hint if len(folders) > 1 else ''}pass --data a folder "
+                f"of class folders, or one of the names {sources.HANDWRITTEN_DIGITS} and {sources.SIGN_LANGUAGE_DIGITS}"
+            )
+    folder = folders[0]
+    names = _list_classes(folder)
     if not names:
         raise DataError(
             f"{folder}: no class folders; put the photographs of each class into a folder named after the class"
@@ -167,7 +228,7 @@ def _check_layout(folder: Path, names: Sequence[str]) -> None:
     """Raise DataError if the class folders contain only the same subfolders, as in train/CLASS and test/CLASS."""
     subfolders = []
     for name in names:
-        entries = [entry for entry in (folder / name).iterdir() if not is_junk(entry)]
+        entries = [entry for entry in (folder / name).iterdir() if not sources.is_junk(entry)]
         if not all(entry.is_dir() for entry in entries):
             return
         subfolders.append({entry.name for entry in entries})
@@ -183,12 +244,12 @@ def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _examine_file(path: Path, label: int, folder: Path, cache: PhotographCache) -> Photograph | ImageError:
+def _examine_file(path: str, label: int, file: Path, cache: PhotographCache) -> Photograph | ImageError:
     """Read one file, and return its properties, from the cache if it was decoded before; or the error."""
-    if not _is_utf8(path):
+    if not _is_utf8(file):
         return ImageError("the name of the file or its folder is not UTF-8; rename it")
     try:
-        content = read_file(path)
+        content = read_file(file)
         checksum = hashlib.sha256(content).hexdigest()
         properties = cache.read_properties(checksum) or _decode_photograph(content, checksum, cache)
     except OSError as error:
@@ -197,14 +258,7 @@ def _examine_file(path: Path, label: int, folder: Path, cache: PhotographCache) 
         return error
     width, height = properties.pop("size")
     red, green, blue = properties.pop("mean_colour")
-    return Photograph(
-        path.relative_to(folder).as_posix(),
-        label,
-        checksum,
-        (width, height),
-        mean_colour=(red, green, blue),
-        **properties,
-    )
+    return Photograph(path, label, checksum, (width, height), mean_colour=(red, green, blue), **properties)
 
 
 def _decode_photograph(content: bytes, checksum: str, cache: PhotographCache) -> dict[str, Any]:

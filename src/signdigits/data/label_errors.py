@@ -85,7 +85,7 @@ def _predict_out_of_fold(features: np.ndarray, labels: np.ndarray) -> np.ndarray
 def plot_labels(dataset: Dataset, table: pd.DataFrame) -> plots.Figure:
     """Plot the photographs with the most doubtful labels, the worst first."""
     rows = table.head(MAX_PICTURES).to_dict("records")
-    pictures = [images.decode_image(images.read_file(dataset.folder / row["path"]), 120, "rgb") for row in rows]
+    pictures = [images.decode_image(images.read_file(dataset.locate(row["path"])), 120, "rgb") for row in rows]
     captions = [f"{_question_label(row)}\n{textwrap.fill(row['path'], 20)}" for row in rows]
     return plots.plot_photographs(pictures, captions, "Doubtful labels", columns=8)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from signdigits.config import DataParameters
 from signdigits.data.cache import FOLDER, DiskArray, PhotographCache
-from signdigits.data.dataset import Dataset, scan_folder
+from signdigits.data.dataset import Dataset, scan_folders
 from signdigits.data.sources import default_image_size, resolve_source
 from signdigits.data.split import Split, split_dataset
 
@@ -76,9 +76,9 @@ def load_data(parameters: DataParameters) -> Data:
 
     Raises DataError, naming the path, if the folder cannot be used.
     """
-    folder = resolve_source(parameters.data)
-    cache = PhotographCache(parameters.image_size or default_image_size(folder), parameters.color_mode)
-    dataset = scan_folder(folder, parameters, cache)
+    folders = resolve_source(parameters.data)
+    cache = PhotographCache(parameters.image_size or default_image_size(folders[0]), parameters.color_mode)
+    dataset = scan_folders(folders, parameters, cache)
     pixels = DiskArray(cache, np.array([photograph.checksum for photograph in dataset.photographs]))
     split = split_dataset(dataset, parameters.split)
     fitting = Images(pixels, dataset.labels).part(split.fitting)

@@ -164,5 +164,5 @@ def plot_findings(data: Data, findings: pd.DataFrame) -> plots.Figure:
         captions.append((row["path"], f"{row['finding']}: {row['path']}\n{row['caption']}\n{row['part']}"))
         if row["other"]:
             captions.append((row["other"], f"looks like\n{row['other']}\n{row['other_part']}"))
-    pictures = [images.decode_image(images.read_file(data.dataset.folder / path), 150, "rgb") for path, _ in captions]
+    pictures = [images.decode_image(images.read_file(data.dataset.locate(path)), 150, "rgb") for path, _ in captions]
     return plots.plot_photographs(pictures, [caption for _, caption in captions], "Findings", columns=4)

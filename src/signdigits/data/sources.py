@@ -1,11 +1,16 @@
-"""The named data sets, embedded or downloaded, the photographs of a run, and joined folders: each a folder under `data/`, atomically."""
+"""Where photographs come from: folders, the named data sets, embedded or downloaded, and the photographs of a run.
+
+What is written or downloaded becomes a folder under `data/`, atomically.
+"""
 
 import hashlib
+import http.client
 import logging
 import re
-import shutil
 import tempfile
+import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -13,9 +18,8 @@ import mlflow
 import numpy as np
 from mlflow.exceptions import MlflowException
 from PIL import Image
+from tqdm import tqdm
 
-from signdigits import startup
-from signdigits.data import joined
 from signdigits.errors import DataError, DownloadError
 from signdigits.files import atomic_folder, compute_digest
 from signdigits.tracking import runs
@@ -30,6 +34,9 @@ SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dat
 # `folder_digest` of the 2,062 photographs in their class folders: GitHub generates the archive on request, and its bytes vary.
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
+ADDED = "+"  # between the names of joined folders, and before that of one that adds a photograph (dataset.py)
+JUNK_NAMES = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
 IMAGE_SIZE = 100  # the notebook's
 IMAGE_SIZES = {HANDWRITTEN_DIGITS: 32}  # they are 8x8 images: more pixels show no more
 
@@ -38,20 +45,20 @@ ARCHIVE = "photographs.zip"  # artifact; not named after the data set, because M
 PHOTOGRAPHS = "photographs"
 PHOTOGRAPHS_DIGEST = "photographs_digest"
 
-
 LICENCES = {
     HANDWRITTEN_DIGITS: "E. Alpaydin and C. Kaynak, 1998, as shipped with scikit-learn (BSD-3-Clause)",
     SIGN_LANGUAGE_DIGITS: "Apache-2.0, Zeynep Dikle, Arda Mavi and the students of Turkey Ankara Ayrancı Anadolu High School",
 }
 
 
-def resolve_source(data: str, home: Path = Path("data")) -> Path:
-    """Return the folder that `data` names: a named data set, created under `home` if it is missing, a run's, or a path.
+def resolve_source(data: str, home: Path = Path("data")) -> tuple[Path, ...]:
+    """Return the folder that `data` names, or several, if it has commas and there is no path of that name."""
+    parts = data.split(",") if "," in data and not Path(data).exists() else [data]
+    return tuple(_resolve_folder(part, home) for part in parts)
 
-    Several with commas between them become one folder, unless there is a path of that name.
-    """
-    if "," in data and not Path(data).exists():
-        return joined.join_folders([resolve_source(part, home) for part in data.split(",")], home / "cache")
+
+def _resolve_folder(data: str, home: Path) -> Path:
+    """Return the folder of a named data set, created under `home` if it is missing, of a run's photographs, or of a path."""
     if data.startswith("runs:"):
         return download_photographs(_read_run_id(data), home / "cache")
     if data == HANDWRITTEN_DIGITS:
@@ -62,8 +69,13 @@ def resolve_source(data: str, home: Path = Path("data")) -> Path:
 
 
 def default_image_size(folder: Path) -> int:
-    """Return the `image_size` for the photographs in `folder`, in pixels; a joined folder has that of the first."""
-    return IMAGE_SIZES.get(joined.name_original(folder.resolve().name), IMAGE_SIZE)
+    """Return the `image_size` for the photographs in `folder`, in pixels."""
+    return IMAGE_SIZES.get(name_original(folder.resolve().name), IMAGE_SIZE)
+
+
+def name_original(name: str) -> str:
+    """Return the name of the first of the folders that a data set called `name` joins; of any other data set, `name`."""
+    return name.partition(ADDED)[0]
 
 
 def _write_handwritten_digits(target: Path, image_size: int = 100) -> Path:
@@ -98,35 +110,37 @@ def download_sign_language_digits(
     """
     if target.exists():
         return target
-    startup.import_tensorflow()  # takes ten seconds, only on the first run
-    from keras.utils import get_file
-
     log.info("Downloading the sign language digits, about 25 MB, from %s", url)
-    with atomic_folder(target) as folder:
+    with atomic_folder(target) as folder, tempfile.TemporaryDirectory() as place:
+        packed = Path(place, ARCHIVE)
         try:
-            # zipfile, which extracts, drops drive letters, leading slashes and ".." from names.
-            extracted = Path(get_file("photographs.zip", url, extract=True, cache_dir=str(folder), cache_subdir=""))
-        except Exception as error:  # get_file raises a bare Exception for an HTTP error
+            _download_file(url, packed)
+            with zipfile.ZipFile(packed) as archive:
+                for member in archive.infolist():
+                    _, _, member.filename = member.filename.partition("/Dataset/")
+                    if member.filename and not member.is_dir():
+                        archive.extract(member, folder)  # drops leading slashes and ".." from names
+        except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
             raise DownloadError(
                 f"{url}: {error}; check the connection and retry, or pass --data a folder of class folders"
             ) from error
-        photographs = next(extracted.glob("*/Dataset"), None)
-        checksum = folder_digest(photographs) if photographs else "no folder Dataset"
-        if photographs is None or checksum != digest:
+        if (found := folder_digest(folder)) != digest:
             raise DownloadError(
-                f"{url}: the archive holds other files than expected (digest {checksum}, not {digest}); pass --data a folder "
-                "of class folders"
+                f"{url}: the archive holds other files than expected (digest {found}, not {digest}); pass --data a folder of "
+                "class folders"
             )
-        _move_up(photographs, folder)
     return target
 
 
-def _move_up(inner: Path, folder: Path) -> None:
-    """Replace the content of `folder` with that of `inner`, a folder below it."""
-    sibling = folder.with_name(folder.name + ".keep")
-    inner.rename(sibling)
-    shutil.rmtree(folder)
-    sibling.rename(folder)
+def _download_file(url: str, target: Path) -> None:
+    """Download `url` to `target`, with a progress bar on a terminal."""
+    with tqdm(desc="downloading", unit="B", unit_scale=True, disable=None) as bar:
+
+        def show(blocks: int, block_size: int, total: int) -> None:
+            bar.total = total if total > 0 else None
+            bar.update(blocks * block_size - bar.n)
+
+        urllib.request.urlretrieve(url, target, show)
 
 
 def folder_digest(folder: Path) -> str:
@@ -179,3 +193,46 @@ def _find_logged_photographs(run_id: str) -> dict[str, str]:
             f"run {run_id}: no run has logged its photographs; repeat it from their folder, with --log_data true"
         )
     return tags
+
+
+def find_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders, in the order in which Keras lists them, without junk.
+
+    A symbolic link to a file inside the folder is skipped: the file is listed anyway.
+    """
+    root = folder.resolve()
+    for directory in _find_folders(folder):
+        for path in sorted(directory.iterdir()):
+            is_duplicate = path.is_symlink() and path.exists() and path.resolve().is_relative_to(root)
+            if _is_file(path) and not is_junk(path) and not is_duplicate:
+                yield path
+
+
+def count_junk(folder: Path) -> int:
+    """Return the number of hidden and junk files and folders that `find_files` skips."""
+    return sum(is_junk(entry) for directory in _find_folders(folder) for entry in directory.iterdir())
+
+
+def _find_folders(folder: Path) -> list[Path]:
+    """Return `folder` and its subfolders, each once, however many symbolic links lead to it."""
+    folders: dict[Path, Path] = {}
+    pending, links = [folder], list[Path]()
+    while pending or links:
+        directory = pending.pop() if pending else links.pop(0)
+        if directory.resolve() in folders:
+            continue
+        folders[directory.resolve()] = directory
+        for entry in sorted(directory.iterdir()):
+            if entry.is_dir() and not is_junk(entry):
+                (links if entry.is_symlink() else pending).append(entry)
+    return sorted(folders.values(), key=str)
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether the path is a file, or a broken symbolic link, which is reported as unreadable."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def is_junk(path: Path) -> bool:
+    """Return whether a file or folder is hidden, or left behind by an operating system or an archiver."""
+    return path.name.startswith(".") or path.name in JUNK_NAMES

@@ -1,19 +1,30 @@
 """The split into training, validation and test photographs.
 
 `random` is the notebook's split, `stratified` divides class by class, and `grouped` keeps each group, such as one signer's
-photographs, in one part. What a joined folder adds is divided by checksum.
+photographs, in one part. What another folder adds (`data=A,B`) is divided by checksum.
+
+The groups are in `groups.csv` beside the class folders, with the columns `path` (relative to the folder, with forward slashes)
+and `group` (any text).
 """
 
+import logging
+import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-import signdigits.files
-from signdigits.data import groups, joined, sources
+from signdigits import files
+from signdigits.data import sources
 from signdigits.data.dataset import Dataset
 from signdigits.errors import DataError, ModelError
+
+log = logging.getLogger(__name__)
+
+GROUPS = "groups.csv"
 
 # The notebook's seed and fraction: the test images are its 412 validation images. Constants, because runs can be compared
 # only on the same images.
@@ -46,12 +57,12 @@ class Split:
 def split_dataset(dataset: Dataset, name: str) -> Split:
     """Return the split called `name`, or chosen by the photographs if that is `auto`.
 
-    Of a joined folder (`data=A,B`), the photographs of the first are split as if they were alone, so that models trained with
+    Of a joined data set (`data=A,B`), the photographs of the first are split as if they were alone, so that models trained with
     and without the others can be compared on the same test images.
 
     Raises DataError if a class is missing from one of the three parts.
     """
-    added = np.array([joined.is_added(photograph.path) for photograph in dataset.photographs])
+    added = np.array([photograph.is_added for photograph in dataset.photographs])
     original = np.flatnonzero(~added)
     first = (
         replace(dataset, name=dataset.origin, photographs=tuple(dataset.photographs[i] for i in original))
@@ -85,7 +96,7 @@ def _split_first(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _split_added(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return training, validation and test images of those that a joined folder adds, by their checksums.
+    """Return training, validation and test images of those that a joined data set adds, by their checksums.
 
     A photograph stays in its part when more are added: a later model is not tested on what an earlier one was trained on.
     """
@@ -162,7 +173,7 @@ def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
     groups allow.
     """
-    group_names = groups.read_groups(dataset)
+    group_names = read_groups(dataset)
 
     def cut(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=SPLIT_SEED)
@@ -188,8 +199,70 @@ def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part:
 
 def _split_digest(dataset: Dataset, **parts: np.ndarray) -> str:
     """Return the digest of the photographs and their parts."""
-    return signdigits.files.compute_digest(
+    return files.compute_digest(
         (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
         for part, indices in parts.items()
         for i in indices
     )
+
+
+def read_groups(dataset: Dataset) -> np.ndarray:
+    """Return the group of each photograph; text, of shape (n,).
+
+    Raises DataError if groups.csv is missing or unusable, or lacks a photograph.
+    """
+    file = dataset.folder / GROUPS
+    if not file.exists() and _is_sign_language_digits(dataset):
+        return _infer_students(dataset)  # the folder is read-only
+    try:
+        table = files.read_csv(file)[["path", "group"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{file}: needed by split=grouped, with the columns path and group ({error}); create it, or pass --split stratified"
+        ) from error
+    group_by_path = {path: group for path, group in zip(table["path"], table["group"], strict=True) if group}
+    missing = [photograph.path for photograph in dataset.photographs if photograph.path not in group_by_path]
+    if missing:
+        raise DataError(f"{file}: no group for {len(missing)} photographs, the first of them {missing[0]}; add them")
+    return np.array([group_by_path[photograph.path] for photograph in dataset.photographs])
+
+
+def write_groups(dataset: Dataset) -> None:
+    """Write groups.csv for the sign language digits, whose groups can be inferred; do nothing for other photographs.
+
+    A read-only folder is left unchanged, even by root.
+    """
+    file = dataset.folder / GROUPS
+    if file.exists() or not _is_sign_language_digits(dataset):
+        return
+    if not dataset.folder.stat().st_mode & stat.S_IWUSR:
+        log.info(
+            "%s: not written, the folder is read-only; the groups are inferred from the file names each time", file
+        )
+        return
+    table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": _infer_students(dataset)})
+    try:
+        with files.atomic_file(file) as partial_file:
+            partial_file.write_text(files.to_csv(table))
+    except OSError as error:
+        log.info("%s: not written (%s); the groups are inferred from the file names each time", file, error.strerror)
+    else:
+        log.info("%s: %d groups, written for --split grouped", file, table["group"].nunique())
+
+
+def _is_sign_language_digits(dataset: Dataset) -> bool:
+    return dataset.digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
+
+
+def _infer_students(dataset: Dataset) -> np.ndarray:
+    """Infer the student on each of the sign language digits from the numbers in the file names.
+
+    Each of the 218 students posed for about ten consecutive photographs, one per digit. Sorted by number, the label rises
+    within a student and does not rise at the next one, which yields 220 groups.
+    """
+    numbers = [int(re.findall(r"\d+", photograph.path)[-1]) for photograph in dataset.photographs]
+    order = np.argsort(numbers)
+    is_first = np.diff(dataset.labels[order], prepend=-1) <= 0
+    students = np.empty(len(order), dtype=object)
+    students[order] = [f"student {number:03d}" for number in np.cumsum(is_first)]
+    return students.astype(str)

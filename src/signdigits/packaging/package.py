@@ -18,12 +18,11 @@ from mlflow.types.schema import Array, ColSpec, DataType, Map, ParamSchema, Para
 from PIL import Image
 
 from signdigits import startup
-from signdigits.data import images
+from signdigits.data import images, lineage
 from signdigits.data.loading import Data
 from signdigits.model import architecture, outliers
 from signdigits.model.calibration import Calibration
 from signdigits.packaging import prediction_log
-from signdigits.tracking import runs
 
 if TYPE_CHECKING:
     import keras
@@ -100,7 +99,7 @@ def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
         pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
     )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
-    tags = runs.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
+    tags = lineage.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
     mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info
 

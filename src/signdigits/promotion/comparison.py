@@ -1,4 +1,4 @@
-"""Compare two models on the same test images: correct and wrong predictions, and log loss.
+"""Compare two models on the same test images: correct and wrong predictions, and log loss; the interval of an accuracy.
 
 SciPy's tests are imported where they are used: they take a second, which a rollback does not need.
 """
@@ -180,3 +180,11 @@ def apply_non_inferiority_test(table: ContingencyTable, margin: float) -> float:
     estimate = (b + np.sqrt(b**2 - 8 * n * worse * margin * (1 + margin))) / (4 * n)
     z = (better - worse + n * margin) / np.sqrt(n * (2 * estimate - margin * (1 + margin)))
     return float(norm.sf(z))
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Return Wilson's 95 % confidence interval (1927) of an accuracy; it assumes independent images."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)

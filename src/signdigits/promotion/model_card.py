@@ -13,9 +13,10 @@ from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from signdigits import tables
+from signdigits import files
 from signdigits.config import DataParameters, Hyperparameters, NameParameters, RefitParameters, StudyParameters
 from signdigits.data.sources import LICENCES
+from signdigits.promotion.comparison import wilson_interval
 from signdigits.promotion.predictions import list_classes
 from signdigits.tracking import runs
 from signdigits.tuning import space
@@ -83,7 +84,7 @@ def _read_table(tags: Mapping[str, str], name: str, *numbers: str) -> pd.DataFra
         text = mlflow.artifacts.load_text(f"runs:/{tags.get('test_run_id')}/{name}")
     except (MlflowException, OSError):
         return None
-    return tables.read_csv(text, numbers.__contains__)
+    return files.read_csv(text, numbers.__contains__)
 
 
 def _describe_purpose(predictions: pd.DataFrame | None) -> str:
@@ -121,7 +122,7 @@ def _describe_accuracy(tags: Mapping[str, str], predictions: pd.DataFrame | None
     if predictions is None:
         return ""
     right = predictions["label"] == predictions["prediction"]
-    low, high = _wilson_interval(int(right.sum()), len(right))
+    low, high = wilson_interval(int(right.sum()), len(right))
     text = f"{right.mean():.4f} ({low:.4f} to {high:.4f} with 95 % confidence) on {len(right)} test images."
     if float(tags.get("n_seeds", 0)) > 1:
         text += (
@@ -130,16 +131,9 @@ def _describe_accuracy(tags: Mapping[str, str], predictions: pd.DataFrame | None
         )
     rows: list[tuple[object, ...]] = [("class", "test images", "correct", "accuracy", "95 % confidence")]
     for name, of_class in right.groupby(predictions["label"]):
-        low, high = _wilson_interval(int(of_class.sum()), len(of_class))
+        low, high = wilson_interval(int(of_class.sum()), len(of_class))
         rows.append((name, len(of_class), of_class.sum(), f"{of_class.mean():.3f}", f"{low:.3f} to {high:.3f}"))
     return f"{text}\n\n{runs.markdown_table(rows)}"
-
-
-def _wilson_interval(right: int, images: int) -> tuple[float, float]:
-    from scipy.stats import binomtest  # takes a second to import, which a rollback does not need
-
-    interval = binomtest(right, images).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def _describe_calibration(tags: Mapping[str, str]) -> str:

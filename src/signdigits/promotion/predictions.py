@@ -15,7 +15,7 @@ import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from signdigits import tables
+from signdigits import files
 from signdigits.batch.scoring import Scorer, read_photograph
 from signdigits.data import images
 from signdigits.errors import IncomparableError, ModelError
@@ -91,7 +91,7 @@ def read_predictions(version: ModelVersion) -> pd.DataFrame:
             f"version {version.version}: its predictions are missing from run {run_id!r}; evaluate it again "
             f"(python -m signdigits evaluate --model_uri {version.source}), or pass --force true"
         ) from error
-    return tables.read_csv(text, tables.is_probability)
+    return files.read_csv(text, files.is_probability)
 
 
 def list_classes(table: pd.DataFrame) -> list[str]:
@@ -113,8 +113,8 @@ def find_fitted_checksums(champion: ModelVersion) -> set[str] | None:
             text = mlflow.artifacts.load_text(f"runs:/{run_id}/{runs.FILES}")
         except (MlflowException, OSError):
             continue
-        files = tables.read_csv(text)
-        return set(files.loc[files["part"] != "testing", "sha256"])
+        table = files.read_csv(text)
+        return set(table.loc[table["part"] != "testing", "sha256"])
     return None
 
 

@@ -11,20 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from signdigits.errors import ModelError, UsageError
 from signdigits.tracking import store
 
-if TYPE_CHECKING:  # commands that touch no photograph need not wait for scikit-learn
+if TYPE_CHECKING:  # commands that draw nothing need not wait for matplotlib
     from matplotlib.figure import Figure
-
-    from signdigits.data.dataset import Dataset
-    from signdigits.data.loading import Data
-    from signdigits.data.split import Split
 
 log = logging.getLogger(__name__)
 
@@ -322,31 +316,6 @@ def check_recorded(params: Mapping[str, Any], metric: str, steps: int) -> None:
             f"run {run_id}: MLflow recorded {recorded} of {steps} values of {metric}, missing parameters: "
             f"{', '.join(missing) or 'none'}; check the MLFLOW_ variables of the environment"
         )
-
-
-def log_data(data: "Data", *, parts: tuple[str, ...]) -> None:
-    """Log the data of the active run: digests as tags, and `parts` of the split as dataset inputs."""
-    mlflow.set_tags(data_tags(data.dataset, data.split))
-    for part in parts:
-        mlflow.log_input(dataset_input(data.dataset, getattr(data.split, part)), context=part)
-
-
-def data_tags(dataset: "Dataset", split: "Split") -> dict[str, str]:
-    """Return the tags that identify the photographs and their split."""
-    return {
-        "dataset": dataset.name,
-        "dataset_digest": split.digest,
-        "split": split.name,
-        "test_digest": split.test_digest,
-        "test_images": str(len(split.testing)),
-    }
-
-
-def dataset_input(dataset: "Dataset", indices: Any = None) -> MetaDataset:
-    """Return the data set, or some of its photographs, as an MLflow dataset."""
-    source = LocalArtifactDatasetSource(str(dataset.folder.resolve()))
-    digest = dataset.digest if indices is None else dataset.part_digest(indices)
-    return MetaDataset(source, name=dataset.name, digest=digest)
 
 
 def log_versions() -> None:

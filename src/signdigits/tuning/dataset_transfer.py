@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from signdigits.config import DataParameters
-from signdigits.data import archive, loading, sources
+from signdigits.data import lineage, loading, sources
 from signdigits.data.loading import Data
 from signdigits.errors import DataError
 
@@ -13,7 +13,7 @@ from signdigits.errors import DataError
 def upload_photographs(loaded: Data, run_id: str) -> None:
     """Log the photographs to the study's run, unless they are logged or embedded."""
     if loaded.parameters.data != sources.HANDWRITTEN_DIGITS:
-        archive.log_photographs(loaded.dataset, run_id)
+        lineage.log_photographs(loaded.dataset, run_id)
 
 
 def load_study_data(parameters: DataParameters, digest: str, run_id: str) -> Data:

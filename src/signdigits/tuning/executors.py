@@ -130,7 +130,7 @@ class WorkerConfig:
 def worker_config(study: optuna.Study, context: "TrialContext", parameters: StudyParameters, cpus: int) -> WorkerConfig:
     data = context.data.parameters
     if data.data != sources.HANDWRITTEN_DIGITS:
-        data = replace(data, data=str(context.data.dataset.folder.resolve()))
+        data = replace(data, data=context.data.dataset.source)
     experiment_id = mlflow.get_run(context.run_id).info.experiment_id
     return WorkerConfig(
         study.study_name, context.run_id, experiment_id, mlflow.get_tracking_uri(), data, context.data.split.digest,

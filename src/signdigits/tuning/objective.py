@@ -8,6 +8,7 @@ import keras
 import mlflow
 import optuna
 
+from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.model import training
 from signdigits.tracking import runs
@@ -49,7 +50,7 @@ def _trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
     try:
         with runs.start_run("trial", f"trial-{trial.number:03d}", parent_run_id=context.run_id, tags=tags) as run:
             trial.set_user_attr("mlflow_run_id", run.info.run_id)
-            runs.log_data(context.data, parts=("training", "validation"))
+            lineage.log_data(context.data, parts=("training", "validation"))
             yield
     except Exception as error:
         trial.set_user_attr(FAILURE_REASON, f"{type(error).__name__}: {error}"[:2000])

@@ -10,6 +10,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from signdigits.config import StudyParameters
+from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import UsageError
 from signdigits.tracking import runs
@@ -30,7 +31,7 @@ PERCENTILE = 75.0  # lenient, because early accuracies predict late ones poorly
 def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
     """Return the settings that identify a study: data, split, search space, objective and pruner."""
     return {
-        **runs.data_tags(data.dataset, data.split),
+        **lineage.data_tags(data.dataset, data.split),
         "image_size": data.image_size,
         "color_mode": data.parameters.color_mode,
         **{name: str(r) for name, r in space.ranges.items()},

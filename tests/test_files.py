@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from signdigits import tables
+from signdigits import files
 
 NAMES = [
     "None",
@@ -21,8 +21,8 @@ NAMES = [
 
 
 def test_text_stays_text() -> None:
-    read = tables.read_csv(
-        tables.to_csv(pd.DataFrame({"label": NAMES, "p(NA)": [0.5] * len(NAMES)})), tables.is_probability
+    read = files.read_csv(
+        files.to_csv(pd.DataFrame({"label": NAMES, "p(NA)": [0.5] * len(NAMES)})), files.is_probability
     )
     assert read["label"].tolist() == NAMES
     assert read["p(NA)"].tolist() == [0.5] * len(NAMES)
@@ -30,9 +30,9 @@ def test_text_stays_text() -> None:
 
 @pytest.mark.parametrize("column", ["probability", "p(0)", "p(None)"])
 def test_probabilities_are_numbers(column: str) -> None:
-    assert tables.is_probability(column)
+    assert files.is_probability(column)
 
 
 def test_damaged_table_is_value_error() -> None:
     with pytest.raises(ValueError, match="EOF inside string"):
-        tables.read_csv('path,group\n"0/a.jpg,1\n')
+        files.read_csv('path,group\n"0/a.jpg,1\n')

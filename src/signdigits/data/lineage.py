@@ -1,6 +1,6 @@
-"""The photographs of a run, kept as its artifact: a zip file, once per digest.
+"""The photographs that a run used: digests and parts on its page and, with `log_data`, the photographs themselves.
 
-`data=runs:/RUN` reads them again (sources.py).
+They are kept as a zip file, once per digest; `data=runs:/RUN` reads them again (sources.py).
 """
 
 import hashlib
@@ -10,33 +10,61 @@ import zipfile
 from pathlib import Path
 
 import mlflow
+import numpy as np
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.sources import LocalArtifactDatasetSource
 
-from signdigits.data import groups
 from signdigits.data.dataset import Dataset
+from signdigits.data.loading import Data
 from signdigits.data.sources import ARCHIVE, PHOTOGRAPHS, PHOTOGRAPHS_DIGEST
+from signdigits.data.split import GROUPS, Split
 from signdigits.files import compute_digest
 from signdigits.tracking import runs
 
 log = logging.getLogger(__name__)
 
 
-def log_photographs(dataset: Dataset, run_id: str) -> str:
-    """Log the photographs to a run, unless it or another run holds the same, and return the URI of their zip file.
+def log_data(data: Data, *, parts: tuple[str, ...]) -> None:
+    """Log the data of the active run: digests as tags, and `parts` of the split as dataset inputs."""
+    mlflow.set_tags(data_tags(data.dataset, data.split))
+    for part in parts:
+        mlflow.log_input(dataset_input(data.dataset, getattr(data.split, part)), context=part)
 
-    The URI, the digest and the name of the data set become tags of the run.
+
+def data_tags(dataset: Dataset, split: Split) -> dict[str, str]:
+    """Return the tags that identify the photographs and their split."""
+    return {
+        "dataset": dataset.name,
+        "dataset_digest": split.digest,
+        "split": split.name,
+        "test_digest": split.test_digest,
+        "test_images": str(len(split.testing)),
+    }
+
+
+def dataset_input(dataset: Dataset, indices: np.ndarray | None = None) -> MetaDataset:
+    """Return the data set, or some of its photographs, as an MLflow dataset."""
+    source = LocalArtifactDatasetSource(dataset.source)
+    digest = dataset.digest if indices is None else dataset.part_digest(indices)
+    return MetaDataset(source, name=dataset.name, digest=digest)
+
+
+def log_photographs(dataset: Dataset, run_id: str) -> None:
+    """Log the photographs to a run, unless it or another run holds the same.
+
+    The URI of their zip file, the digest and the name of the data set become tags of the run.
     """
     digest = _archive_digest(dataset)
     uri = _find_archive(digest) or _upload_archive(dataset, run_id)
     for tag, value in {"dataset": dataset.name, PHOTOGRAPHS_DIGEST: digest, PHOTOGRAPHS: uri}.items():
         mlflow.MlflowClient().set_tag(run_id, tag, value)
-    return uri
 
 
 def _archive_digest(dataset: Dataset) -> str:
     """Return the `folder_digest` of what the zip file contains: the readable photographs, and groups.csv if there is one."""
     entries = [(photograph.path, photograph.checksum) for photograph in dataset.photographs]
-    if (file := dataset.folder / groups.FILE).is_file():
-        entries.append((groups.FILE, hashlib.sha256(file.read_bytes()).hexdigest()))
+    if (file := dataset.folder / GROUPS).is_file():
+        entries.append((GROUPS, hashlib.sha256(file.read_bytes()).hexdigest()))
     return compute_digest(entries)
 
 
@@ -56,8 +84,8 @@ def _upload_archive(dataset: Dataset, run_id: str) -> str:
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # photographs are compressed
             for photograph in dataset.photographs:
                 archive.writestr(photograph.path, dataset.read(photograph))
-            if (dataset.folder / groups.FILE).is_file():
-                archive.write(dataset.folder / groups.FILE, groups.FILE)
+            if (dataset.folder / GROUPS).is_file():
+                archive.write(dataset.folder / GROUPS, GROUPS)
         mlflow.MlflowClient().log_artifact(run_id, str(packed))
     uri = f"runs:/{run_id}/{ARCHIVE}"
     log.info("%d photographs logged as %s", len(dataset.photographs), uri)
