@@ -1,6 +1,6 @@
-"""Run benchmarks, print a table, and log it to an MLflow run and a Markdown file.
+"""Run benchmarks, print a table, and log it to an MLflow run.
 
-scripts/benchmark [PART...] [--data FOLDER] [--markdown FILE]
+scripts/benchmark [PART...] [--data FOLDER]
 """
 
 import argparse
@@ -18,54 +18,51 @@ from benchmarks import measure
 from benchmarks.measure import Row
 from signdigits.tracking import runs
 
-PARTS = ("training", "serving", "start", "batch", "proxy", "rollout", "attack", "search")
+PARTS = ("training", "serving", "start", "batch", "load", "attack", "search")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--data", default="sign-language-digits", help="the photographs (default: %(default)s)")
-    parser.add_argument("--markdown", type=Path, help="a file to write the table to")
     parsed = parser.parse_args()
     if unknown := [part for part in parsed.parts if part not in PARTS]:
         parser.error(f"{', '.join(unknown)}: not one of {', '.join(PARTS)}")
-    found: list[Row] = []
+    rows: list[Row] = []
     # Each part in a process of its own: no tracking store, thread pool or memory of one reaches the next.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as processes:
         for part in parsed.parts or PARTS:
             print(f"{part} ...", file=sys.stderr, flush=True)
-            found += processes.submit(measure.part, part, parsed.data).result()
-            print(markdown(found), flush=True)
-    record(found)
-    if parsed.markdown:
-        parsed.markdown.write_text(f"{machine()}\n\n{markdown(found)}\n")
+            rows += processes.submit(measure.measure_part, part, parsed.data).result()
+            print(format_table(rows), flush=True)
+    log_table(rows)
     return 0
 
 
-def markdown(found: list[Row]) -> str:
-    head = ("what", "against", "result", "should reach", "measured")
-    return runs.markdown_table([head, *(shown(row) for row in found)])
+def format_table(rows: list[Row]) -> str:
+    return runs.markdown_table([("what", "against", "result", "target", "measured"), *map(_cells, rows)])
 
 
-def shown(row: Row) -> tuple[str, ...]:
-    bound = f"{row.reach:g} or {'more' if row.at_least else 'less'}"
-    return row.what, row.against, f"{row.result:.2f}", f"{bound}{'' if row.reached else ' (missed)'}", row.detail
+def _cells(row: Row) -> tuple[str, ...]:
+    target = f"{row.target:g} or {'more' if row.at_least else 'less'}"
+    return row.what, row.against, f"{row.result:.2f}", f"{target}{'' if row.reached else ' (missed)'}", row.detail
 
 
-def record(found: list[Row]) -> None:
-    """Write the table to a run of its own."""
+def log_table(rows: list[Row]) -> None:
+    """Log the table to a run of its own."""
     runs.open_experiment("benchmark")
     with runs.start_run("benchmark", "benchmark"):
         runs.log_versions()
-        mlflow.log_dict({"machine": machine(), "rows": [asdict(row) for row in found]}, "benchmark.json")
-        mlflow.log_text(markdown(found), "benchmark.md")
-        runs.set_description(f"{machine()}\n\n{markdown(found)}")
+        mlflow.log_dict({"machine": describe_machine(), "rows": [asdict(row) for row in rows]}, "benchmark.json")
+        mlflow.log_text(format_table(rows), "benchmark.md")
+        runs.set_description(f"{describe_machine()}\n\n{format_table(rows)}")
 
 
-def machine() -> str:
+def describe_machine() -> str:
     cpu = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor()
     return f"{os.cpu_count()} cores of {name}, Python {platform.python_version()}, {platform.system()}"
 

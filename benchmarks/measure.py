@@ -1,4 +1,4 @@
-"""Time two implementations in turns, and compare them."""
+"""Rows of the table, alternating timing, and what several benchmarks share."""
 
 import contextlib
 import importlib
@@ -8,35 +8,38 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import TypeVar
 
 import mlflow
+from mlflow.models.model import ModelInfo
 
 from signdigits import startup
-
-T = TypeVar("T")
+from signdigits.config import Hyperparameters
+from signdigits.data import loading
+from signdigits.model import training
+from signdigits.packaging import package
+from signdigits.tracking import runs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a ratio, what it is a ratio of, and what it should reach."""
+    """One line of the table: a result, what it is relative to, and its target."""
 
     what: str
     against: str
     result: float
-    reach: float
+    target: float
     at_least: bool
     detail: str
 
     @property
     def reached(self) -> bool:
-        return self.result >= self.reach if self.at_least else self.result <= self.reach
+        return self.result >= self.target if self.at_least else self.result <= self.target
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, float]:
-    """The median time of each way, in seconds, over `rounds` rounds in which each has its turn, `each` times in a row.
+    """Return the median time of each way in seconds; in each round every way is called `each` times in a row.
 
-    What disturbs the machine disturbs all of them alike. The first round, which traces and allocates, does not count.
+    A disturbance of the machine thus affects all of them alike. The first round, which traces and allocates, does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
@@ -50,7 +53,7 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, each: int = 
 
 @contextlib.contextmanager
 def temporary_store(experiment: str) -> Iterator[str]:
-    """A folder with an MLflow store of its own, active, that is gone afterwards; yields the folder."""
+    """Use a new MLflow store in a temporary folder, and yield the folder."""
     with TemporaryDirectory() as folder:
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         mlflow.create_experiment(experiment, artifact_location=f"file://{folder}/artifacts")
@@ -58,21 +61,20 @@ def temporary_store(experiment: str) -> Iterator[str]:
         yield folder
 
 
-def part(name: str, photographs: str) -> list[Row]:
-    """The rows of one part, without what the peers would say meanwhile: a warning an epoch, for thousands of epochs."""
+def log_untrained(loaded: loading.Data) -> ModelInfo:
+    """Log the notebook's network with its initial weights, for measurements of speed."""
+    with runs.start_run("train", "train"):
+        network = training.new_network(loaded.image_shape, loaded.n_classes, Hyperparameters())
+        fitted = training.Fit(network, {}, Hyperparameters())
+        calibration = training.calibrate_network(fitted, loaded.training, loaded.validation)
+        return package.log_model(network, calibration, loaded, {})
+
+
+def measure_part(name: str, photographs: str) -> list[Row]:
+    """Return the rows of one part, without the warnings that the libraries repeat in each epoch."""
     startup.configure_mlflow()
     startup.import_tensorflow()
-    for peer in ("mlflow", "absl", "tensorflow"):
-        logging.getLogger(peer).setLevel(logging.ERROR)
+    for library in ("mlflow", "absl", "tensorflow"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     rows: list[Row] = importlib.import_module(f"benchmarks.{name}").rows(photographs)
     return rows
-
-
-def until(condition: Callable[[], T | None], seconds: float) -> T:
-    """Poll until `condition` holds, and return its value. Raises RuntimeError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"not within {seconds} s")
-        time.sleep(0.1)
-    return found

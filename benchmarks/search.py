@@ -1,170 +1,99 @@
 """The time of a search to the result of forty full trials, against a plain Optuna loop and Keras Tuner's Hyperband.
 
-All three search the notebook's space: `initial_learning_rate`, `decay_rate` and `epochs`, these from 5 to 20, where the
-notebook's author looked (8 and 20). The clock of each starts with its first trial: TensorFlow is imported, and the
-photographs are decoded, before. A trial of the plain loop counts with its last epoch, as such loops do; Hyperband and this
-project's search also know the best epoch before.
-
-The curves of the forty trials say, too, what each pruner would have saved and lost.
-
-A seed takes half an hour. What was measured for one, by the same code on the same machine, is kept in `.benchmark`, so that an
-interrupted measurement goes on with the next.
+All three search the notebook's space: `initial_learning_rate`, `decay_rate` and `epochs`, the last from 5 to 20, around the
+notebook's own values (8 and 20). The clock of each starts with its first trial: TensorFlow is imported, and the photographs
+are decoded, before. A trial of the plain loop counts with its last epoch; Hyperband also counts the best epoch. A seed
+takes half an hour.
 """
 
-import hashlib
-import json
-import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import mlflow
 import mlflow.tensorflow
 import optuna
-from optuna.trial import TrialState
 
-from benchmarks import plain
 from benchmarks.measure import Row, temporary_store
 from signdigits import search
-from signdigits.config import DataParameters, StudyParameters
+from signdigits.config import DataParameters, Hyperparameters, StudyParameters
 from signdigits.data import loading
+from signdigits.model import architecture
 from signdigits.tuning.space import Range, Space
-from signdigits.tuning.study import make_pruner
 
 SEEDS = (1337, 1338, 1339)
 TRIALS = 40
-HYPERBANDS = 4  # whole ones, about 150 epochs each: one and a fifth times what the forty trials train
-CLOSE = 0.005  # how near the best of the forty counts as found
+HYPERBAND_ITERATIONS = 4  # about 150 epochs each: 1.2 times those of the forty trials in sum
+TOLERANCE = 0.005  # accuracy below the best of the forty trials that still counts as found
 EPOCHS = Range(5, 20)
 SPACE = Space.of("notebook", epochs=EPOCHS)
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A trial's end: seconds after the search began, and the validation accuracy of each of its epochs."""
-
-    seconds: float
-    curve: list[float]
-
-    @property
-    def accuracy(self) -> float:
-        return self.curve[-1]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Seconds until each of the three was near the best, and the trials of the plain loop.
-
-    `gave_up`: Hyperband was not, after all that it was given; its seconds are then those until it ended.
-    """
+class Comparison:
+    """Seconds until each of the three reached the target; Hyperband may end without reaching it."""
 
     seconds: dict[str, float]
-    forty: list[Ended]
-    gave_up: bool = False
+    hyperband_failed: bool
 
-    def told(self, name: str) -> str:
-        unfinished = name == "hyperband" and self.gave_up
-        return f"{'not after ' if unfinished else ''}{self.seconds[name]:.0f}"
+    def describe(self, name: str) -> str:
+        return f"{'not after ' if name == 'hyperband' and self.hyperband_failed else ''}{self.seconds[name]:.0f}"
 
 
 def rows(photographs: str) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
-    found = [kept(loaded, seed) for seed in SEEDS]
-    return [
-        against(found, "plain", "a plain Optuna loop, autolog's defaults", 4.0),
-        against(found, "hyperband", "Keras Tuner's Hyperband", 1.0),
-        *(pruned(found, pruner) for pruner in ("percentile", "median", "hyperband")),
-    ]
+    comparisons = [compare(loaded, seed) for seed in SEEDS]
+    table = []
+    for name, peer, target in (("plain", "a plain Optuna loop", 8.0), ("hyperband", "Keras Tuner's Hyperband", 2.0)):
+        ratio = statistics.median(one.seconds[name] / one.seconds["ours"] for one in comparisons)
+        ours, theirs = (", ".join(one.describe(key) for one in comparisons) for key in ("ours", name))
+        what = f"time to within {TOLERANCE:.1%} of the best of {TRIALS} trials, median of {len(SEEDS)} seeds"
+        table.append(Row(what, peer, ratio, target, True, f"{ours} s against {theirs} s"))
+    return table
 
 
-def against(found: list[Compared], peer: str, called: str, reach: float) -> Row:
-    """How many times as long a peer took as this project's search: the median of the seeds."""
-    shown = {name: ", ".join(one.told(name) for one in found) + " s" for name in ("ours", peer)}
-    return Row(
-        f"a search, until it is near the best of {TRIALS} trials, {len(found)} seeds", called,
-        statistics.median(one.seconds[peer] / one.seconds["ours"] for one in found), reach, True,
-        f"{shown['ours']} against {shown[peer]}",
-    )  # fmt: skip
-
-
-def pruned(found: list[Compared], pruner: str) -> Row:
-    """The share of the epochs of all forty trials that are trained with a pruner, and the best that is left of them."""
-    share, lost = zip(*(replay(one.forty, pruner) for one in found), strict=True)
-    return Row(
-        f"epochs of {TRIALS} trials, pruner={pruner}", "none is pruned", statistics.mean(share), 1.0, False,
-        "best validation accuracy lost: " + ", ".join(f"{one:.4f}" for one in lost),
-    )  # fmt: skip
-
-
-def replay(forty: list[Ended], pruner: str) -> tuple[float, float]:
-    """The trials once more as they were trained, but ended where the pruner says so."""
-    study = optuna.create_study(direction="maximize", pruner=make_pruner(pruner, SPACE))
-    trained, best = 0, 0.0
-    for one in forty:
-        trial = study.ask()
-        for epoch, accuracy in enumerate(one.curve, start=1):
-            trained += 1
-            trial.report(accuracy, epoch)
-            if epoch < len(one.curve) and trial.should_prune():
-                study.tell(trial, state=TrialState.PRUNED)
-                break
-        else:
-            best = max(best, one.accuracy)
-            study.tell(trial, one.accuracy)
-    return trained / sum(len(one.curve) for one in forty), max(one.accuracy for one in forty) - best
-
-
-def kept(loaded: loading.Data, seed: int) -> Compared:
-    """`compare`, or what it has measured before."""
-    code = [path.read_bytes() for path in sorted([*Path("src/signdigits").rglob("*.py"), Path(__file__)])]
-    key = hashlib.sha256(b"\0".join([*code, loaded.split.digest.encode(), platform.node().encode()])).hexdigest()[:16]
-    file = Path(".benchmark", f"search-{seed}-{key}.json")
-    if file.exists():
-        known = json.loads(file.read_text())
-        return Compared(**known | {"forty": [Ended(**one) for one in known["forty"]]})
-    found = compare(loaded, seed)
-    file.parent.mkdir(exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(asdict(found)))
-    part.rename(file)
-    return found
-
-
-def compare(loaded: loading.Data, seed: int) -> Compared:
-    """Run each until it has found what is near the best of the plain loop's forty trials."""
+def compare(loaded: loading.Data, seed: int) -> Comparison:
+    """Run each until it is near the best of the plain loop's forty trials."""
     with temporary_store("search") as folder:
-        forty = plain_loop(loaded, seed)
-        target = max(trial.accuracy for trial in forty) - CLOSE
+        ended = run_plain_loop(loaded, seed)
+        target = max(accuracy for _, accuracy in ended) - TOLERANCE
         seconds = {
-            "plain": next(trial.seconds for trial in forty if trial.accuracy >= target),
-            "ours": ours(loaded, seed, target, folder),
+            "plain": next(second for second, accuracy in ended if accuracy >= target),
+            "ours": run_search(loaded, seed, target, folder),
         }
-        seconds["hyperband"], gave_up = hyperband(loaded, seed, target, folder)
-    compared = Compared(seconds, forty, gave_up)
-    told = ", ".join(f"{name} {compared.told(name)} s" for name in seconds)
-    print(f"seed {seed}: {target:.4f} reached after: {told}", file=sys.stderr, flush=True)
-    return compared
+        seconds["hyperband"], failed = run_hyperband(loaded, seed, target, folder)
+    comparison = Comparison(seconds, failed)
+    text = ", ".join(f"{name} {comparison.describe(name)} s" for name in seconds)
+    print(f"seed {seed}: {target:.4f} reached after: {text}", file=sys.stderr, flush=True)
+    return comparison
 
 
-def plain_loop(loaded: loading.Data, seed: int) -> list[Ended]:
-    """Forty full trials as somebody writes them who turns autologging on and thinks no more of it."""
+def compile_plain(loaded: loading.Data, hyperparameters: Hyperparameters) -> keras.Model:
+    """Return the notebook's network, new."""
+    keras.utils.set_random_seed(hyperparameters.seed)
+    network = architecture.build_network(loaded.image_shape, loaded.n_classes)
+    architecture.compile_network(network, hyperparameters)
+    return network
+
+
+def run_plain_loop(loaded: loading.Data, seed: int) -> list[tuple[float, float]]:
+    """Run forty full trials with autologging's defaults; return the seconds and the accuracy at the end of each."""
     started, ended = time.perf_counter(), []
 
     def objective(trial: optuna.Trial) -> float:
-        drawn = SPACE.complete(
-            {
-                "initial_learning_rate": trial.suggest_float("initial_learning_rate", 1e-4, 5e-3, log=True),
-                "decay_rate": trial.suggest_float("decay_rate", 0.1, 1.0),
-                "epochs": trial.suggest_int("epochs", 5, 20),
-            }
-        )
-        curve = plain.run(loaded, replace(drawn, seed=seed))
-        ended.append(Ended(time.perf_counter() - started, curve))
-        return curve[-1]
+        hyperparameters = replace(SPACE.suggest(trial), seed=seed)
+        mlflow.tensorflow.autolog(disable=False)
+        with mlflow.start_run(nested=True):
+            history = compile_plain(loaded, hyperparameters).fit(
+                loaded.training.x, loaded.training.y, batch_size=128, epochs=hyperparameters.epochs, verbose=0,
+                validation_data=(loaded.validation.x, loaded.validation.y),
+            )  # fmt: skip
+        accuracy = float(history.history["val_accuracy"][-1])
+        ended.append((time.perf_counter() - started, accuracy))
+        return accuracy
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
@@ -172,56 +101,54 @@ def plain_loop(loaded: loading.Data, seed: int) -> list[Ended]:
     return ended
 
 
-def ours(loaded: loading.Data, seed: int, target: float, folder: str) -> float:
-    """This project's search, one trial after the other, until one reaches the target."""
-    storage = f"sqlite:///{folder}/optuna.db"
+def run_search(loaded: loading.Data, seed: int, target: float, folder: str) -> float:
+    """Run this project's search, one trial after the other, until one reaches the target."""
+    parameters = StudyParameters(space="notebook", storage=f"sqlite:///{folder}/optuna.db")
     started = time.perf_counter()
-    with search.open_study(
-        loaded, Space.of("notebook", epochs=EPOCHS, seed=seed), StudyParameters(space="notebook", storage=storage)
-    ) as opened:
+    with search.open_study(loaded, Space.of("notebook", epochs=EPOCHS, seed=seed), parameters) as opened:
         for n_trials in range(1, 10 * TRIALS):
-            search.run_missing_trials(replace(opened, parameters=replace(opened.parameters, n_trials=n_trials)))
+            search.run_missing_trials(replace(opened, parameters=replace(parameters, n_trials=n_trials)))
             if (opened.best.value or 0.0) >= target:
                 break
         return time.perf_counter() - started
 
 
-def hyperband(loaded: loading.Data, seed: int, target: float, folder: str) -> tuple[float, bool]:
-    """Keras Tuner's Hyperband, without MLflow; it has its own idea of how long to train, up to as many epochs.
+def run_hyperband(loaded: loading.Data, seed: int, target: float, folder: str) -> tuple[float, bool]:
+    """Run Keras Tuner's Hyperband, without MLflow; return its seconds, and whether it ended without reaching the target.
 
-    Its seconds, and whether it gave up before it reached the target.
+    It chooses the number of epochs itself, up to the largest of the range.
     """
     import keras_tuner
 
-    class Enough(Exception):
+    class TargetReached(Exception):
         pass
 
-    class Until(keras_tuner.Hyperband):
+    class Tuner(keras_tuner.Hyperband):
         def on_trial_end(self, trial: Any) -> None:
             super().on_trial_end(trial)
             if (trial.score or 0) >= target:
-                raise Enough
+                raise TargetReached
 
     def build(choices: Any) -> keras.Model:
         ranges = {name: SPACE.ranges[name] for name in ("initial_learning_rate", "decay_rate")}
-        drawn = {
-            name: choices.Float(name, r.low, r.high, sampling="log" if r.log else "linear")
-            for name, r in ranges.items()
+        suggested = {
+            name: choices.Float(name, one.low, one.high, sampling="log" if one.log else "linear")
+            for name, one in ranges.items()
         }
-        return plain.compiled(loaded, replace(SPACE.complete(drawn), seed=seed))
+        return compile_plain(loaded, replace(SPACE.complete(suggested), seed=seed))
 
     mlflow.tensorflow.autolog(disable=True)
-    tuner = Until(
-        build, objective="val_accuracy", max_epochs=int(SPACE.ranges["epochs"].high), hyperband_iterations=HYPERBANDS, seed=seed,
-        directory=folder, project_name="hyperband", overwrite=True,
+    tuner = Tuner(
+        build, objective="val_accuracy", max_epochs=int(EPOCHS.high), hyperband_iterations=HYPERBAND_ITERATIONS,
+        seed=seed, directory=folder, project_name="hyperband", overwrite=True,
     )  # fmt: skip
-    started, gave_up = time.perf_counter(), False
+    started, failed = time.perf_counter(), False
     try:
         tuner.search(
             loaded.training.x, loaded.training.y, batch_size=128, verbose=0,
             validation_data=(loaded.validation.x, loaded.validation.y),
         )  # fmt: skip
-        gave_up = True
-    except Enough:
+        failed = True
+    except TargetReached:
         pass
-    return time.perf_counter() - started, gave_up
+    return time.perf_counter() - started, failed

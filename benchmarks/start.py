@@ -1,7 +1,8 @@
-"""The start of commands without TensorFlow, and of an endpoint."""
+"""The start of commands, with and without TensorFlow, and of an endpoint."""
 
 import contextlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,91 +11,87 @@ from pathlib import Path
 
 import mlflow
 
-from benchmarks import serving
+from benchmarks import servers
 from benchmarks.measure import Row, in_turns, temporary_store
-from benchmarks.untrained import log_untrained
+from benchmarks.serving import enlarge
 from signdigits.config import DataParameters
 from signdigits.data import loading
 
 ROUNDS = 3
-TELEPHONE = 100
-LIGHT = ("show", "links", "register --version 1")
+LARGE = 100  # photographs of 12 megapixels
 
 
 def rows(photographs: str) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
-    with temporary_store("start") as folder:
-        uri = log_untrained(loaded).model_uri
-        mlflow.register_model(uri, "sign-digits")
-        mlflow.MlflowClient().set_registered_model_alias("sign-digits", "champion", "1")
+    with temporary_store("start") as name:
+        folder = Path(name)
+        servers.register_versions(loaded)
         ways = {
-            "help": process("-m", "signdigits", "--help"),
+            "help": lambda: run("-m", "signdigits", "--help"),
             "line": lambda: read_first_line("main", folder),
-            "tensorflow": process("-c", "import tensorflow"),
-            "endpoint": lambda: start(uri, Path(folder)),
+            "register": lambda: run("-m", "signdigits", "register", "--version", "1"),
+            "tensorflow": lambda: run("-c", "import tensorflow"),
+            "endpoint": lambda: start_endpoint(folder),
         }
         seconds = in_turns(ways, ROUNDS)
-        decoding = in_turns(starts_with_telephone_photographs(loaded, Path(folder)), ROUNDS)
-        importing = [command for command in LIGHT if imports_tensorflow(command)]
+        before = cpu_seconds()
+        ways["register"]()
+        register = cpu_seconds() - before
+        loads = in_turns(load_large_photographs(loaded, folder), ROUNDS)
+    endpoint = seconds["endpoint"] - seconds["tensorflow"]
     return [
-        Row("`--help`, in seconds", "", seconds["help"], 0.5, False, f"{seconds['help']:.2f} s"),
-        Row("first line of `main`, in seconds", "", seconds["line"], 1, False, f"{seconds['line']:.2f} s"),
+        Row("`--help`, in seconds", "", seconds["help"], 0.5, False, ""),
+        Row("first line of `main`, in seconds", "", seconds["line"], 1, False, ""),
+        Row("`register --version 1`, in CPU seconds", "", register, 3, False, f"{seconds['register']:.1f} s elapsed"),
         Row(
-            "light commands that import TensorFlow", "", len(importing), 0, False,
-            f"of {', '.join(LIGHT)}: {', '.join(importing) or 'none'}",
-        ),
-        Row(
-            "an endpoint that answers, in seconds", "importing TensorFlow",
-            seconds["endpoint"] - seconds["tensorflow"], 1.5, False,
+            "an endpoint that answers, in seconds", "importing TensorFlow", endpoint, 1.5, False,
             f"{seconds['endpoint']:.1f} s less {seconds['tensorflow']:.1f} s",
         ),
         Row(
-            f"start of `main` after `prepare`, {TELEPHONE} JPEGs of 12 megapixels", "without the cache of `prepare`",
-            decoding["second"] / decoding["first"], 0.5, False,
-            f"{decoding['second']:.2f} s against {decoding['first']:.2f} s",
+            f"start of `main` after `prepare`, {LARGE} JPEGs of 12 megapixels", "without the cache of `prepare`",
+            loads["second"] / loads["first"], 0.5, False, f"{loads['second']:.2f} s against {loads['first']:.2f} s",
         ),
     ]  # fmt: skip
 
 
-def starts_with_telephone_photographs(loaded: loading.Data, folder: Path) -> dict[str, Callable[[], object]]:
-    """The first start, which decodes, and the second, which finds the photographs in the cache."""
-    target = folder / "telephone"
-    for index in range(TELEPHONE):
-        photograph = loaded.dataset.photographs[index * len(loaded.dataset.photographs) // TELEPHONE]
-        path = target / loaded.dataset.class_names[photograph.label] / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(serving.enlarge(loaded.dataset.read(photograph)))
-
-    def load(empty: bool) -> None:
-        with contextlib.chdir(folder):
-            if empty:
-                shutil.rmtree("data", ignore_errors=True)
-            loading.load_data(DataParameters(data=str(target)))
-
-    return {"first": lambda: load(empty=True), "second": lambda: load(empty=False)}
+def run(*arguments: str) -> None:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment)
 
 
-def process(*arguments: str) -> Callable[[], object]:
-    return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+def cpu_seconds() -> float:
+    """Return the CPU time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-def read_first_line(command: str, folder: str) -> None:
-    """Start a command that needs TensorFlow, and end it when it has said what it is about to do."""
+def read_first_line(command: str, folder: Path) -> None:
+    """Start a command that needs TensorFlow, and end it after its first line of output."""
     line = [sys.executable, "-m", "signdigits", command]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder) as started:
-        assert started.stdout is not None
-        started.stdout.readline()
-        started.kill()
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
 
 
-def start(uri: str, folder: Path) -> None:
-    with serving.serving(uri, folder):
+def start_endpoint(folder: Path) -> None:
+    with servers.serve_with_mlflow("models:/sign-digits/1", folder):
         pass
 
 
-def imports_tensorflow(command: str) -> bool:
-    """Whether the process of the command loads TensorFlow, by Python's own list of imports."""
-    line = [sys.executable, "-X", "importtime", "-m", "signdigits", *command.split()]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
-    told = subprocess.run(line, check=True, capture_output=True, text=True, env=environment).stderr
-    return any(row.rpartition("|")[2].strip() == "tensorflow" for row in told.splitlines())
+def load_large_photographs(loaded: loading.Data, folder: Path) -> dict[str, Callable[[], object]]:
+    """Return the first load of a folder of large photographs, which decodes them, and the second, from the cache."""
+    target = folder / "large"
+    for index in range(LARGE):
+        photograph = loaded.dataset.photographs[index * len(loaded.dataset.photographs) // LARGE]
+        path = target / loaded.dataset.class_names[photograph.label] / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(enlarge(loaded.dataset.read(photograph)))
+
+    def load(clear_cache: bool) -> None:
+        with contextlib.chdir(folder):
+            if clear_cache:
+                shutil.rmtree("data", ignore_errors=True)
+            loading.load_data(DataParameters(data=str(target)))
+
+    return {"first": lambda: load(clear_cache=True), "second": lambda: load(clear_cache=False)}

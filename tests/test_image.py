@@ -142,7 +142,7 @@ def tracking(
             mlflow.set_tracking_uri(url)
             mlflow.set_experiment("image")
             with runs.start_run("train", "train"):
-                uri = package.log_files(model_files(1.0), loaded, {}).model_uri
+                uri = package.log_files(model_files(1.0), loaded, {"temperature": 1.0}).model_uri
             for _ in range(2):
                 mlflow.register_model(uri, MODEL_NAME)
             promote(1)
