@@ -1,14 +1,15 @@
-import os
+import re
 import tomllib
 from pathlib import Path
 
 import mlflow
 import pytest
 import yaml
+from mlflow.exceptions import ExecutionException
 
 from signdigits import cli
 
-from .conftest import PROJECT, command, write_photographs
+from .conftest import PROJECT, write_photographs
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -28,8 +29,10 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["train", "--epochs", "0"], "epochs=0: must be 1 or more"),
         (["train", "--epochs", "2:5"], "invalid int value: '2:5'"),
         (["train", "--initial_learning_rate", "-1"], "initial_learning_rate=-1.0: must be greater than 0"),
-        (["train", "--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
-        (["train", "--epoch", "1"], "unrecognized arguments: --epoch"),
+        (["main", "--n_trails", "2"], "n_trails: no such parameter; did you mean n_trials?"),
+        (["train", "--learning_rate=1"], "learning_rate: no such parameter; did you mean initial_learning_rate?"),
+        (["train", "--epoch", "1"], "epoch: no such parameter; did you mean epochs?"),
+        (["train", "--shoes", "2"], "shoes: no such parameter; docs/parameters.md lists all"),
         (["train", "--color_mode", "sepia"], "color_mode='sepia': must be one of rgb, grayscale"),
         (["train", "--skip_unreadable", "maybe"], "'maybe': write true or false"),
         (["search", "--epochs", "9:3"], "epochs=9:3: the range is empty"),
@@ -41,43 +44,43 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ),
         (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of percentile, median, hyperband, none"),
         (["search", "--timeout", "inf"], "timeout=inf: must be a finite number"),
-        (["main", "--repeats", "5"], "--repeats was renamed in version 0.2: use --n_seeds"),
-        (["monitor", "--answers=log"], "--answers was renamed in version 0.2: use --prediction_log"),
+        (["search", "--space", "outer"], "space='outer': must be one of notebook, extended"),
         (["main", "--alias", "v1"], "alias='v1': must be letters, digits"),
-        (["prepare", "--data", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["evaluate"], "give one of the two"),
-        (["register"], "give one of the three"),
         (["register", "--version", "-1"], "version=-1: must be 0 or more"),
-        (["show"], "has no champion"),
-        (["serve"], "has no champion"),
         (["serve", "--port", "70000"], "port=70000: must be 65535 or less"),
         (["serve", "--host", "a b"], "host='a b': must be a host name or an address"),
         (["serve", "--supervise", "false", "--shadow", "challenger"], "shadow='challenger': needs the supervisor"),
         (["serve", "--model_uri", "model"], "model_uri='model': a supervised server follows an alias"),
-        (["serve", "--supervise", "false", "--model_uri", "/no/such/model"], "model_uri=/no/such/model: no such model"),
         (["serve", "--key", "key.pem"], "certificate='', key='key.pem': give both, or neither"),
     ],
 )
-def test_misuse_exits_with_2(
-    store: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        code = cli.main(arguments)
-    except SystemExit as exited:  # argparse's way
-        code = int(exited.code or 0)
-    errors = capsys.readouterr().err
-    assert code == 2
-    assert message in errors
-    assert "Traceback" not in errors
+def test_wrong_parameter_exits_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(" ".join(["signdigits", *arguments[:1]]))
+    assert message in line
 
 
-def test_bad_photographs_leave_no_run(store: str, tmp_path: Path) -> None:
+def test_missing_things_exit_with_2(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in [
+        (["prepare", "--data", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["evaluate"], "give one of the two"),
+        (["register"], "give one of the three"),
+        (["show"], "has no champion"),
+        (["serve"], "has no champion"),
+        (["serve", "--supervise", "false", "--model_uri", "/no/such/model"], "model_uri=/no/such/model: no such model"),
+    ]:
+        assert cli.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+def test_bad_photographs_leave_no_run(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_photographs(tmp_path / "bad")
     (folder / "1" / "notes.txt").write_text("five fingers")
     before = set(tmp_path.iterdir())
-    failed = command("main", "--data", str(folder), cwd=tmp_path, env=dict(os.environ))
-    assert failed.returncode == 2
-    assert failed.stderr.strip().endswith("not an image; remove it, or pass --skip_unreadable true")
+    assert cli.main(["main", "--data", str(folder)]) == 2
+    assert capsys.readouterr().err.strip().endswith("not an image; remove it, or pass --skip_unreadable true")
     assert set(tmp_path.iterdir()) - before == {tmp_path / "data"}, "the photographs that were decoded"
     assert mlflow.search_runs(search_all_experiments=True, output_format="list") == []
 
@@ -90,27 +93,63 @@ def test_bad_photographs_leave_no_run(store: str, tmp_path: Path) -> None:
         ("postgresql://me:secret@127.0.0.1:9/runs", "postgresql://me:***@127.0.0.1:9/runs: "),
     ],
 )
-def test_unusable_store_hides_password(tmp_path: Path, uri: str, message: str) -> None:
-    failed = command("show", cwd=tmp_path, env=dict(os.environ) | {"MLFLOW_TRACKING_URI": uri})
-    assert failed.returncode == 2
-    assert message in failed.stderr
-    assert "set MLFLOW_TRACKING_URI to a store that can be used" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    assert "secret" not in failed.stderr
+def test_unusable_store_hides_password(store: str, uri: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    mlflow.set_tracking_uri(uri)
+    assert cli.main(["show"]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "set MLFLOW_TRACKING_URI to a store that can be used" in errors
+    assert "secret" not in errors
 
 
-def test_mlproject_matches_command_line() -> None:
-    project = yaml.safe_load((PROJECT / "MLproject").read_text())
-    assert set(project["entry_points"]) == {name for name, command in cli.COMMANDS.items() if command.is_entry_point}
-    parser = cli.make_parser()
-    for name, entry in project["entry_points"].items():
-        assert entry["command"].split()[:5] == ["PYTHONPATH=$PWD/src", "python", "-m", "signdigits", name]
-        passed = entry["command"].split()[5:]
-        options = [f"--{parameter}" for parameter in entry["parameters"]]
-        assert passed == [word for option in options for word in (option, f"{{{option[2:]}}}")]
-        defaults = [word for key, value in entry["parameters"].items() for word in (f"--{key}", str(value["default"]))]
-        read, own = vars(parser.parse_args([name, *defaults])), vars(parser.parse_args([name]))
-        assert {key: str(value) for key, value in read.items()} == {key: str(value) for key, value in own.items()}
+@pytest.fixture
+def launched(store: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Open a run as `mlflow run` does, and return its id."""
+    experiment = mlflow.get_experiment_by_name("tests")
+    run = mlflow.MlflowClient().create_run(experiment.experiment_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    return str(run.info.run_id)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["main", "--n_trails", "2"], "UsageError: n_trails: no such parameter; did you mean n_trials?"),
+        (["train", "--epochs", "many"], "UsageError: argument --epochs: invalid int value: 'many'; see"),
+        (["train", "--epochs", "0"], "UsageError: epochs=0: must be 1 or more"),
+    ],
+)
+def test_launched_run_has_reason(launched: str, arguments: list[str], reason: str) -> None:
+    assert cli.main(arguments) == 2
+    assert mlflow.get_run(launched).data.tags["failure_reason"].startswith(reason)
+
+
+@pytest.mark.slow
+def test_mlflow_run_passes_parameters(store: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run shows what was given, under `mlflow run`, and a wrong name ends it with the right one."""
+    given = {"study_name": "a b", "photometric": "0.5", "n_trails": "2"}
+    with pytest.raises(ExecutionException):
+        mlflow.projects.run(str(PROJECT), "main", parameters=given, env_manager="local")
+    assert "signdigits main: n_trails: no such parameter; did you mean n_trials?" in capfd.readouterr().err
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.data.params == given | {"study_name": "'a b'"}, "MLflow records the quoted value"
+    assert run.data.tags["failure_reason"].endswith("did you mean n_trials?")
+
+
+def test_mlproject_has_no_defaults() -> None:
+    """A default stands once, in config.py, and MLflow records no parameter that nobody gave."""
+    text = (PROJECT / "MLproject").read_text()
+    entries = yaml.safe_load(text)["entry_points"]
+    assert entries == {
+        name: {"command": f"PYTHONPATH=$PWD/src python -m signdigits {name}"}
+        for name, command in cli.COMMANDS.items()
+        if command.is_entry_point
+    }
+    shown = re.findall(r"# -P (.+)\n  (\w+):\n", text)
+    assert [name for _, name in shown] == list(entries)
+    for names, command in shown:
+        assert len(names.split()) <= 8
+        assert set(names.split()) <= set(cli.parse_arguments([command]))
 
 
 def test_pins_are_exact() -> None:

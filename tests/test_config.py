@@ -36,6 +36,12 @@ def test_invalid_value_is_refused(group: type, values: dict[str, Any], message: 
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("group", hp.Checked.__subclasses__(), ids=lambda group: group.__name__)
+def test_defaults_have_the_declared_type(group: type) -> None:
+    """The command line reads a parameter by the type of its default."""
+    assert all(type(declared.default) is declared.type for declared in fields(group))
+
+
 def test_int_is_accepted_as_float() -> None:
     assert hp.Hyperparameters(decay_rate=1).decay_rate == 1
 

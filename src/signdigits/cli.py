@@ -9,6 +9,7 @@ TensorFlow, is imported after its parameters have been checked.
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import io
 import logging
@@ -33,11 +34,11 @@ log = logging.getLogger("signdigits")
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its function, as module:name, takes one group of parameters each, or the loaded photographs."""
+    """A command: the function NAME of the module NAME takes one group of parameters each, or the loaded photographs."""
 
     summary: str
     parameters: tuple[type, ...]
-    function: str
+    function: str = ""  # as module:name, where it has another name than the command
     is_entry_point: bool = True  # of MLproject; it opens a run
     needs_tensorflow: bool = False
     is_resumable: bool = False
@@ -47,65 +48,37 @@ COMMANDS = {
     "main": Command(
         "prepare, search, refit, evaluate and register: the whole job",
         (config.DataParameters, Space, config.StudyParameters, config.RefitParameters, config.RegistryParameters),
-        "signdigits.main:main",
         needs_tensorflow=True,
         is_resumable=True,
     ),
-    "prepare": Command(
-        "report on a folder of photographs",
-        (config.DataParameters, config.ReportParameters),
-        "signdigits.prepare:prepare",
-    ),
-    "train": Command(
-        "train the network once",
-        (config.DataParameters, config.Hyperparameters),
-        "signdigits.train:train",
-        needs_tensorflow=True,
-    ),
+    "prepare": Command("report on a folder of photographs", (config.DataParameters, config.ReportParameters)),
+    "train": Command("train the network once", (config.DataParameters, config.Hyperparameters), needs_tensorflow=True),
     "search": Command(
         "search the hyperparameters, every trial a nested run",
         (config.DataParameters, Space, config.StudyParameters),
-        "signdigits.search:search",
         needs_tensorflow=True,
         is_resumable=True,
     ),
-    "evaluate": Command(
-        "score a model on the test images",
-        (config.SourceParameters, config.ModelParameters),
-        "signdigits.evaluate:evaluate",
-    ),
+    "evaluate": Command("score a model on the test images", (config.SourceParameters, config.ModelParameters)),
     "register": Command(
-        "register a model, or assign its alias to another version",
-        (config.ModelParameters, config.VersionParameters),
-        "signdigits.register:register",
+        "register a model, or assign its alias to another version", (config.ModelParameters, config.VersionParameters)
     ),
     "predict": Command(
         "predict a folder of photographs, or a table of paths, with the champion",
         (config.PredictParameters,),
-        "signdigits.predict:predict",
         is_resumable=True,
     ),
-    "monitor": Command("check recent predictions for drift", (config.MonitorParameters,), "signdigits.monitor:monitor"),
-    "review": Command(
-        "accept or drop the corrections that visitors sent", (config.ReviewParameters,), "signdigits.review:review"
-    ),
+    "monitor": Command("check recent predictions for drift", (config.MonitorParameters,)),
+    "review": Command("accept or drop the corrections that visitors sent", (config.ReviewParameters,)),
     "export": Command(
-        "write the network as a file for use without MLflow",
-        (config.ExportParameters,),
-        "signdigits.export:export",
-        needs_tensorflow=True,
+        "write the network as a file for use without MLflow", (config.ExportParameters,), needs_tensorflow=True
     ),
-    "show": Command(
-        "show the champion", (config.NameParameters,), "signdigits.register:show_champion", is_entry_point=False
-    ),
+    "show": Command("show the champion", (config.NameParameters,), "register:show_champion", is_entry_point=False),
     "links": Command(
-        "print links to the MLflow UI", (config.LinkParameters,), "signdigits.links:print_links", is_entry_point=False
+        "print links to the MLflow UI", (config.LinkParameters,), "links:print_links", is_entry_point=False
     ),
     "serve": Command(
-        "serve the champion, and follow its alias without downtime",
-        (ServeParameters,),
-        "signdigits.serve:serve",
-        is_entry_point=False,
+        "serve the champion, and follow its alias without downtime", (ServeParameters,), is_entry_point=False
     ),
 }
 
@@ -119,23 +92,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _raise_interrupt)
-    name = ""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    program = " ".join(["signdigits", *arguments[:1]])
     try:
-        _refuse_renamed(sys.argv[1:] if arguments is None else arguments)
-        values = vars(make_parser().parse_args(arguments))
-        name = values.pop("command")
-        _run_command(COMMANDS[name], name, values)
+        _run_command(**parse_arguments(arguments))
     except SignDigitsError as error:
         if "MLFLOW_RUN_ID" in os.environ:
             _record_failure(error)
-        print(f"signdigits {name}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        resume = "; run the same command again to continue" if COMMANDS[name].is_resumable else ""
-        print(f"signdigits {name}: interrupted{resume}", file=sys.stderr)
+        resume = "; run the same command again to continue" if COMMANDS[arguments[0]].is_resumable else ""
+        print(f"{program}: interrupted{resume}", file=sys.stderr)
         return 130
     except Exception as error:
-        print(f"signdigits {name}: {_describe_unexpected(error)}", file=sys.stderr)
+        print(f"{program}: {_describe_unexpected(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -183,15 +154,27 @@ def _raise_interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _refuse_renamed(arguments: Sequence[str]) -> None:
-    for argument in arguments:
-        option, _, _ = argument.partition("=")
-        if option.startswith("--") and (new := config.RENAMED.get(option[2:])):
-            raise UsageError(f"{option} was renamed in version 0.2: use --{new}")
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised as UsageError, to be recorded on the run that `mlflow run` created."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see python -m {self.prog} --help")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="signdigits", description=signdigits.__doc__, allow_abbrev=False)
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the command's name, as `command`, and its parameters. Raises UsageError, with the nearest right name, for a wrong one."""
+    parsed, unknown = make_parser().parse_known_args(arguments)
+    values = vars(parsed)
+    if unknown:
+        name = unknown[0].partition("=")[0].removeprefix("--")
+        nearest = difflib.get_close_matches(name, values, n=1)
+        remedy = f"did you mean {nearest[0]}?" if nearest else "docs/parameters.md lists all"
+        raise UsageError(f"{name}: no such parameter; {remedy}")
+    return values
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="signdigits", description=signdigits.__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         options = subparsers.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
@@ -201,37 +184,34 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_option(parser: argparse.ArgumentParser, declared: Field[Any], *, searched: bool) -> None:
-    read = READERS[config.type_name(declared)]
-    default, shown = declared.default, str(declared.default)
+def _add_option(parser: Parser, declared: Field[Any], *, searched: bool) -> None:
+    kind = type(declared.default)
+    read: Callable[[str], Any] = _parse_boolean if kind is bool else kind
+    default, shown, metavar = declared.default, str(declared.default), kind.__name__.upper()
     if searched:
-        defaults = {name: space.search_default(declared, name) for name in space.SPACES}
-        default = _shared_default(defaults)
-        if default == space.AUTO:
+        default = space.AUTO
+        defaults = {name: str(space.search_default(declared, name)) for name in space.SPACES}
+        if len(set(defaults.values())) > 1:
             shown = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        if kind is not str:
+            read, metavar = _make_range_reader(read, space.is_logarithmic(declared.name)), "LOW:HIGH"
     parser.add_argument(
         f"--{declared.name}",
-        type=_make_range_reader(read, space.is_logarithmic(declared.name)) if searched else read,
+        type=read,
         default=default,
-        metavar="LOW:HIGH" if searched and read is not str else config.type_name(declared).upper(),
+        metavar=metavar,
         help=f"{declared.metadata['help']} (default: {shown})".replace("%", "%%"),
     )
-
-
-def _shared_default(defaults: dict[str, Any]) -> Any:
-    """Return the default that all search spaces share, or auto where they differ."""
-    values = set(defaults.values())
-    return values.pop() if len(values) == 1 else space.AUTO
 
 
 def _make_range_reader(read: Callable[[str], Any], log: bool) -> Callable[[str], Any]:
     """Return a reader of `LOW:HIGH`, of a single value, which the search keeps, or of `auto`, the search space's."""
 
     def read_range(text: str) -> Any:
-        if text == space.AUTO or read is str:
-            return text
         low, colon, high = text.partition(":")
-        return space.Range(read(low), read(high), log) if colon else read(low)
+        if colon:
+            return space.Range(read(low), read(high), log)
+        return text if text == space.AUTO else read(text)
 
     read_range.__name__ = f"{read.__name__} or LOW:HIGH"  # argparse's name for it in messages
     return read_range
@@ -243,16 +223,12 @@ def _parse_boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-READERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": _parse_boolean}
-
-
-def _run_command(command: Command, name: str, values: dict[str, Any]) -> None:
+def _run_command(command: str, **values: Any) -> None:
     """Check the parameters, open the experiment, load the photographs, and call the command's function."""
-    if "space" in values:
-        config.check_value(config.StudyParameters.__dataclass_fields__["space"], values["space"])
-    groups = [_make_group(group, values) for group in command.parameters]
-    if command.needs_tensorflow:  # its import, and MLflow's, take seconds
-        log.info("%s: %s", name, _describe_changes(name, values))
+    declared = COMMANDS[command]
+    groups = [_make_group(group, values) for group in declared.parameters]
+    if declared.needs_tensorflow:  # its import, and MLflow's, take seconds
+        log.info("%s: %s", command, _describe_changes(command, values))
     from signdigits import startup
 
     startup.configure_mlflow()
@@ -260,20 +236,20 @@ def _run_command(command: Command, name: str, values: dict[str, Any]) -> None:
     from signdigits.tracking import runs, store
 
     home.enter_home()
-    if command.is_entry_point:
-        runs.open_experiment(name)
+    if declared.is_entry_point:
+        runs.open_experiment(command)
     elif not values.get("model_uri"):  # a model in a folder needs no store
         store.connect_store()
     arguments = [_load(group) if isinstance(group, config.DataParameters) else group for group in groups]
-    if command.needs_tensorflow:
+    if declared.needs_tensorflow:
         startup.import_tensorflow()
-    module, _, function = command.function.partition(":")
-    getattr(importlib.import_module(module), function)(*arguments)
+    module, _, function = (declared.function or f"{command}:{command}").partition(":")
+    getattr(importlib.import_module(f"signdigits.{module}"), function)(*arguments)
 
 
-def _describe_changes(name: str, values: dict[str, Any]) -> str:
+def _describe_changes(command: str, values: dict[str, Any]) -> str:
     """Return the values that differ from the command's defaults, in words."""
-    defaults = vars(make_parser().parse_args([name]))
+    defaults = parse_arguments([command])
     changed = [f"{option}={value}" for option, value in values.items() if value != defaults[option]]
     return ", ".join(changed) or "all parameters have their defaults"
 

@@ -1,7 +1,7 @@
 """Every parameter of the project, declared once: its name, default, limits and help.
 
-The command line, the search spaces (tuning/space.py), the `MLproject` file and what MLflow records take their names and
-defaults from here. The options of the server lie with the server (serving/options.py).
+The command line, the search spaces (tuning/space.py), docs/parameters.md and what MLflow records take their names and
+defaults from here. The options of the server are in serving/options.py.
 """
 
 import math
@@ -17,9 +17,10 @@ Value = Number | str
 
 MODEL_NAME = "sign-digits"
 SERVED_MODEL = f"models:/{MODEL_NAME}@champion"
-# MLflow's own rule, which it would only apply at the end of the work.
+# MLflow's own rule, which MLflow checks only when the alias is assigned, at the end of the job.
 ALIAS = (r"(?![vV][0-9]+$|latest$)[A-Za-z0-9_-]{1,255}", "letters, digits, - and _, but not latest or v1, v2")
 URL = (r"|https?://\S+", "an http or https URL")
+FOLDER = (r"(?s).+", "a folder")
 
 
 def parameter(
@@ -32,7 +33,7 @@ def parameter(
     choices: tuple[str, ...] = (),
     pattern: tuple[str, str] = (".*", ""),
 ) -> Any:
-    """Declare one parameter.
+    """Declare one parameter; the type of its default is its type.
 
     `low` and `high` are included in what is allowed, `above` is not. `pattern` is a regular expression that the whole
     text must match, and the same in words.
@@ -43,9 +44,9 @@ def parameter(
 
 def check_value(declared: Field[Any], value: Any) -> None:
     """Raise UsageError, naming the value and what is allowed, unless `value` suits the declaration."""
-    rule, name = declared.metadata, declared.name
-    if type(value) is not declared.type and not (declared.type is float and type(value) is int):
-        raise UsageError(f"{name}={value!r}: must be of type {type_name(declared)}")
+    rule, name, expected = declared.metadata, declared.name, type(declared.default)
+    if type(value) is not expected and not (expected is float and type(value) is int):
+        raise UsageError(f"{name}={value!r}: must be of type {expected.__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name}={value}: must be a finite number")
     if isinstance(value, str) and escape_undecodable(value) != value:
@@ -62,11 +63,6 @@ def check_value(declared: Field[Any], value: Any) -> None:
         raise UsageError(f"{name}={value}: must be {rule['high']} or less")
 
 
-def type_name(declared: Field[Any]) -> str:
-    """Return the name of the parameter's type: `int`, `float`, `str` or `bool`."""
-    return declared.type.__name__ if isinstance(declared.type, type) else str(declared.type)
-
-
 class Checked:
     """Base of the groups of parameters below: every value is checked when a group is made."""
 
@@ -81,7 +77,7 @@ class SourceParameters(Checked):
 
     data: str = parameter(
         "handwritten-digits",
-        "folder of class folders, a named data set, handwritten-digits (embedded) or sign-language-digits (downloaded), or "
+        "folder of class folders; a named data set: handwritten-digits (embedded) or sign-language-digits (downloaded); or "
         "runs:/RUN: the photographs of a run with log_data; A,B joins several",
     )
     skip_unreadable: bool = parameter(False, "leave out files that are not readable images, and list them in the run")
@@ -93,8 +89,8 @@ class DataParameters(SourceParameters):
 
     split: str = parameter(
         "auto",
-        "random: the notebook's split; stratified: class by class; grouped: no group of groups.csv (such as a signer) is in "
-        "two parts; auto: random for the named data sets, stratified for other folders",
+        "random: the notebook's split; stratified: class by class; grouped: each group of groups.csv, such as a signer, is in "
+        "one part only; auto: random for the named data sets, stratified for other folders",
         choices=("auto", "random", "stratified", "grouped"),
     )
     image_size: int = parameter(
@@ -107,7 +103,7 @@ class DataParameters(SourceParameters):
         500, "megabytes of decoded photographs kept in memory; more are read from data/cache while training", low=0
     )
     log_data: bool = parameter(
-        False, "keep the photographs as an artifact of the run, once per digest; data=runs:/RUN repeats from it"
+        False, "log the photographs as an artifact of the run, once per digest; data=runs:/RUN reads them back"
     )
 
     def __post_init__(self) -> None:
@@ -120,7 +116,7 @@ class DataParameters(SourceParameters):
 class ReportParameters(Checked):
     """The report on the photographs."""
 
-    label_errors: bool = parameter(False, "rank the photographs by how doubtful their label is, with cleanlab")
+    label_errors: bool = parameter(False, "rank the photographs by the probability of a wrong label, with cleanlab")
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ class Hyperparameters(Checked):
         high=3,
     )
     horizontal_flip: float = parameter(
-        0.0, "probability of the mirror image of a training image, which shows the other hand", low=0, high=1
+        0.0, "probability of mirroring a training image, to show the other hand", low=0, high=1
     )
     photometric: float = parameter(
         0.0,
@@ -184,7 +180,7 @@ class StudyParameters(Checked):
         "augmentation, photometric, dropout, conv_blocks)",
         choices=("notebook", "extended"),
     )
-    n_trials: int = parameter(12, "finished trials that the study has in the end", low=1)
+    n_trials: int = parameter(12, "total number of finished trials", low=1)
     timeout: float = parameter(0.0, "seconds after which no new trial starts; 0: no limit", low=0)
     study_name: str = parameter(
         "auto",
@@ -194,8 +190,8 @@ class StudyParameters(Checked):
     storage: str = parameter("sqlite:///optuna.db", "Optuna's storage, an SQLAlchemy URL")
     objective: str = parameter(
         "auto",
-        "metric that the search optimizes, at the last epoch: val_accuracy, val_loss (minimized), or robust_accuracy, over "
-        "the validation images and the same augmented; auto: robust_accuracy in the extended space, else val_accuracy",
+        "metric that the search optimizes, at the last epoch: val_accuracy, val_loss (minimized), or robust_accuracy (on the "
+        "validation images and augmented copies); auto: robust_accuracy in the extended space, else val_accuracy",
         choices=("auto", "val_accuracy", "val_loss", "robust_accuracy"),
     )
     pruner: str = parameter(
@@ -205,7 +201,7 @@ class StudyParameters(Checked):
     )
     warm_start: str = parameter(
         "",
-        "study of the same storage whose best trials are enqueued first; empty: none",
+        "study in the same storage whose best trials are enqueued first; empty: none",
         pattern=(r".{0,200}", "up to 200 characters"),
     )
     workers: int = parameter(1, "parallel trials, each in a Ray worker process; 1: this process", low=1)
@@ -232,7 +228,7 @@ class RefitParameters(Checked):
 
 @dataclass(frozen=True)
 class ModelParameters(Checked):
-    """A trained model: one of the two."""
+    """A trained model: give one of the two."""
 
     run_id: str = parameter("", "run that trained the model")
     model_uri: str = parameter("", "URI of the model, such as models:/sign-digits@champion")
@@ -256,21 +252,23 @@ class RegistryParameters(NameParameters):
     alias: str = parameter("champion", "alias to assign; the champion is served", pattern=ALIAS)
     gate: str = parameter(
         "better",
-        "how a challenger replaces the champion: better, or not_worse (its accuracy is not lower by margin), for a model "
-        "that was trained on more",
+        "when a challenger replaces the champion: better (significantly), or not_worse (accuracy lower by less than margin), "
+        "for a model that was trained on more photographs",
         choices=("better", "not_worse"),
     )
     significance_test: str = parameter(
         "log_loss",
-        "test of gate=better: log_loss (permutation test, sees a difference where hardly a mistake is left) or mcnemar "
-        "(exact test of correct and wrong)",
+        "test of gate=better: log_loss (permutation test, sensitive even where both models make few mistakes) or mcnemar "
+        "(exact test of correct and wrong labels)",
         choices=("log_loss", "mcnemar"),
     )
     significance_level: float = parameter(
         0.05, "p-value below which a challenger replaces the champion", above=0, high=1
     )
-    margin: float = parameter(0.01, "loss of accuracy that gate=not_worse rules out", above=0, high=0.5)
-    force: bool = parameter(False, "assign the alias whatever the comparison says")
+    margin: float = parameter(
+        0.01, "non-inferiority margin: the loss of accuracy that gate=not_worse must rule out", above=0, high=0.5
+    )
+    force: bool = parameter(False, "assign the alias regardless of the comparison")
 
 
 @dataclass(frozen=True)
@@ -291,7 +289,7 @@ class PredictParameters(Checked):
         "folder of photographs, searched recursively, or a CSV or Parquet table with a column path",
         pattern=(r"(?s).+", "a folder of photographs, or a CSV or Parquet table with a column path"),
     )
-    output: str = parameter("predictions", "folder of the resulting tables", pattern=(r"(?s).+", "a folder"))
+    output: str = parameter("predictions", "folder of the resulting tables", pattern=FOLDER)
     model_uri: str = parameter(SERVED_MODEL, "URI of the model")
     workers: int = parameter(1, "Ray worker processes with one CPU each; 1: threads of this process", low=1)
     ray_address: str = parameter("", "address of a Ray cluster, such as auto or HOST:6379; empty: this machine")
@@ -302,11 +300,11 @@ class MonitorParameters(Checked):
     """The predictions that are compared with the test images, and the drift thresholds."""
 
     prediction_log: str = parameter(
-        "prediction_log", "folder of the prediction log (SIGN_DIGITS_PREDICTION_LOG)", pattern=(r"(?s).+", "a folder")
+        "prediction_log", "folder of the prediction log (SIGN_DIGITS_PREDICTION_LOG)", pattern=FOLDER
     )
     model_uri: str = parameter(SERVED_MODEL, "URI of the model whose predictions and test images are compared")
     max_predictions: int = parameter(1000, "most recent predictions to compare, at most", low=1, high=1_000_000)
-    window_hours: float = parameter(0.0, "only predictions of the last hours; 0: no limit", low=0)
+    window_hours: float = parameter(0.0, "maximum age of a prediction in hours; 0: no limit", low=0)
     min_predictions: int = parameter(100, "predictions needed; with fewer, exit code 4", low=2)
     # Of the Sign Language Digits, a hundred at random lie up to 0.3 from the 412 test images in one column, and up to
     # 0.12 in their labels; 150 of a few students, under one light, 0.4 to 1. A photograph made 15 % darker: 2.8.
@@ -320,21 +318,20 @@ class MonitorParameters(Checked):
         0.3, "fraction of the six columns that must drift for exit code 3; 0.3 is two of them", above=0, high=1
     )
     shadow: bool = parameter(
-        False, "compare the predictions of the two versions that `serve --shadow` sent the same requests to, instead"
+        False, "compare two versions that `serve --shadow` sent the same requests to, in place of the test images"
     )
-    notify: str = parameter("", "URL that hears of drift (POST, JSON); empty: none", pattern=URL)
+    notify: str = parameter("", "webhook URL for drift (POST, JSON); empty: none", pattern=URL)
 
 
 @dataclass(frozen=True)
 class ReviewParameters(Checked):
-    """The corrections that visitors sent, and the decisions on them."""
+    """The corrections from visitors, and the decisions on them."""
 
-    corrections: str = parameter(
-        "corrections", "folder of the corrections (serve --corrections)", pattern=(r"(?s).+", "a folder")
-    )
-    accept: str = parameter("", "ids of corrections to accept, with commas between them, or all; empty: none")
+    corrections: str = parameter("corrections", "folder of the corrections (serve --corrections)", pattern=FOLDER)
+    accept: str = parameter("", "comma-separated ids of corrections to accept, or all; empty: none")
     drop: str = parameter(
-        "", "ids of corrections to remove, or all; `all` leaves out those that the other option names; empty: none"
+        "",
+        "comma-separated ids of corrections to remove, or all; all leaves out the ids of the other option; empty: none",
     )
 
     def __post_init__(self) -> None:
@@ -348,14 +345,14 @@ EXPORT_FORMATS = ("keras", "tflite", "tflite-int8", "onnx")
 
 @dataclass(frozen=True)
 class ExportParameters(Checked):
-    """The model, its format, and the photographs that it is checked on."""
+    """The model, the format, and the photographs for the comparison with the served model."""
 
     format: str = parameter("tflite", "format of the file: keras, tflite, tflite-int8 or onnx", choices=EXPORT_FORMATS)
     model_uri: str = parameter(SERVED_MODEL, "URI of the model")
-    output: str = parameter("exported", "folder of the file", pattern=(r"(?s).+", "a folder"))
+    output: str = parameter("exported", "folder of the file", pattern=FOLDER)
     data: str = parameter(
         "",
-        "photographs that the model was trained on; empty: those that it names, or its input example if they are not here",
+        "photographs of the model's data set; empty: those that it names, or its input example if they cannot be found",
     )
 
 
@@ -364,16 +361,3 @@ class LinkParameters(NameParameters):
     """The registered model, and the MLflow UI of a local store."""
 
     port: int = parameter(5000, "port of the MLflow UI", low=1, high=65_535)
-
-
-# Parameters of version 0.1, refused with their new name in version 0.2.
-RENAMED = {
-    "repeats": "n_seeds",
-    "answers": "prediction_log",
-    "min_answers": "min_predictions",
-    "last": "max_predictions",
-    "hours": "window_hours",
-    "poll": "poll_interval",
-    "drain": "drain_timeout",
-    "max_body": "max_body_mb",
-}

@@ -6,7 +6,6 @@ GPU. A filter removes them; everything else reaches the terminal, even if the im
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,21 +67,18 @@ def import_tensorflow(threads: int = 0) -> None:
 
 @contextmanager
 def filtered_stderr() -> Iterator[None]:
-    """Filter the noise from what this process, including native code, writes to standard error."""
-    grep = shutil.which("grep")
-    if grep is None:
-        yield
-        return
+    """Filter the noise from what this process, including native code, writes to standard error.
+
+    A process of its own filters, because a thread ends with this process, and would lose the reason for its abort.
+    """
     sys.stderr.flush()
     terminal = os.dup(2)
-    filter_process = subprocess.Popen([grep, "-vE", "--line-buffered", NOISE], stdin=subprocess.PIPE, stdout=terminal)
-    assert filter_process.stdin is not None
-    os.dup2(filter_process.stdin.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        filter_process.stdin.close()
-        filter_process.wait()
+    with subprocess.Popen(["grep", "-vE", "--line-buffered", NOISE], stdin=subprocess.PIPE, stdout=terminal) as grep:
+        assert grep.stdin is not None
+        os.dup2(grep.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)

@@ -18,18 +18,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from signdigits.errors import SignDigitsError, escape_undecodable
+from signdigits.errors import UsageError, escape_undecodable
 
 URL = "http://127.0.0.1:5001"  # where scripts/serve listens
 TOKEN = "SIGN_DIGITS_TOKEN"
 ROWS = 32  # photographs in one request, at most
 BYTES = 40_000_000  # of photographs in one request, at most, unless one is larger: 53 megabytes as base64 text
-
-
-class ClientError(SignDigitsError):
-    """A photograph cannot be read, or the server rejects it or does not reply."""
-
-    exit_code = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except SignDigitsError as error:
+    except UsageError as error:
         print(f"ask: {error}", file=sys.stderr)
         return error.exit_code
     return 0
@@ -62,14 +56,14 @@ def _request_predictions(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield each file with its prediction: `label`, `probability` and `probabilities`.
 
-    Raises ClientError if a file cannot be read, or if the server does not reply or rejects a photograph.
+    Raises UsageError if a file cannot be read, or if the server does not reply or rejects a photograph.
     """
     for chunk in _split_requests(files):
         rows = [{"image": base64.b64encode(_read_content(file)).decode()} for file in chunk]
         try:
             answers = _post_json(f"{url.rstrip('/')}/invocations", {"dataframe_records": rows}, token)["predictions"]
-        except ClientError as error:
-            raise ClientError(_name_rows(str(error), chunk)) from error
+        except UsageError as error:
+            raise UsageError(_name_rows(str(error), chunk)) from error
         yield from zip(chunk, answers, strict=True)
 
 
@@ -91,7 +85,7 @@ def file_size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError as error:
-        raise ClientError(f"{file}: {error.strerror}") from error
+        raise UsageError(f"{file}: {error.strerror}") from error
 
 
 def _name_rows(message: str, files: Sequence[Path]) -> str:
@@ -103,7 +97,7 @@ def _read_content(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise ClientError(f"{file}: {error.strerror}") from error
+        raise UsageError(f"{file}: {error.strerror}") from error
 
 
 def _post_json(url: str, body: Any, token: str = "") -> Any:
@@ -114,9 +108,9 @@ def _post_json(url: str, body: Any, token: str = "") -> Any:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
-        raise ClientError(f"{url} rejected the request: {_error_message(error.read())}") from error
+        raise UsageError(f"{url} rejected the request: {_error_message(error.read())}") from error
     except (urllib.error.URLError, ValueError, OSError) as error:
-        raise ClientError(f"{url} does not reply ({error}); start scripts/serve, or pass --url") from error
+        raise UsageError(f"{url} does not reply ({error}); start scripts/serve, or pass --url") from error
 
 
 def _error_message(reply: bytes) -> str:

@@ -132,10 +132,6 @@ def point_live(home: Path, pool: str) -> None:
     part.replace(home / "live")  # atomic: there is always a link
 
 
-def live_pool(home: Path) -> str:
-    return (home / "live").readlink().name
-
-
 def _worker_account() -> pwd.struct_passwd:
     """Return the account of nginx's worker processes when root starts it: Debian's for web servers, or nobody."""
     known = {account.pw_name: account for account in pwd.getpwall()}

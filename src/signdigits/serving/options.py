@@ -29,32 +29,35 @@ class ServeParameters(NameParameters):
     )
     shadow: str = parameter(
         "",
-        "alias of the version that gets a copy of some requests, such as challenger; nobody gets its replies; empty: none",
+        "alias of the version that gets a copy of some requests, such as challenger; its replies are discarded; empty: none",
         pattern=(rf"|{ALIAS[0]}", ALIAS[1]),
     )
     shadow_share: float = parameter(0.1, "fraction of the requests that the shadow gets", above=0, high=1)
     notify: str = parameter(
         "",
-        "URL that hears of promotions and refusals (POST, JSON); SIGN_DIGITS_NOTIFY_TOKEN is sent as bearer token",
+        "webhook URL for promotions and refusals (POST, JSON); SIGN_DIGITS_NOTIFY_TOKEN is sent as bearer token",
         pattern=URL,
     )
     processes: int = parameter(1, "worker processes per version", low=1, high=256)
     poll_interval: float = parameter(2.0, "polling interval of the alias in seconds", above=0)
     start_timeout: float = parameter(120.0, "startup timeout of a version in seconds", above=0)
     timeout: int = parameter(60, "request timeout in seconds", low=1)
-    drain_timeout: float = parameter(60.0, "seconds that a replaced version may take to finish its requests", low=0)
+    drain_timeout: float = parameter(
+        60.0, "seconds after which a replaced version is stopped, even with unfinished requests", low=0
+    )
     client_timeout: int = parameter(10, "seconds without progress after which a client is disconnected", low=1)
     max_waiting: int = parameter(
-        256, "requests that may wait for a worker process; the next one is refused at once (503)", low=1
+        256, "maximum number of requests that wait for a worker process; further ones are refused at once (503)", low=1
     )
     max_body_mb: int = parameter(64, "maximum size of a request body in megabytes", low=1)
     requests_per_second: int = parameter(0, "rate limit per client address; 0: no limit", low=0)
-    burst: int = parameter(20, "requests above the rate limit that are accepted at once", low=0)
+    burst: int = parameter(20, "requests above the rate limit that are accepted in a burst", low=0)
     connections_per_client: int = parameter(0, "concurrent requests per client address; 0: no limit", low=0)
     corrections: str = parameter(
-        "", "folder of photographs that visitors send with the right label, for `review`; empty: none are taken"
+        "",
+        "folder of visitors' corrections (photographs with their right labels), for `review`; empty: corrections are off",
     )
-    corrections_mb: int = parameter(64, "maximum size in megabytes of those that wait for `review`", low=1)
+    corrections_mb: int = parameter(64, "maximum size in megabytes of the corrections that wait for `review`", low=1)
     token_file: str = parameter("", "file with the bearer token that clients must send; empty: no authentication")
     certificate: str = parameter("", "TLS certificate chain (PEM file)")
     key: str = parameter("", "private key of the certificate (PEM file)")

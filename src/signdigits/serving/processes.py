@@ -45,11 +45,7 @@ def worker_command(version: str, folder: Path, parameters: ServeParameters) -> l
 
 
 def worker_environment(version: str) -> dict[str, str]:
-    return {
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        prediction_log.VERSION: version,  # a model does not know its own version
-        "SIGN_DIGITS_ANSWERS": os.environ.get(prediction_log.FOLDER, ""),  # the name in versions logged by 0.1
-    }
+    return {"MLFLOW_LOGGING_LEVEL": "WARNING", prediction_log.VERSION: version}  # a model does not know its own version
 
 
 class Process:
@@ -88,14 +84,11 @@ class Process:
 
     def exit_reason(self) -> str:
         """Return the reason for the exit: the signal, the last error, or the last line of output."""
-        last = self.tail[-1] if self.tail else f"exit code {self.popen.returncode} without output"
-        if killed := re.search(r"Return code = -(\d+)", last):  # MLflow's message about its child
-            return f"killed by signal {killed[1]}"
         if self.popen.returncode and self.popen.returncode < 0:
             return f"killed by signal {-self.popen.returncode}"
         errors = [line for line in self.tail if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        own = [line for line in errors if "returned non zero return code" not in line]  # MLflow's, about its child
-        return (own or [last])[-1].strip()
+        lines = errors or self.tail or [f"exit code {self.popen.returncode} without output"]
+        return lines[-1].strip()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process and its descendants."""

@@ -82,10 +82,12 @@ class Space:
     def of(cls, space: str, **values: Range | Value) -> Self:
         """Return the space called `space`, with `values` (but for "auto") in place of its own.
 
-        Raises UsageError if a value, or an end of a range, lies outside the hyperparameter's limits.
+        Raises UsageError for another name, or if a value, or an end of a range, lies outside the hyperparameter's limits.
         """
+        if space not in SPACES:
+            raise UsageError(f"space={space!r}: must be one of {', '.join(SPACES)}")
         declared = {f.name: f for f in fields(Hyperparameters)}
-        given = {name: value for name, value in values.items() if value != AUTO or name == "precision"}
+        given = {name: value for name, value in values.items() if value != AUTO}
         chosen = {name: search_default(f, space) for name, f in declared.items()} | given
         for name, value in chosen.items():
             ends = (value.low, value.high) if isinstance(value, Range) else (value,)
