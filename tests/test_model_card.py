@@ -14,6 +14,7 @@ from signdigits.data import loading
 from signdigits.data.corruptions import CORRUPTIONS
 from signdigits.promotion import model_card
 from signdigits.tracking import registry
+from signdigits.tuning.space import Space
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +65,16 @@ def test_command_repeats_the_training(champion: str) -> None:
         n: trained[n] for n in trained if n in parsed
     }
     assert {name for name, _, _ in given} == {"data", "image_size", "epochs", "batch_size", "initial_learning_rate"}
+
+
+def test_command_of_a_study_has_what_was_given(store: str) -> None:
+    """The ranges that the embedded digits have of their own are no options: a given range has no start."""
+    space = Space.of("extended", dropout=0.1).for_data_set("handwritten-digits")
+    with mlflow.start_run() as active:
+        mlflow.set_tag("dataset", "handwritten-digits+more")
+        mlflow.log_params({"space": "extended", "n_trials": "2", "n_seeds": 3, "split": "auto", **space.values})
+    run = mlflow.get_run(active.info.run_id)
+    assert model_card._list_changed(run, model_card.MAIN_PARAMETERS) == {"n_trials": "2", "dropout": "0.1"}
 
 
 def test_unmeasured_is_named(champion: str) -> None:

@@ -163,7 +163,7 @@ def _describe_study(opened: Search) -> None:
     data, space, parameters = opened.data, opened.context.space, opened.parameters
     ranges = {name: str(r) for name, r in space.ranges.items()}
     runs.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
-    mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")  # `mlflow run` has logged "auto" for these
+    mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")
     lineage.log_data(data, parts=("training", "validation"))
     if data.parameters.log_data:
         lineage.log_photographs(data.dataset, opened.run_id)

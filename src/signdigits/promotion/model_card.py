@@ -5,7 +5,7 @@ After Mitchell et al., "Model cards for model reporting", 2019, arXiv:1810.03993
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields
+from dataclasses import fields
 
 import mlflow
 import pandas as pd
@@ -15,11 +15,11 @@ from mlflow.exceptions import MlflowException
 
 from signdigits import files
 from signdigits.config import DataParameters, Hyperparameters, NameParameters, RefitParameters, StudyParameters
-from signdigits.data.sources import LICENCES
+from signdigits.data.sources import LICENCES, name_original
 from signdigits.promotion.comparison import wilson_interval
 from signdigits.promotion.predictions import list_classes
 from signdigits.tracking import runs
-from signdigits.tuning import space
+from signdigits.tuning.space import AUTO, Space
 
 FILE = "MODEL_CARD.md"
 MAX_DESCRIPTION = 5000  # characters of a description in MLflow's database
@@ -216,16 +216,11 @@ def _describe_command(version: ModelVersion, model: LoggedModel) -> str:
 
 
 def _list_changed(run: Run, groups: tuple[type, ...]) -> dict[str, str]:
-    """Return the parameters of a run that differ from their defaults."""
-    declared = {f.name: f for group in groups for f in fields(group) if f.name not in NOT_REPRODUCED}
-    params = {name: value for name, value in run.data.params.items() if name in declared}
-    return {
-        name: value
-        for name, value in params.items()
-        if value.lower() not in (space.AUTO, str(_find_default(declared[name], params)).lower())
-    }
-
-
-def _find_default(declared: Field, params: Mapping[str, str]) -> object:
-    is_searched = declared in fields(Hyperparameters) and "space" in params
-    return space.search_default(declared, params["space"]) if is_searched else declared.default
+    """Return the parameters of a run that differ from their defaults; in a study, from those of its space and data set."""
+    declared = [f for group in groups for f in fields(group) if f.name not in NOT_REPRODUCED]
+    defaults = {f.name: f.default for f in declared}
+    params = {name: value for name, value in run.data.params.items() if name in defaults}
+    if name := params.get("space"):
+        defaults |= Space.of(name).for_data_set(name_original(run.data.tags["dataset"])).values
+        params = {name: value for name, value in params.items() if value != AUTO}
+    return {name: value for name, value in params.items() if value.lower() != str(defaults[name]).lower()}
