@@ -5,13 +5,11 @@ Needs nginx, and wrk for the saturation.
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -30,33 +28,6 @@ wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 local file = io.open("{body}", "rb")
 wrk.body = file:read("*a")
-"""
-# An ingress: nginx takes the next pod if one refuses the connection or closes it.
-INGRESS = """
-{user}
-daemon off;
-pid {folder}/ingress.pid;
-error_log stderr crit;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    client_body_buffer_size 1m;
-    upstream pods {{ {servers} keepalive 16; }}
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{
-            proxy_pass http://pods;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_next_upstream error timeout non_idempotent;
-        }}
-    }}
-}}
 """
 
 
@@ -171,7 +142,7 @@ def saturate(server: Server, body: bytes, folder: Path, seconds: int, connection
 
 
 def restart_pods(body: bytes, folder: Path, rounds: int) -> list[Row]:
-    """Restart servers without a supervisor one by one, as a Deployment does with its pods, behind an nginx as the ingress."""
+    """Restart servers without a supervisor one by one, as a Deployment does with its pods."""
     model = mlflow.artifacts.download_artifacts("models:/sign-digits/1", dst_path=str(folder / "model"))
     ports = [servers.free_port() for _ in range(PODS)]
     starts: list[float] = []
@@ -189,7 +160,7 @@ def restart_pods(body: bytes, folder: Path, rounds: int) -> list[Row]:
 
         for port in ports:
             restart(port)
-        with run_ingress(folder, ports) as ingress, Load(ingress, body) as load:
+        with Load(ports[0], body, more_ports=ports[1:]) as load:
             for port in ports * rounds:
                 restart(port)
     detail = f"{PODS * rounds} restarts of {PODS} servers, {len(load.replies):,} requests"
@@ -198,15 +169,3 @@ def restart_pods(body: bytes, folder: Path, rounds: int) -> list[Row]:
         Row("failed requests, rolling restarts under load", "", load.failed(), 0, False, detail),
         Row("from start to first reply, median, in seconds", "", statistics.median(starts), 10, False, slowest),
     ]
-
-
-@contextlib.contextmanager
-def run_ingress(folder: Path, ports: list[int]) -> Iterator[int]:
-    """Run an nginx in front of the ports, and yield its own."""
-    port = servers.free_port()
-    upstream = " ".join(f"server 127.0.0.1:{other} max_fails=0;" for other in ports)
-    user = "" if os.geteuid() else "user root;"  # otherwise its workers cannot write to the temporary folder
-    file = folder / "ingress.conf"
-    file.write_text(INGRESS.format(user=user, folder=folder, servers=upstream, port=port))
-    with servers.run_server(["nginx", "-p", str(folder), "-c", str(file)], port, folder / "ingress.log"):
-        yield port

@@ -3,6 +3,7 @@
 import http.client
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 JSON = {"Content-Type": "application/json"}
@@ -22,13 +23,16 @@ class Reply:
 
 
 class Load:
-    """Threads that ask again and again, each over a connection that stays open, until the block is left."""
+    """Threads that ask again and again, each over a connection that stays open, until the block is left.
 
-    def __init__(self, port: int, body: bytes, threads: int = 4) -> None:
-        self.port, self.body = port, body
+    With several ports, a request that gets no reply from one goes to the next, as a load balancer would send it.
+    """
+
+    def __init__(self, port: int, body: bytes, threads: int = 4, more_ports: Sequence[int] = ()) -> None:
+        self.ports, self.body = (port, *more_ports), body
         self.replies: list[Reply] = []
         self.ended = threading.Event()
-        self.threads = [threading.Thread(target=self.work) for _ in range(threads)]
+        self.threads = [threading.Thread(target=self.work, args=(number,)) for number in range(threads)]
 
     def __enter__(self) -> "Load":
         for thread in self.threads:
@@ -40,23 +44,31 @@ class Load:
         for thread in self.threads:
             thread.join()
 
-    def work(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+    def work(self, number: int) -> None:
+        first = number % len(self.ports)
+        ports = self.ports[first:] + self.ports[:first]
+        connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=120) for port in ports]
         while not self.ended.wait(PAUSE):
-            sent, status, version = time.monotonic(), 0, ""
+            sent = time.monotonic()
+            status, version = self.ask(connections)
+            self.replies.append(Reply(sent, time.monotonic() - sent, status, version))
+
+    def ask(self, connections: Sequence[http.client.HTTPConnection]) -> tuple[int, str]:
+        """Return status and version of the first reply; 0 and no version if none replies."""
+        for connection in connections:
             try:
                 connection.request("POST", "/invocations", self.body, JSON)
                 reply = connection.getresponse()
                 reply.read()
-                status, version = reply.status, reply.getheader("Model-Version", "")
+                return reply.status, reply.getheader("Model-Version", "")
             except (OSError, http.client.HTTPException):
                 connection.close()
-            self.replies.append(Reply(sent, time.monotonic() - sent, status, version))
+        return 0, ""
 
     def failed(self) -> int:
         return sum(reply.status != 200 for reply in self.replies)
 
     def first(self, version: str, start: int) -> Reply | None:
-        """The first reply of a version, of those from number `start` on."""
-        found = [reply for reply in self.replies[start:] if reply.version == version]
-        return min(found, key=lambda reply: reply.came, default=None)
+        """Return the first reply of a version, of those from number `start` on."""
+        replies = [reply for reply in self.replies[start:] if reply.version == version]
+        return min(replies, key=lambda reply: reply.came, default=None)
