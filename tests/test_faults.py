@@ -95,7 +95,9 @@ def test_lost_store_names_remedy(store: str, loaded: loading.Data, tmp_path: Pat
         mlflow.set_tracking_uri(f"{uri}.new")
         mlflow.set_experiment("tests")
         os.chdir(tmp_path)
-        with pytest.raises(UsageError, match=r"does not hold run .* begin anew: a search with another --study_name"):
+        with pytest.raises(
+            UsageError, match=r"Run with id=.* not found; .* begin anew: a search with another --study_name"
+        ):
             search.search(loaded, SPACE, STUDY)
         assert search.search(loaded, SPACE, dataclasses.replace(STUDY, study_name="anew", n_trials=1)).finished == 1
 

@@ -98,7 +98,7 @@ def test_stale_runs_are_closed(store: str) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     with mlflow.start_run() as left:
-        mlflow.set_tag(runs.PROCESS, f"{platform.node()}:{gone.pid}")
+        mlflow.set_tag(runs.PROCESS, f"{platform.node()}:{gone.pid}:")
         with runs.start_run("train", "train") as alive:
             runs.open_experiment("prepare")
             assert mlflow.get_run(alive.info.run_id).info.status == "RUNNING"

@@ -60,7 +60,7 @@ def _record_state(version: ModelVersion, state: str, reason: str = "") -> None:
 
 def _served_before(version: ModelVersion) -> list[ModelVersion]:
     """Return the other version that was live last, if any: it was not retired, only the server stopped."""
-    versions = mlflow.MlflowClient().search_model_versions(f"name = '{version.name}'")
+    versions = registry.list_versions(version.name)
     live = [other for other in versions if other.tags.get(STATE) == LIVE and other.version != version.version]
     return sorted(live, key=lambda other: other.tags.get(TIME, ""))[-1:]
 

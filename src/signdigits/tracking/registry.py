@@ -27,17 +27,15 @@ def find_model(run_id: str, model_uri: str) -> LoggedModel:
         outputs = find_run(run_id).outputs
         if not outputs or not outputs.model_outputs:
             raise ModelError(f"run_id={run_id}: the run has no model; pass a run with the role train or refit")
-        return _get_model(outputs.model_outputs[-1].model_id, f"run_id={run_id}")
-    try:
-        info = mlflow.models.get_model_info(model_uri)
-    except (MlflowException, OSError) as error:
-        raise ModelError(f"model_uri={model_uri}: no such model ({error})") from error
-    if info.model_id is None:
-        raise ModelError(f"model_uri={model_uri}: not a logged model of this tracking store")
-    return _get_model(info.model_id, f"model_uri={model_uri}")
-
-
-def _get_model(model_id: str, given: str) -> LoggedModel:
+        given, model_id = f"run_id={run_id}", outputs.model_outputs[-1].model_id
+    else:
+        given = f"model_uri={model_uri}"
+        try:
+            model_id = mlflow.models.get_model_info(model_uri).model_id
+        except (MlflowException, OSError) as error:
+            raise ModelError(f"{given}: no such model ({error})") from error
+        if model_id is None:
+            raise ModelError(f"{given}: not a logged model of this tracking store")
     try:
         return mlflow.get_logged_model(model_id)
     except MlflowException as error:  # deleted, or of another store
@@ -47,10 +45,15 @@ def _get_model(model_id: str, given: str) -> LoggedModel:
 def find_alias(model_name: str, alias: str) -> ModelVersion | None:
     """Return the version of a registered model with `alias`, if there is one."""
     client = mlflow.MlflowClient()
-    found = client.search_registered_models(_name_filter(model_name))
+    found = client.search_registered_models(_equals("name", model_name))
     if not found or alias not in found[0].aliases:
         return None
     return client.get_model_version(model_name, found[0].aliases[alias])
+
+
+def list_versions(model_name: str) -> list[ModelVersion]:
+    """Return the versions of a registered model."""
+    return list(mlflow.MlflowClient().search_model_versions(_equals("name", model_name)))
 
 
 def copy_model(version: ModelVersion, folder: Path) -> None:
@@ -96,7 +99,7 @@ def find_version(model_name: str, model: LoggedModel) -> ModelVersion | None:
 
 def _find_versions(model: LoggedModel) -> list[ModelVersion]:
     """Return the versions of any registered model that are `model`."""
-    return list(mlflow.MlflowClient().search_model_versions(f"source_path = 'models:/{model.model_id}'"))
+    return list(mlflow.MlflowClient().search_model_versions(_equals("source_path", f"models:/{model.model_id}")))
 
 
 def create_version(model_name: str, model: LoggedModel) -> ModelVersion:
@@ -118,7 +121,7 @@ def tag_model(model: LoggedModel, tags: Mapping[str, str]) -> None:
 
 def missing_alias(model_name: str, alias: str) -> str:
     """Return the error message for a missing alias, with the command that assigns it."""
-    versions = mlflow.MlflowClient().search_model_versions(_name_filter(model_name))
+    versions = list_versions(model_name)
     newest = max((int(version.version) for version in versions), default=0)
     remedy = assign_command(model_name, str(newest), alias) if newest else "scripts/quickstart"
     found = f"none of its {len(versions)} versions has it" if newest else "no version is registered"
@@ -140,10 +143,10 @@ def name_option(model_name: str) -> str:
     return "" if model_name == MODEL_NAME else f" --model_name {shlex.quote(model_name)}"
 
 
-def _name_filter(model_name: str) -> str:
-    """Return MLflow's filter of a registered model; a name may hold either quotation mark, but not both."""
-    mark = '"' if "'" in model_name else "'"
-    return f"name = {mark}{model_name}{mark}"
+def _equals(field: str, value: str) -> str:
+    """Return MLflow's filter for a text, which may hold either quotation mark, but not both."""
+    mark = '"' if "'" in value else "'"
+    return f"{field} = {mark}{value}{mark}"
 
 
 DESCRIPTION = """\

@@ -1,12 +1,12 @@
 """MLflow runs: open, describe and end them with their true status."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ FILES = "data/files.csv"
 REFERENCE = "test/reference.csv"
 
 
-@contextmanager
+@contextlib.contextmanager
 def start_run(
     role: str,
     name: str,
@@ -81,19 +81,18 @@ def start_run(
 
 def end_run(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
     """End the active run. Raises UsageError for a run that should be FINISHED and was deleted in the meantime."""
-    try:
-        if reason:
+    if reason:
+        with contextlib.suppress(
+            MlflowException
+        ):  # such as that the run was deleted; the command prints the reason, too
             mlflow.set_tag("failure_reason", reason[:5000])
-    except MlflowException as error:
-        log.warning("run %s: its failure reason cannot be recorded (%s)", active.info.run_id, error.message)
     try:
         mlflow.end_run(status)
     except MlflowException as error:
-        if is_deleted(active.info.run_id):
-            if status == "FINISHED":
-                raise deleted_error(active.info.run_id) from error
-            return
-        raise
+        if not is_deleted(active.info.run_id):
+            raise
+        if status == "FINISHED":
+            raise deleted_error(active.info.run_id) from error
 
 
 def is_deleted(run_id: str) -> bool:
@@ -117,12 +116,10 @@ def _open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: di
     """
     try:
         if run_id is None:
-            launched = "MLFLOW_RUN_ID" in os.environ  # `mlflow run --run-name` may have named it
+            run_name = None if launched_run() else name  # `mlflow run --run-name` may have named it
             nested = mlflow.active_run() is not None
-            return mlflow.start_run(
-                run_name=None if launched else name, nested=nested, parent_run_id=parent_run_id, tags=tags
-            )
-        known = _find_continued(run_id)
+            return mlflow.start_run(run_name=run_name, nested=nested, parent_run_id=parent_run_id, tags=tags)
+        known = mlflow.get_run(run_id)
         if is_deleted(run_id):
             raise deleted_error(run_id)
         mark_resumed(known)
@@ -133,18 +130,8 @@ def _open_run(name: str, run_id: str | None, parent_run_id: str | None, tags: di
         return continued
     except MlflowException as error:
         raise UsageError(
-            f"{store.store_address()}: {error.message}; start in the project's folder, or set MLFLOW_TRACKING_URI "
-            "to the address of the store that holds the run"
-        ) from error
-
-
-def _find_continued(run_id: str) -> Run:
-    try:
-        return mlflow.get_run(run_id)
-    except MlflowException as error:
-        raise UsageError(
-            f"{store.store_address()}: does not hold run {run_id}, which this would continue; set MLFLOW_TRACKING_URI to the store that "
-            "does, or begin anew: a search with another --study_name, a prediction with another --output"
+            f"{store.store_address()}: {error.message}; start in the project's folder, set MLFLOW_TRACKING_URI to the store that "
+            "holds the run, or begin anew: a search with another --study_name, a prediction with another --output"
         ) from error
 
 
@@ -171,23 +158,19 @@ def mark_resumed(continued: Run) -> None:
 
 def nested_runs(run_id: str, role: str = "") -> list[Run]:
     """Return the nested runs of a run, oldest first, without deleted ones, optionally of one `role`."""
-    matching = f"tags.`mlflow.parentRunId` = '{run_id}'" + (f" and tags.role = '{role}'" if role else "")
-    return search_runs(matching)
+    return search_runs(f"tags.`mlflow.parentRunId` = '{run_id}'" + (f" and tags.role = '{role}'" if role else ""))
 
 
 def search_runs(filter_string: str, **options: Any) -> list[Run]:
     """Return the runs of all experiments that match, oldest first unless `order_by` says otherwise."""
-    options = {"order_by": ["attributes.start_time ASC"]} | options
-    found = mlflow.search_runs(
-        search_all_experiments=True, filter_string=filter_string, output_format="list", **options
-    )
-    return list(found)
+    options = {"order_by": ["attributes.start_time ASC"], "search_all_experiments": True} | options
+    return list(mlflow.search_runs(filter_string=filter_string, output_format="list", **options))
 
 
 def deleted_runs(run_id: str) -> set[str]:
     """Return the deleted nested runs of a run."""
     deleted = search_runs(f"tags.`mlflow.parentRunId` = '{run_id}'", run_view_type=ViewType.DELETED_ONLY)
-    return {start_run.info.run_id for start_run in deleted}
+    return {run.info.run_id for run in deleted}
 
 
 def close_interrupted(run: Run) -> None:
@@ -206,7 +189,7 @@ def open_experiment(role: str) -> None:
     _close_stale_runs()
     client = mlflow.MlflowClient()
     try:
-        if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        if run_id := launched_run():
             experiment_id = client.get_run(run_id).info.experiment_id
             client.set_tag(run_id, "role", role)
             client.set_tag(run_id, PROCESS, _this_process())
@@ -241,7 +224,7 @@ def process_start(process: int) -> str:
 
 def is_alive(identity: str) -> bool:
     """Tell whether a process of this machine, as `this_process` identifies it, is still running."""
-    _, number, start = [*identity.split(":"), ""][:3]
+    _, number, start = identity.split(":")
     if start:
         return process_start(int(number)) == start
     try:

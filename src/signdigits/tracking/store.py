@@ -17,7 +17,8 @@ def connect_store() -> None:
     """Raise UsageError if the tracking store cannot be used. A SQLite store that is not there is created."""
     try:
         _create_database()
-        _connect_once()
+        if re.match(r"(postgresql|mysql|mssql)", uri := mlflow.get_tracking_uri()):
+            create_engine(uri, poolclass=NullPool).connect().close()  # MLflow would retry for two minutes
         mlflow.search_experiments(max_results=1)
     except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
         file = database_file()
@@ -44,13 +45,6 @@ def _create_database() -> None:
         mlflow.MlflowClient(tracking_uri=f"sqlite:///{whole}").search_experiments(max_results=1)
         with contextlib.suppress(FileExistsError):  # another process was quicker
             os.link(whole, file)
-
-
-def _connect_once() -> None:
-    """Connect to a database server directly: MLflow would retry a failed connection for two minutes."""
-    uri = mlflow.get_tracking_uri()
-    if re.match(r"(postgresql|mysql|mssql)", uri):
-        create_engine(uri, poolclass=NullPool).connect().close()
 
 
 def database_file() -> Path | None:
