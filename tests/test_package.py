@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import mlflow.cli
 import numpy as np
 import pandas as pd
 import pytest
@@ -66,6 +65,8 @@ def test_input_example_is_training_photograph(loaded: loading.Data) -> None:
 
 
 def test_mlflow_generates_dockerfile(log_model: Callable[..., Any], tmp_path: Path) -> None:
+    import mlflow.cli  # takes a second, which no other test needs
+
     uri = log_model().model_uri
     line = ["models", "generate-dockerfile", "--model-uri", uri, "--output-directory", str(tmp_path / "image")]
     generated = CliRunner().invoke(mlflow.cli.cli, line)
