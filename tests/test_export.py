@@ -8,14 +8,13 @@ import pytest
 from signdigits import export
 from signdigits.config import EXPORT_FORMATS, SERVED_MODEL, ExportParameters
 from signdigits.errors import DataError, ModelError
-from signdigits.packaging import formats
 from signdigits.tracking import registry, runs
 
 pytestmark = pytest.mark.slow
 
 
 def test_formats_match_parameter() -> None:
-    assert tuple(formats.FORMATS) == EXPORT_FORMATS
+    assert tuple(export.SUFFIXES) == EXPORT_FORMATS
 
 
 @pytest.mark.parametrize("format", EXPORT_FORMATS)
@@ -26,7 +25,7 @@ def test_exported_network_gives_served_answers(champion: str, format: str) -> No
     assert comparison.images == 12
     assert comparison.largest_difference < (0.1 if format == "tflite-int8" else 1e-5)
     assert comparison.equal_labels == 1
-    file, settings = Path("exported", f"network-1{formats.FORMATS[format].suffix}"), Path("exported", "network-1.json")
+    file, settings = Path("exported", f"network-1{export.SUFFIXES[format]}"), Path("exported", "network-1.json")
     assert {file, settings} == set(Path("exported").iterdir())
     assert json.loads(settings.read_text())["class_names"] == ["0", "1", "2"]
     (run,) = runs.search_runs("tags.role = 'export'")

@@ -115,7 +115,7 @@ def test_changed_photograph_is_named(store: str, tmp_path: Path, when: str) -> N
         Image.new("RGB", (24, 24)).save(first)
     message = "No such file.*restore it" if when == "moved" else "has changed since the folder was scanned"
     with runs.start_run("evaluate", "evaluate"), pytest.raises(DataError, match=f"{first.name}: {message}"):
-        evaluate.score_model(registry.find_model(run_id, ""), loaded.dataset)
+        evaluate.score_model(registry.find_model(run_id, ""), loaded.dataset, loaded.split)
 
 
 @pytest.mark.parametrize("statement", ["DROP TABLE runs", "ALTER TABLE runs RENAME TO _alembic_tmp_runs"])

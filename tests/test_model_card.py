@@ -45,7 +45,7 @@ def test_card_holds_what_was_measured(champion: str, loaded: loading.Data) -> No
 
 def test_accuracy_is_given_by_class(champion: str) -> None:
     version, model = find_version()
-    text = model_card.write_sections(version, model)["Accuracy"]
+    text = model_card.render_card(version, model)
     predictions = mlflow.artifacts.download_artifacts(f"runs:/{model.tags['test_run_id']}/test/predictions.csv")
     table = pd.read_csv(predictions, dtype=str)
     for name, rows in table.groupby("label"):
@@ -55,7 +55,7 @@ def test_accuracy_is_given_by_class(champion: str) -> None:
 
 def test_command_repeats_the_training(champion: str) -> None:
     version, model = find_version()
-    (command,) = re.findall(r"```sh\n(.*)\n```", model_card.write_sections(version, model)["Reproduce"])
+    (command,) = re.findall(r"```sh\n(.*)\n```", model_card.render_card(version, model))
     program, options = command.split(" --env-manager local ")
     assert program == "mlflow run . -e train"
     given = [word.partition("=") for word in shlex.split(options) if word != "-P"]
@@ -78,14 +78,24 @@ def test_command_of_a_study_has_what_was_given(store: str) -> None:
 
 
 def test_unmeasured_is_named(champion: str) -> None:
+    """The run of the evaluation kept only its predictions."""
     version, model = find_version()
-    for name in ("robust_accuracy", "outliers_in_test", "test_ece"):
-        del model.tags[name]
-    sections = model_card.write_sections(version, model)
-    assert list(sections) == ["Purpose", "Data", "Accuracy", "Limits", "Reproduce"]
-    assert sections["Limits"].endswith(
-        "Not measured: accuracy by person, camera or place; calibration; robustness; outliers."
-    )
+    predictions = mlflow.artifacts.load_text(f"runs:/{model.tags['test_run_id']}/test/predictions.csv")
+    with mlflow.start_run() as run:
+        mlflow.log_text(predictions, "test/predictions.csv")
+    model.tags["test_run_id"] = run.info.run_id
+    del model.tags["test_ece"]
+    card = model_card.render_card(version, model)
+    assert re.findall("^## (.*)$", card, re.MULTILINE) == ["Purpose", "Data", "Accuracy", "Limits", "Reproduce"]
+    assert "\n- Not measured: accuracy by person, camera or place; calibration; robustness; outliers.\n" in card
+
+
+def test_card_outlives_its_evaluation(champion: str) -> None:
+    version, model = find_version()
+    model.tags.update(test_run_id="0" * 32, git_commit="abc", split="grouped")
+    card = model_card.render_card(version, model)
+    assert re.findall("^## (.*)$", card, re.MULTILINE) == ["Data", "Calibration", "Limits", "Reproduce"]
+    assert "place; purpose; accuracy; robustness; outliers.\n\n## Reproduce\n\nAt commit `abc`:\n\n```sh\n" in card
 
 
 def test_description_by_hand_is_kept(champion: str) -> None:
@@ -96,7 +106,9 @@ def test_description_by_hand_is_kept(champion: str) -> None:
 
 
 def test_long_card_refers_to_artifact() -> None:
-    card = model_card._shorten_card("# Model card: a version 1", {"Purpose": "short", "Accuracy": "long\n" * 2000})
+    card = model_card.shorten_card(
+        "# Model card: a version 1\n\n## Purpose\n\nshort\n\n## Accuracy\n\n" + "long\n" * 2000
+    )
     assert len(card) < model_card.MAX_DESCRIPTION
     assert "short" in card
-    assert "See `MODEL_CARD.md` among the artifacts" in card
+    assert "## Accuracy\n\nSee `MODEL_CARD.md` among the artifacts" in card

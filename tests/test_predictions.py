@@ -89,22 +89,33 @@ def test_other_classes_are_not_compared(champion: str, tmp_path: Path) -> None:
         predictions.collect_predictions(evaluated(dataset, np.arange(8)), find_champion())
 
 
-@pytest.mark.parametrize(("damage", "message"), [("remove", "No such file"), ("change", "have changed; restore them")])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("remove", "are missing or have changed; restore them"),
+        ("change", "are missing or have changed; restore them"),
+        ("move", "no such folder.*evaluate it again"),
+    ],
+)
 def test_missing_photographs_name_remedy(champion: str, tmp_path: Path, damage: str, message: str) -> None:
     folder = write_photographs(tmp_path / "gone", each=4)
     version = evaluated(scan_dataset(DataParameters(data=str(folder))), np.arange(12))
     path = folder / "1" / "IMG_0002.JPG"
-    path.unlink() if damage == "remove" else path.write_bytes(b"other")
+    if damage == "remove":
+        path.unlink()
+    elif damage == "change":
+        shutil.copy(path.with_name("IMG_0001.JPG"), path)
+    else:
+        folder.rename(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match=f"{message}.*or pass --force true"):
         predictions.collect_predictions(version, find_champion())
 
 
-def test_refused_photograph_is_a_mistake(champion: str, tmp_path: Path) -> None:
-    folder = write_photographs(tmp_path / "broken", each=4)
-    dataset = scan_dataset(DataParameters(data=str(folder)))
-    (folder / "0" / "IMG_0000.JPG").write_bytes(b"no image")
-    scorer = predictions._load_scorer(find_champion())
-    table = pd.DataFrame({"path": [photograph.path for photograph in dataset.photographs], "label": "0"})
-    asked = predictions._ask_champion(scorer, folder, table)
-    assert asked.loc[0, "prediction"] != "0"
+def test_refused_photograph_is_a_mistake(champion: str, photographs: Path) -> None:
+    """Its decoder may know fewer formats, or smaller limits, than the challenger's."""
+    dataset = scan_dataset(DataParameters(data=str(photographs)))
+    table = pd.DataFrame({"path": [photograph.path for photograph in dataset.photographs[:3]], "label": "0"})
+    contents = dict(zip(table["path"], [b"no image", *map(dataset.read, dataset.photographs[1:3])], strict=True))
+    asked = predictions._ask_champion(predictions._load_scorer(find_champion()), table, contents.__getitem__)
+    assert asked["prediction"].isna().tolist() == [True, False, False]
     assert np.allclose(asked.filter(regex=r"^p\(").to_numpy()[0], 1 / 3)

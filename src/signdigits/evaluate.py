@@ -16,7 +16,7 @@ import pandas as pd
 from mlflow.entities import LoggedModel
 from numpy.typing import ArrayLike
 from PIL import Image
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import classification_report, roc_auc_score
 
 from signdigits import files, plots
 from signdigits.batch.scoring import Scorer
@@ -28,7 +28,6 @@ from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
 from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError
 from signdigits.model import calibration
-from signdigits.packaging import prediction_log
 from signdigits.promotion.comparison import wilson_interval
 from signdigits.threads import map_in_threads
 from signdigits.tracking import registry, runs
@@ -64,15 +63,14 @@ def evaluate(parameters: SourceParameters, which: ModelParameters) -> Scores:
     """
     model = registry.find_model(which.run_id, which.model_uri)
     dataset = scan_dataset(parameters)
-    split.repeat_split(dataset, parameters.data, model.tags)
+    parts = split.repeat_split(dataset, parameters.data, model.tags)
     with runs.start_run("evaluate", f"evaluate {model.model_id}"):
         runs.log_params(asdict(parameters))
-        return score_model(model, dataset)
+        return score_model(model, dataset, parts)
 
 
-def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
+def score_model(model: LoggedModel, dataset: Dataset, parts: split.Split) -> Scores:
     """Score `model` on the test images; log metrics, tables and pictures to the active run and the model."""
-    parts = split.split_dataset(dataset, model.tags.get("split", "random"))
     tags = lineage.data_tags(dataset, parts)
     mlflow.set_tags(tags)
     mlflow.log_input(lineage.dataset_input(dataset, parts.testing), context="testing")
@@ -80,30 +78,35 @@ def score_model(model: LoggedModel, dataset: Dataset) -> Scores:
     table = _predict_photographs(scorer, dataset, parts.testing)
     mlflow.log_text(files.to_csv(table), runs.PREDICTIONS)
     mlflow.log_text(files.to_csv(_make_reference(scorer, dataset, table)), runs.REFERENCE)
-    temperature = float(model.tags.get("temperature", "1"))
+    temperature = float(model.tags["temperature"])
     scores = compute_scores(table, dataset.class_names, temperature)
     mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
     per_class = _score_classes(table)
     mlflow.log_text(files.to_csv(per_class), "test/per_class.csv")
     _log_mlflow_evaluation(table)
-    reliability = calibration.compute_reliability(*_to_arrays(table, dataset.class_names))
+    bins = calibration.compute_reliability(*_to_arrays(table, dataset.class_names))
     runs.log_figure(
-        "test/reliability.png", lambda: plots.plot_reliability(**vars(reliability), error=reliability.error)
+        "test/reliability.png",
+        lambda: plots.plot_reliability(bins.counts, bins.confidence, bins.accuracy, bins.error),
     )
     if not (wrong := table[table["label"] != table["prediction"]].nlargest(MAX_MISTAKES, "probability")).empty:
         runs.log_figure("test/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset, scorer))
     robustness = _score_robustness(scorer, dataset, table, temperature)
-    summary = _log_robustness(robustness, model)
-    described = [per_class, robustness.reset_index()]
-    if "outlier_score" in table:  # earlier models have no detector
-        outliers = _score_outliers(scorer, dataset, table)
-        summary |= _log_outliers(outliers, table, model)
-        described.append(outliers)
-    sections = [runs.markdown_table([list(frame), *frame.round(4).itertuples(index=False)]) for frame in described]
+    outliers = _score_outliers(scorer, dataset, table)
+    sections = [
+        runs.markdown_table([list(frame), *frame.round(4).itertuples(index=False)])
+        for frame in (per_class, robustness, outliers)
+    ]
     runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n" + "\n\n".join(sections))
     active = mlflow.active_run()
     assert active is not None
-    facts = {**asdict(scores), **summary, "test_digest": tags["test_digest"], "test_run_id": active.info.run_id}
+    facts = {
+        **asdict(scores),
+        **_log_robustness(robustness, model),
+        **_log_outliers(outliers, table, model),
+        "test_digest": tags["test_digest"],
+        "test_run_id": active.info.run_id,
+    }
     registry.tag_model(model, {name: str(value) for name, value in facts.items()})
     log.info("%s", scores)
     return scores
@@ -124,7 +127,7 @@ def _predict_photographs(scorer: Scorer, dataset: Dataset, indices: np.ndarray) 
 
 
 def _score_robustness(scorer: Scorer, dataset: Dataset, table: pd.DataFrame, temperature: float) -> pd.DataFrame:
-    """Return the scores of the test images under each corruption, a row each; the index is its name, and `none`."""
+    """Return the scores of the test images, in the row `none`, and under each corruption."""
     model = scorer.served.unwrap_python_model()
     seen = {
         path: model.images.decode_image(images.read_file(dataset.locate(path)), model.image_size, "rgb")
@@ -139,32 +142,30 @@ def _score_robustness(scorer: Scorer, dataset: Dataset, table: pd.DataFrame, tem
         predicted = scorer.score_photographs(list(seen), read).rename(columns={"label": "prediction"})
         return predicted.assign(label=table["label"])
 
-    scored = map_in_threads(score, list(CORRUPTIONS), "robustness")
-    rows = {"none": table, **dict(zip(CORRUPTIONS, scored, strict=True))}
-    return pd.DataFrame(
-        {name: _describe_corruption(row, dataset.class_names, temperature) for name, row in rows.items()}
-    ).T.rename_axis("corruption")
-
-
-def _describe_corruption(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> dict[str, float]:
-    scores = compute_scores(table, class_names, temperature)
-    wrong = table[table["label"] != table["prediction"]]
-    outliers = {"outliers": float(table["is_outlier"].mean())} if "is_outlier" in table else {}
-    return {
-        "accuracy": scores.test_accuracy,
-        "accuracy_low": scores.test_accuracy_low,
-        "accuracy_high": scores.test_accuracy_high,
-        "ece": scores.test_ece,
-        "probability_if_wrong": float(wrong["probability"].mean()),
-        **outliers,
-    }
+    corrupted = map_in_threads(score, list(CORRUPTIONS), "robustness")
+    rows = []
+    for name, predicted in zip(["none", *CORRUPTIONS], [table, *corrupted], strict=True):
+        scores = compute_scores(predicted, dataset.class_names, temperature)
+        wrong = predicted[predicted["label"] != predicted["prediction"]]
+        rows.append(
+            {
+                "corruption": name,
+                "accuracy": scores.test_accuracy,
+                "accuracy_low": scores.test_accuracy_low,
+                "accuracy_high": scores.test_accuracy_high,
+                "ece": scores.test_ece,
+                "probability_if_wrong": float(wrong["probability"].mean()),
+                "outliers": float(predicted["is_outlier"].mean()),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _log_robustness(robustness: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:
     """Log table, picture and metrics of the robustness; return its summary: mean and worst accuracy, mean ECE."""
-    mlflow.log_text(files.to_csv(robustness.reset_index()), runs.ROBUSTNESS)
+    mlflow.log_text(files.to_csv(robustness), runs.ROBUSTNESS)
     runs.log_figure("test/robustness.png", lambda: plots.plot_robustness(robustness))
-    corrupted = robustness.drop(index="none")
+    corrupted = robustness.set_index("corruption").drop(index="none")
     metrics = {
         "robust_accuracy": float(corrupted["accuracy"].mean()),
         "worst_accuracy": float(corrupted["accuracy"].min()),
@@ -225,17 +226,13 @@ def _to_bmp(image: Image.Image) -> bytes:
 def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
     """Return the drift reference: the test images in the columns of the prediction log, by the model's own copy of it."""
     model = scorer.served.unwrap_python_model()
-    measure = getattr(model, "image_statistics", prediction_log.image_statistics)  # models logged by 0.1 do not show it
-
-    def look(path: str) -> dict[str, float]:
+    rows = []
+    for path in table["path"]:
         image = model.images.open_image(images.read_file(dataset.locate(path)))
-        size = image.size
+        size = image.size  # as stored: to_array may decode it smaller
         pixels = model.images.to_array(image, model.image_size, model.color_mode)
-        statistics: dict[str, float] = measure(size, pixels)
-        return statistics
-
-    seen = pd.DataFrame(map(look, table["path"]))
-    return seen.join(table.filter(regex=r"^p\("))
+        rows.append(model.image_statistics(size, pixels))
+    return pd.DataFrame(rows).join(table.filter(regex=r"^p\("))
 
 
 def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:
@@ -262,18 +259,14 @@ def _to_arrays(table: pd.DataFrame, class_names: tuple[str, ...]) -> tuple[np.nd
 
 def _score_classes(table: pd.DataFrame) -> pd.DataFrame:
     """Return precision, recall, F1 and number of images of each class, and their averages."""
-    names, scores = (
-        sorted(set(table["label"]) | set(table["prediction"])),
-        ("precision", "recall", "f1-score", "images"),
+    names = sorted(set(table["label"]) | set(table["prediction"]))
+    numbers = [str(number) for number in range(len(names))]  # the report has an entry `accuracy`: no class name is safe
+    report = classification_report(
+        table["label"], table["prediction"], labels=names, target_names=numbers, output_dict=True, zero_division=0
     )
-    judged = {"y_true": table["label"], "y_pred": table["prediction"], "labels": names, "zero_division": 0}
-    rows = [pd.DataFrame(dict(zip(scores, precision_recall_fscore_support(**judged), strict=True)))]
-    for average in ("macro", "weighted"):
-        found = precision_recall_fscore_support(**judged, average=average)[:3]
-        rows.append(pd.DataFrame([dict(zip(scores, (*found, len(table)), strict=True))]))
-    every = pd.concat(rows, ignore_index=True).astype({"images": int})
-    every.insert(0, "class", [*names, "macro average", "weighted average"])
-    return every
+    per_class = pd.DataFrame(report).drop(columns="accuracy").T.rename(columns={"support": "images"})
+    per_class.insert(0, "class", [*names, "macro average", "weighted average"])
+    return per_class.astype({"images": int})
 
 
 def _log_mlflow_evaluation(table: pd.DataFrame) -> None:

@@ -104,7 +104,7 @@ def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
         detector = training.fit_detector(fitted, data.fitting).with_threshold(best.user_attrs["outlier_threshold"])
         calibration = Calibration(best.user_attrs["temperature"], detector)
         info = package.log_model(fitted.in_float32(), calibration, data, facts)
-        evaluate.score_model(mlflow.get_logged_model(info.model_id), data.dataset)
+        evaluate.score_model(mlflow.get_logged_model(info.model_id), data.dataset, data.split)
         return mlflow.get_logged_model(info.model_id)
 
 

@@ -1,14 +1,12 @@
 """The predictions of challenger and champion on the same test images.
 
-Where the champion was tested on other images, its own artifact is asked about the challenger's. Those that it may have been
-trained on are left out: it would know them by heart.
+Where the champion was tested on other images, its own artifact predicts the challenger's. Those that it may have been trained
+on are left out: a model knows its training images.
 """
 
-import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import mlflow
 import pandas as pd
@@ -16,11 +14,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from signdigits import files
-from signdigits.batch.scoring import Scorer, read_photograph
-from signdigits.data import images
-from signdigits.errors import IncomparableError, ModelError
-from signdigits.files import compute_digest
-from signdigits.threads import map_in_threads
+from signdigits.batch.scoring import Scorer
+from signdigits.config import SourceParameters
+from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.errors import DataError, IncomparableError, ModelError
 from signdigits.tracking import runs
 
 log = logging.getLogger(__name__)
@@ -28,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Predictions:
-    """Two tables of predictions of the same test images; both models classify the same number of them.
+    """Two tables of predictions of the same test images.
 
     `known` holds the paths of further test images, left out because the champion may have been trained on them; None if its
     training images are not recorded.
@@ -45,16 +42,11 @@ class Predictions:
 
     def to_table(self) -> pd.DataFrame:
         """Return a row per test image of the challenger: path, label and both predictions; none for those left out."""
-        theirs = self.champion.set_index("path")["prediction"].rename("champion").reset_index()
-        mine = self.challenger[["path", "label", "prediction"]].rename(columns={"prediction": "challenger"})
-        left_out = pd.DataFrame({"path": sorted(self.known or ())})
-        is_known = "unknown" if self.known is None else False
-        return pd.concat(
-            [
-                mine.merge(theirs, on="path").assign(champion_trained_on=is_known),
-                left_out.assign(champion_trained_on=True),
-            ],
-        )
+        table = self.challenger[["path", "label", "prediction"]].rename(columns={"prediction": "challenger"})
+        table["champion"] = table["path"].map(self.champion.set_index("path")["prediction"])
+        table["champion_trained_on"] = "unknown" if self.known is None else False
+        left_out = pd.DataFrame({"path": sorted(self.known or ())}).assign(champion_trained_on=True)
+        return pd.concat([table, left_out])
 
 
 def collect_predictions(version: ModelVersion, champion: ModelVersion) -> Predictions:
@@ -68,17 +60,18 @@ def collect_predictions(version: ModelVersion, champion: ModelVersion) -> Predic
         return Predictions(challenger, read_predictions(champion), f"the same {len(challenger)} images")
     scorer = _load_scorer(champion)
     _check_classes(scorer, challenger, champion)
-    folder = _find_folder(version)
-    checksums = _read_checksums(folder, version, challenger)
+    dataset = _scan_photographs(version, set(challenger["path"]))
     fitted = find_fitted_checksums(champion)
-    known = None if fitted is None else frozenset(path for path, checksum in checksums.items() if checksum in fitted)
+    known = None if fitted is None else frozenset(p.path for p in dataset.photographs if p.checksum in fitted)
     unseen = challenger[~challenger["path"].isin(known or ())].reset_index(drop=True)
     if unseen.empty:
         raise IncomparableError(
             f"version {champion.version} was trained on all of the {len(challenger)} test images, and cannot be compared; "
             "--force true assigns the alias anyway"
         )
-    return Predictions(unseen, _ask_champion(scorer, folder, unseen), _describe_images(champion, unseen, known), known)
+    photographs = {photograph.path: photograph for photograph in dataset.photographs}
+    theirs = _ask_champion(scorer, unseen, lambda path: dataset.read(photographs[path]))
+    return Predictions(unseen, theirs, _describe_images(champion, unseen, known), known)
 
 
 def read_predictions(version: ModelVersion) -> pd.DataFrame:
@@ -123,8 +116,8 @@ def _load_scorer(champion: ModelVersion) -> Scorer:
         return Scorer(f"models:/{champion.name}/{champion.version}")
     except (MlflowException, OSError, AttributeError) as error:  # AttributeError: a model of another kind
         raise ModelError(
-            f"version {champion.version}: its model cannot be loaded and asked ({error}); pass --force true to replace it "
-            "without a comparison"
+            f"version {champion.version}: its model cannot be loaded ({error}); pass --force true to replace it without a "
+            "comparison"
         ) from error
 
 
@@ -138,44 +131,34 @@ def _check_classes(scorer: Scorer, challenger: pd.DataFrame, champion: ModelVers
         )
 
 
-def _find_folder(version: ModelVersion) -> Path:
-    """Return the folder of the test images of a version, as recorded by the run that scored it."""
-    run_id = version.tags["test_run_id"]
+def _scan_photographs(version: ModelVersion, paths: set[str]) -> Dataset:
+    """Return the test images of a version, which lie at `paths` in the folders that its evaluation recorded.
+
+    Raises ModelError if one is missing or has changed.
+    """
     try:
-        used = mlflow.get_run(run_id).inputs.dataset_inputs
-        (tested,) = [item for item in used if any(tag.value == "testing" for tag in item.tags)]
-        return Path(mlflow.data.get_source(tested).load())
-    except (MlflowException, OSError, ValueError) as error:
+        inputs = mlflow.get_run(version.tags["test_run_id"]).inputs.dataset_inputs
+        (tested,) = [item for item in inputs if any(tag.value == "testing" for tag in item.tags)]
+        data = mlflow.data.get_source(tested).to_dict()["uri"]
+        dataset = scan_dataset(SourceParameters(data=data, skip_unreadable=True))
+    except (MlflowException, ValueError, DataError) as error:
         raise ModelError(
-            f"version {version.version}: run {run_id} does not lead to its test images ({error}); evaluate it again (python -m "
-            f"signdigits evaluate --data FOLDER --model_uri {version.source}), or pass --force true"
+            f"version {version.version}: its test images cannot be read ({error}); evaluate it again (python -m signdigits "
+            f"evaluate --data FOLDER --model_uri {version.source}), or pass --force true"
         ) from error
-
-
-def _read_checksums(folder: Path, version: ModelVersion, challenger: pd.DataFrame) -> dict[str, str]:
-    """Return the SHA-256 of each test image by its path. Raises ModelError if one is missing or has changed."""
-
-    def compute_checksum(path: str) -> str:
-        return hashlib.sha256(images.read_file(folder / path)).hexdigest()
-
-    remedy = "; restore them, or pass --force true"
-    try:
-        checksums = map_in_threads(compute_checksum, list(challenger["path"]), "reading")
-        found = dict(zip(challenger["path"], checksums, strict=True))
-    except OSError as error:
+    chosen = replace(dataset, photographs=tuple(p for p in dataset.photographs if p.path in paths))
+    if chosen.digest != version.tags["test_digest"]:
         raise ModelError(
-            f"{error.filename or folder}: {error.strerror}, and the champion is to be asked about the test images of version "
-            f"{version.version}{remedy}"
-        ) from error
-    if compute_digest(found.items()) != version.tags["test_digest"]:
-        raise ModelError(f"{folder}: the test images of version {version.version} have changed{remedy}")
-    return found
+            f"data={data}: test images of version {version.version} are missing or have changed; restore them, or pass "
+            "--force true"
+        )
+    return chosen
 
 
-def _ask_champion(scorer: Scorer, folder: Path, challenger: pd.DataFrame) -> pd.DataFrame:
+def _ask_champion(scorer: Scorer, challenger: pd.DataFrame, read: Callable[[str], bytes]) -> pd.DataFrame:
     """Return the champion's predictions; a photograph that it refuses is wrong, and all its classes equally probable."""
-    log.info("asking the champion about %d test images of the challenger", len(challenger))
-    table = scorer.score_photographs(list(challenger["path"]), lambda path: read_photograph(folder / path))
+    log.info("predicting %d test images of the challenger with the champion", len(challenger))
+    table = scorer.score_photographs(list(challenger["path"]), read)
     probabilities = [f"p({name})" for name in scorer.class_names]
     table.loc[table["label"].isna(), probabilities] = 1 / len(probabilities)
     return table.rename(columns={"label": "prediction"}).assign(path=challenger["path"], label=challenger["label"])

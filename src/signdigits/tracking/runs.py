@@ -262,11 +262,11 @@ def log_figure(path: str, draw: Callable[[], "Figure"], **options: Any) -> None:
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table; the first row is its header."""
-    head, *body = [f"| {' | '.join(map(_escape_cell, row))} |" for row in rows]
+    head, *body = [f"| {' | '.join(map(escape_cell, row))} |" for row in rows]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def _escape_cell(value: Any) -> str:
+def escape_cell(value: Any) -> str:
     """Return a value as a cell of a Markdown table, with Markdown's special characters escaped."""
     return re.sub(r"([\\`|*_<>])", r"\\\1", " ".join(str(value).split()))
 
