@@ -18,7 +18,7 @@ PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / 
 
 def test_parameters_page_is_current() -> None:
     page = runpy.run_path(str(PROJECT / "docs" / "parameters.py"))["render"]()
-    assert (PROJECT / "docs" / "parameters.md").read_text() == page, "run scripts/docs"
+    assert (PROJECT / "docs" / "parameters.md").read_text() == page, "run python docs/parameters.py"
 
 
 def test_mkdocs_builds_without_warning(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     values = vars(parsed)
     if unknown:
         name = unknown[0].partition("=")[0].removeprefix("--")
-        nearest = difflib.get_close_matches(name, values, n=1)
+        nearest = difflib.get_close_matches(name, values.keys() - {"command"}, n=1)
         remedy = f"did you mean {nearest[0]}?" if nearest else "docs/parameters.md lists all"
         raise UsageError(f"{name}: no such parameter; {remedy}")
     return values

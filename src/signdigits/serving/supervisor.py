@@ -80,7 +80,7 @@ class Supervisor:
         self.next_start = 0.0  # earliest time of the next attempt
         self.last_warning = ""
         self.last_poll = 0.0
-        self.registry, self.notifier = BackgroundThread(), BackgroundThread()
+        self.registry_thread, self.notification_thread = BackgroundThread(), BackgroundThread()
         self.shadow = Shadow(parameters, home, BackgroundThread()) if parameters.shadow else None
         self.polling: Future[ModelVersion | None] | None = None
 
@@ -141,7 +141,7 @@ class Supervisor:
         """
         if self.polling is None:
             if time.monotonic() - self.last_poll >= self.parameters.poll_interval:
-                self.polling = self.registry.submit(self.find_version)
+                self.polling = self.registry_thread.submit(self.find_version)
             return
         if not self.polling.done():
             return
@@ -218,7 +218,7 @@ class Supervisor:
         In the thread of the registry, because MLflow retries for minutes, and supervision must go on.
         """
         folder = nginx.model_folder(self.home, version.version)
-        fetching = self.registry.submit(registry.copy_model, version, folder)
+        fetching = self.registry_thread.submit(registry.copy_model, version, folder)
         while not fetching.done():
             self.supervise()
         try:
@@ -251,10 +251,10 @@ class Supervisor:
     def notify(self, event: str, text: str, version: ModelVersion) -> None:
         if self.parameters.notify:
             facts = {"model_name": version.name, "version": str(version.version)}
-            self.notifier.submit(notify, self.parameters.notify, event, text, facts)
+            self.notification_thread.submit(notify, self.parameters.notify, event, text, facts)
 
     def record(self, version: ModelVersion, state: str, reason: str = "") -> None:
-        self.registry.submit(_record_state, version, state, reason)
+        self.registry_thread.submit(_record_state, version, state, reason)
 
     def check_health(self, pool: WorkerPool) -> None:
         """Raise HealthCheckFailed unless the pool starts in time and replies correctly to its input example."""
