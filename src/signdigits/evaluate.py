@@ -34,7 +34,7 @@ from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
-MAX_MISTAKES = 12  # in the picture
+MAX_MISTAKES = 12  # mistakes in the picture
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = {"keras": ".keras", "tflite": ".tflite", "tflite-int8": ".int8.tflite", "onnx": ".onnx"}
-MAX_CALIBRATION_IMAGES = 200  # of int8; TensorFlow's guide to quantization takes 100 to 500
+MAX_CALIBRATION_IMAGES = 200  # for the ranges of int8; TensorFlow's guide to quantization takes 100 to 500
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ExportComparison:
     """The probabilities of an exported network beside the served ones."""
 
     images: int
-    largest_difference: float  # of a probability
+    largest_difference: float  # largest difference of a probability
     equal_labels: float  # fraction
 
 
@@ -92,7 +92,7 @@ def export(parameters: ExportParameters) -> ExportComparison:
 
 
 def _select_photographs(model: LoggedModel, folder: Path, parameters: ExportParameters) -> Photographs:
-    """Return the model's test images and some of its training images, else, if they are not at hand, its input example."""
+    """Return the model's test images and some of its training images, or its input example if they are missing."""
     data = parameters.data or model.tags.get("data", "")
     try:
         dataset = scan_dataset(SourceParameters(data=data, skip_unreadable=True))

@@ -117,7 +117,7 @@ def _read_reference(model: LoggedModel) -> pd.DataFrame:
 def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> list[dict[str, Any]]:
     """Return the most recent predictions, oldest first. Raises TooFewPredictions.
 
-    A prediction without a version counts as one of `version`: its server was not told the version.
+    A prediction without a version counts as one of `version`: its server did not know the version.
     """
     versions: Counter[str] = Counter()
 

@@ -22,7 +22,7 @@ from signdigits.packaging import prediction_log
 from signdigits.ray_cluster import connect_ray, is_distributed
 
 BATCH_SIZE = 32  # photographs that one thread holds in memory
-MAX_RETRIES = 3  # of a chunk whose worker died
+MAX_RETRIES = 3  # retries of a chunk whose worker died
 OUTLIERS = ("outlier_score", "is_outlier")  # columns of models that know outliers
 
 

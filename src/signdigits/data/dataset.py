@@ -28,7 +28,7 @@ SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test",
 class Photograph:
     """A readable photograph: its path, its label and the properties of its file."""
 
-    path: str  # in the data set, with forward slashes
+    path: str  # path in the data set, with forward slashes
     label: int
     checksum: str  # SHA-256 of the file
     size: tuple[int, int]  # width and height in pixels, as stored

@@ -20,7 +20,7 @@ FORMATS = {
     "AVIF": "image/avif",
     "BMP": "image/bmp",
     "GIF": "image/gif",
-    "HEIF": "image/heic",  # of every iPhone
+    "HEIF": "image/heic",  # the format of iPhones
     "JPEG": "image/jpeg",
     "MPO": "image/jpeg",
     "PNG": "image/png",
@@ -30,7 +30,9 @@ FORMATS = {
 
 # A photograph of 12,000 x 9,000 pixels passes; a decompression bomb, a small file that decodes to gigabytes, does not.
 MAX_PIXELS = 120_000_000
-MAX_BYTES = 40_000_000  # of a file; as base64 text, 53 megabytes, it fits into the request body that `serve` allows
+MAX_BYTES = (
+    40_000_000  # size of a file; as base64 text, 53 megabytes, it fits into the request body that `serve` allows
+)
 
 MAX_KEPT_PROFILE = 10_000  # bytes; Display P3 has 548, sRGB 3,144
 

@@ -26,7 +26,7 @@ from signdigits.data.dataset import Dataset, Photograph
 from signdigits.threads import map_in_threads
 
 FOLDS = 5
-SEED = 1337  # of the folds
+SEED = 1337  # seed of the cross-validation
 SIDE = 64  # pixels
 CELL = 8  # pixels
 BINS = 9  # directions, of 180 degrees

@@ -17,9 +17,9 @@ from signdigits.data.dataset import Dataset
 from signdigits.data.loading import Data
 
 MAX_HASH_DISTANCE = 4  # differing bits, of 64, of near-duplicates
-MIN_PHOTOGRAPHS = 10  # of a class
+MIN_PHOTOGRAPHS = 10  # a class with fewer is a finding
 MAX_Z_SCORE = 3.5  # modified z-score (Iglewicz and Hoaglin, 1993)
-MAX_SIZE_RATIO = 2.0  # to the median height or width of the class, or the reverse
+MAX_SIZE_RATIO = 2.0  # of height or width to the median of the class, or the reverse
 MAX_IMBALANCE = 1.5  # ratio of the largest class to the smallest
 WITHOUT_PICTURE = ("imbalance", "few")  # findings about a class
 MAX_PICTURES = 12

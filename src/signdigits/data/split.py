@@ -30,7 +30,7 @@ GROUPS = "groups.csv"
 # only on the same images.
 SPLIT_SEED = 1337
 TEST_FRACTION = 0.2
-VALIDATION_FRACTION = 0.2  # of what is not test
+VALIDATION_FRACTION = 0.2  # of the photographs that are not for the test
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Split:
     training: np.ndarray
     validation: np.ndarray
     testing: np.ndarray
-    digest: str  # of the photographs and their parts, as 32 hexadecimal digits
-    test_digest: str  # of the test photographs
+    digest: str  # digest of the photographs and their parts: 32 hexadecimal digits
+    test_digest: str  # digest of the test photographs
 
     @property
     def fitting(self) -> np.ndarray:

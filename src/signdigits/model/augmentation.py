@@ -17,13 +17,13 @@ from signdigits.config import Hyperparameters
 
 # Limits at strength 1; each value is uniform between them.
 ROTATION = math.radians(20)
-SHIFT = 0.12  # of the image's height and width
-ZOOM = (-0.15, 0.45)  # of the logarithm of the scale: the hand at 1.16 to 0.64 times its size
+SHIFT = 0.12  # fraction of the image's height and width
+ZOOM = (-0.15, 0.45)  # logarithm of the scale: the hand at 1.16 to 0.64 times its size
 BRIGHTNESS = (-1.2, 0.4)  # logarithm of the factor
-CONTRAST = (-0.6, 0.2)  # likewise, about the mean
-CAST = 0.15  # likewise, of each channel: white balance
+CONTRAST = (-0.6, 0.2)  # logarithm of the factor about the mean
+CAST = 0.15  # logarithm of the factor of each channel: white balance
 NOISE = 20  # standard deviation in gray levels, of every second image
-SATURATION = (0.0, 1.0)  # of every third image; 0: gray
+SATURATION = (0.0, 1.0)  # factor of the color, of every third image; 0: gray
 BLUR = 0.018  # standard deviation in sides of the image, of every third image
 SHADOW = (-1.2, 0.0)  # logarithm of the factor on one side of a line, of every third image
 SHADOW_EDGE = (0.05, 0.6)  # width of the shadow's edge in sides of the image

@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-MAX_REFUSED = 0.01  # of the validation images: what lies above their quantile is an outlier
+MAX_REFUSED = 0.01  # fraction of the validation images that the threshold marks as outliers
 MAX_KNOWN = 5000  # training images whose features are kept
 
 

@@ -140,7 +140,7 @@ class SignDigits(PythonModel):
     def decode(self, images: list[Any], is_over: Callable[[], bool]) -> list["Decoded"]:
         """Decode the photographs of a request and compute their logits and features.
 
-        A large request of a server waits for no other: it is told to come again. Raises MlflowException.
+        A large request does not wait for another one: the client is asked to retry. Raises MlflowException.
         """
         opened = _require_usable(self.open(image, is_over) for image in images)
         pixels = sum(self.images.count_pixels(image, self.image_size) for image in opened)

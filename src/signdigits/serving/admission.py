@@ -1,7 +1,7 @@
 """ASGI middleware around MLflow's scoring server: a queue, deadlines, cancellation and small errors.
 
-MLflow's server starts to work on each request at once, and goes on when its client is gone or its time is over. `Admission`
-admits a few at a time, lets the others wait without reading their bodies, and tells the model when nobody waits for a reply.
+MLflow's server starts every request immediately, and continues after its client has disconnected or its time is up. `Admission`
+admits a few at a time, lets the others wait without reading their bodies, and signals the model when a reply is no longer needed.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ TOO_LATE = make_error(504, "DEADLINE_EXCEEDED", "no reply in time; send fewer ph
 
 
 class Admission:
-    """An ASGI middleware that limits the requests to /invocations, and cancels those that nobody waits for."""
+    """An ASGI middleware that limits the requests to /invocations, and cancels those whose reply is no longer needed."""
 
     def __init__(self, app: Any, model: PyFuncModel, timeout: float, max_waiting: int) -> None:
         self.app, self.timeout, self.max_waiting = app, timeout, max_waiting

@@ -16,7 +16,7 @@ REQUEST_ID = "X-Request-ID"
 
 @dataclass(frozen=True)
 class Invocation:
-    """A request, for the model: its id, and an event that says that nobody waits for the reply any more."""
+    """A request, for the model: its id, and an event that is set when the reply is no longer needed."""
 
     id: str
     cancelled: threading.Event = field(default_factory=threading.Event)

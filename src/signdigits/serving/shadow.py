@@ -1,4 +1,4 @@
-"""The shadow: a worker with another version, which gets a copy of some requests, and whose replies nobody gets."""
+"""The shadow: a worker with another version, which gets a copy of some requests; its replies are discarded."""
 
 import logging
 import shutil

@@ -29,7 +29,7 @@ TICK = 0.2  # seconds between two checks of the processes
 STATE, REASON, TIME = "serving_state", "serving_reason", "serving_time"
 LIVE, RETIRED, REFUSED, WAITING = "live", "retired", "refused", "waiting"
 
-MAX_FAILED_STARTS = 2  # of a version: the machine may have been at fault for the first
+MAX_FAILED_STARTS = 2  # failed starts of a version: the machine may have been at fault for the first
 MAX_PAUSE = 60.0  # seconds between two attempts to start a version
 
 
@@ -75,8 +75,8 @@ class Supervisor:
         self.nginx_process: Process | None = None
         self.live: WorkerPool | None = None
         self.rejected = ""  # the version of the alias, if it was refused
-        self.n_attempts = 0  # to start the version of the alias
-        self.n_failed_starts = 0  # of these, with its artifacts at hand
+        self.n_attempts = 0  # attempts to start the version of the alias
+        self.n_failed_starts = 0  # attempts that failed although the artifacts were available
         self.next_start = 0.0  # earliest time of the next attempt
         self.last_warning = ""
         self.last_poll = 0.0

@@ -21,7 +21,7 @@ class TrialContext:
     """The context that the trials of a study share."""
 
     study_name: str
-    run_id: str  # of the study, under which the runs of the trials are nested
+    run_id: str  # run of the study, in which the runs of the trials are nested
     data: Data
     space: Space
     metric: str  # val_accuracy, val_loss or robust_accuracy

@@ -24,7 +24,7 @@ FAILURE_REASON = "failure_reason"  # user attribute of a failed trial; an interr
 STARTUP_TRIALS = 5  # random, before TPE
 WARM_START_TRIALS = 5
 MIN_COMPLETE_TRIALS = 3  # before the pruner may prune
-MAX_RETRIES = 3  # of an interrupted trial: its parameters may be what kills the process
+MAX_RETRIES = 3  # retries of an interrupted trial: its parameters may be what kills the process
 PERCENTILE = 75.0  # lenient, because early accuracies predict late ones poorly
 
 
