@@ -41,12 +41,11 @@ def main() -> int:
 
 
 def format_table(rows: list[Row]) -> str:
-    return runs.markdown_table([("what", "against", "result", "target", "measured"), *map(_cells, rows)])
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    target = f"{row.target:g} or {'more' if row.at_least else 'less'}"
-    return row.what, row.against, f"{row.result:.2f}", f"{target}{'' if row.reached else ' (missed)'}", row.detail
+    cells: list[tuple[str, ...]] = [("what", "against", "result", "target", "measured")]
+    for row in rows:
+        target = f"{row.target:g} or {'more' if row.at_least else 'less'}{'' if row.reached else ' (missed)'}"
+        cells.append((row.what, row.against, f"{row.result:.2f}", target, row.detail))
+    return runs.markdown_table(cells)
 
 
 def log_table(rows: list[Row]) -> None:

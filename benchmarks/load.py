@@ -144,24 +144,22 @@ def saturate(server: Server, body: bytes, folder: Path, seconds: int, connection
 def restart_pods(body: bytes, folder: Path, rounds: int) -> list[Row]:
     """Restart servers without a supervisor one by one, as a Deployment does with its pods."""
     model = mlflow.artifacts.download_artifacts("models:/sign-digits/1", dst_path=str(folder / "model"))
-    ports = [servers.free_port() for _ in range(PODS)]
+    pods = {servers.free_port(): contextlib.ExitStack() for _ in range(PODS)}
     starts: list[float] = []
+
+    def restart(port: int) -> None:
+        pods[port].close()
+        started = time.monotonic()
+        pods[port].enter_context(servers.serve(folder, "--supervise", "false", "--model_uri", model, port=port))
+        starts.append(time.monotonic() - started)
+
     with contextlib.ExitStack() as stack:
-        pods: dict[int, contextlib.ExitStack] = {}
-
-        def restart(port: int) -> None:
-            if port in pods:
-                pods[port].close()
-            started = time.monotonic()
-            pods[port] = stack.enter_context(contextlib.ExitStack())
-            options = ("--supervise", "false", "--model_uri", model)
-            pods[port].enter_context(servers.serve(folder, *options, port=port))
-            starts.append(time.monotonic() - started)
-
-        for port in ports:
+        for port, pod in pods.items():
+            stack.enter_context(pod)
             restart(port)
-        with Load(ports[0], body, more_ports=ports[1:]) as load:
-            for port in ports * rounds:
+        first, *others = pods
+        with Load(first, body, more_ports=others) as load:
+            for port in [*pods] * rounds:
                 restart(port)
     detail = f"{PODS * rounds} restarts of {PODS} servers, {len(load.replies):,} requests"
     slowest = f"{len(starts)} starts, {max(starts):.1f} s at most, beside the other servers and the load"

@@ -22,11 +22,12 @@ def rows(photographs: str) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
     images = loaded.fitting  # the notebook's training images: 1,650
     auto = architecture.resolve_precision("auto")
+    none, strong = Augmentation(), Augmentation(geometric=1.4, horizontal_flip=0.5, photometric=1.0)
     ways = {
         "notebook": notebook_epoch(loaded.dataset.folder),
-        "float32": project_epoch(images, "float32"),
-        "auto": project_epoch(images, auto),
-        "augmented": project_epoch(images, auto, Augmentation(geometric=1.4, horizontal_flip=0.5, photometric=1.0)),
+        "float32": project_epoch(images, "float32", none),
+        "auto": project_epoch(images, auto, none),
+        "augmented": project_epoch(images, auto, strong),
         "float32 product": matrix_product("float32"),
         "auto product": matrix_product(auto.removeprefix("mixed_")),
     }
@@ -79,11 +80,7 @@ def notebook_epoch(folder: Path) -> Callable[[], object]:
     return lambda: network.fit(batches, epochs=1, verbose=0)
 
 
-def project_epoch(
-    images: loading.Images,
-    precision: str,
-    augmentation: Augmentation = Augmentation(),  # noqa: B008, frozen
-) -> Callable[[], object]:
+def project_epoch(images: loading.Images, precision: str, augmentation: Augmentation) -> Callable[[], object]:
     """Return a function that trains this project's pipeline for an epoch."""
     network = architecture.build_network((100, 100, 3), 10, precision=precision)
     architecture.compile_network(network, Hyperparameters())
