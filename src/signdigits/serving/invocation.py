@@ -27,5 +27,5 @@ class Invocation:
 
 
 def invocation_variable(model: PyFuncModel) -> ContextVar[Any]:
-    """Return the variable in which the model looks for its request; models of version 0.1 look for none."""
-    return getattr(model.unwrap_python_model(), "request", ContextVar("request"))
+    """Return the variable in which the model looks for its request."""
+    return model.unwrap_python_model().request
