@@ -179,9 +179,14 @@ def make_parser() -> Parser:
     for name, command in COMMANDS.items():
         options = subparsers.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
         for group in command.parameters:
-            for declared in fields(config.Hyperparameters if group is Space else group):
+            for declared in _list_fields(group):
                 _add_option(options, declared, searched=group is Space)
     return parser
+
+
+def _list_fields(group: type) -> tuple[Field[Any], ...]:
+    """Return the parameters of a group; a search space has a range or a value of each hyperparameter."""
+    return fields(config.Hyperparameters if group is Space else group)
 
 
 def _add_option(parser: Parser, declared: Field[Any], *, searched: bool) -> None:
@@ -255,8 +260,7 @@ def _describe_changes(command: str, values: dict[str, Any]) -> str:
 
 
 def _make_group(group: type, values: dict[str, Any]) -> Any:
-    names = [declared.name for declared in fields(config.Hyperparameters if group is Space else group)]
-    chosen = {name: values[name] for name in names}
+    chosen = {declared.name: values[declared.name] for declared in _list_fields(group)}
     return Space.of(values["space"], **chosen) if group is Space else group(**chosen)
 
 
