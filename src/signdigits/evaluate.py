@@ -6,6 +6,7 @@ mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champio
 
 import io
 import logging
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlflow.entities import LoggedModel
 from numpy.typing import ArrayLike
 from PIL import Image
 from sklearn.metrics import classification_report, roc_auc_score
+from tqdm.contrib.concurrent import thread_map
 
 from signdigits import files, plots
 from signdigits.batch.scoring import Scorer
@@ -29,7 +31,6 @@ from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError
 from signdigits.model import calibration
 from signdigits.promotion.comparison import wilson_interval
-from signdigits.threads import map_in_threads
 from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _score_robustness(scorer: Scorer, dataset: Dataset, table: pd.DataFrame, tem
         predicted = scorer.score_photographs(list(seen), read).rename(columns={"label": "prediction"})
         return predicted.assign(label=table["label"])
 
-    corrupted = map_in_threads(score, list(CORRUPTIONS), "robustness")
+    corrupted = thread_map(score, CORRUPTIONS, max_workers=os.cpu_count(), desc="robustness", disable=None)
     rows = []
     for name, predicted in zip(["none", *CORRUPTIONS], [table, *corrupted], strict=True):
         scores = compute_scores(predicted, dataset.class_names, temperature)

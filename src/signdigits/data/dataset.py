@@ -1,6 +1,7 @@
 """A data set: folders of class folders with photographs."""
 
 import hashlib
+import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm.contrib.concurrent import thread_map
 
 from signdigits.config import SourceParameters
 from signdigits.data import sources
@@ -18,7 +20,6 @@ from signdigits.data.cache import PhotographCache
 from signdigits.data.images import ImageError, load_image, open_image, read_file, read_orientation, to_array
 from signdigits.errors import DataError, escape_undecodable
 from signdigits.files import compute_digest
-from signdigits.threads import map_in_threads
 
 HASHED_SIZE = 100  # pixels; side of the image behind the perceptual hash and the mean colour
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
@@ -136,7 +137,9 @@ def scan_folders(folders: Sequence[Path], parameters: SourceParameters, cache: P
 def _read_folders(folders: Sequence[Path], parameters: SourceParameters, cache: PhotographCache) -> Dataset:
     class_names = _find_classes(folders)
     files = list(_list_files(folders, class_names))
-    results = map_in_threads(lambda file: _examine_file(*file, cache), files, "reading")
+    results = thread_map(
+        lambda file: _examine_file(*file, cache=cache), files, max_workers=os.cpu_count(), desc="reading", disable=None
+    )
     photographs: dict[str, Photograph] = {}
     added: dict[str, Path] = {}
     unreadable: dict[str, str] = {}

@@ -19,11 +19,11 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
+from tqdm.contrib.concurrent import thread_map
 
 from signdigits import plots
 from signdigits.data import images
 from signdigits.data.dataset import Dataset, Photograph
-from signdigits.threads import map_in_threads
 
 FOLDS = 5
 SEED = 1337  # seed of the cross-validation
@@ -39,8 +39,10 @@ def rank_labels(dataset: Dataset) -> pd.DataFrame:
     The columns are its path, its class, the class that the others suggest, cleanlab's label quality score (0 to 1, low is
     doubtful), and `issue`: cleanlab counts it as an error.
     """
-    features = np.stack(list(map_in_threads(lambda p: _describe_shapes(dataset, p), dataset.photographs, "labels")))
-    probabilities = _predict_out_of_fold(features, dataset.labels)
+    features = thread_map(
+        lambda photograph: _describe_shapes(dataset, photograph), dataset.photographs, desc="labels", disable=None
+    )
+    probabilities = _predict_out_of_fold(np.stack(features), dataset.labels)
     names = np.array(dataset.class_names)
     table = pd.DataFrame(
         {
