@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,8 +28,9 @@ def test_arrays_have_requested_shape(photographs: Path, color_mode: str, channel
     assert len(loaded.training) == len(loaded.training.x)
 
 
-def test_embedded_digits_have_32_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_digits_have_32_pixels(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(photographs, Path("data", sources.HANDWRITTEN_DIGITS))  # fewer
     digits = DataParameters(data="handwritten-digits")
     assert loading.load_data(digits).image_shape == (32, 32, 3)
     assert loading.load_data(replace(digits, image_size=48)).image_shape == (48, 48, 3)

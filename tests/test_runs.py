@@ -1,4 +1,3 @@
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -6,10 +5,9 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from signdigits import cli
 from signdigits.errors import ModelError, UsageError
 from signdigits.tracking import registry, runs
-
-from .conftest import command
 
 pytestmark = pytest.mark.slow
 
@@ -106,11 +104,10 @@ def test_stale_runs_are_closed(store: str) -> None:
     assert closed.data.tags["failure_reason"] == "interrupted"
 
 
-def test_early_error_is_recorded(store: str, tmp_path: Path) -> None:
+def test_early_error_is_recorded(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = mlflow.MlflowClient().create_run(mlflow.get_experiment_by_name("tests").experiment_id)
-    environment = os.environ | {"MLFLOW_RUN_ID": launched.info.run_id}
-    done = command("prepare", "--data", str(tmp_path / "nowhere"), env=environment)
-    assert done.returncode == 2
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
+    assert cli.main(["prepare", "--data", str(tmp_path / "nowhere")]) == 2
     tags = mlflow.get_run(launched.info.run_id).data.tags
     assert tags["role"] == "prepare"
     assert "nowhere: no such folder" in tags["failure_reason"]

@@ -10,7 +10,7 @@ import mlflow
 import mlflow.tensorflow
 import numpy as np
 import pytest
-from mlflow.entities import Run
+from mlflow.entities import Metric, Run
 
 from signdigits import train
 from signdigits.config import DataParameters, Hyperparameters
@@ -19,25 +19,60 @@ from signdigits.errors import TrainingDiverged
 from signdigits.model import input_pipeline, training
 from signdigits.model.augmentation import Augmentation
 
-from .conftest import PROJECT, wait_until
+from .conftest import PROJECT, store_like, wait_until
 
 pytestmark = pytest.mark.slow
 
 SHORT = Hyperparameters(epochs=3, batch_size=16, initial_learning_rate=0.003)
+AUGMENTED = dataclasses.replace(SHORT, augmentation=1.0, dropout=0.3)
 
 
-def artifacts(run_id: str) -> set[str]:
-    return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)}
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The run of a training, the names of its artifacts, the steps and last values of its metrics, and the model's files."""
+
+    run: Run
+    artifacts: set[str]
+    histories: dict[str, list[Metric]]
+    model: Path
 
 
-def test_run_logs_everything_to_reproduce(store: str, loaded: loading.Data) -> None:
-    run = mlflow.get_run(train.train(loaded, SHORT))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, loaded: loading.Data) -> dict[str, Trained]:
+    """The network trained once without augmentation and once with it."""
+    made = {}
+    for name, hyperparameters in (("plain", SHORT), ("augmented", AUGMENTED)):
+        folder = tmp_path_factory.mktemp(name)
+        with store_like(empty_store, folder):
+            client = mlflow.MlflowClient()
+            run = mlflow.get_run(train.train(loaded, hyperparameters))
+            (model,) = mlflow.search_logged_models(output_format="list")
+            assert model.source_run_id == run.info.run_id
+            files = mlflow.artifacts.download_artifacts(f"models:/{model.model_id}", dst_path=str(folder / "model"))
+            made[name] = Trained(
+                run,
+                {item.path for item in client.list_artifacts(run.info.run_id)},
+                {metric: client.get_metric_history(run.info.run_id, metric) for metric in run.data.metrics},
+                Path(files),
+            )
+    return made
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, loaded: loading.Data) -> training.Fit:
+    """The network fitted with the hyperparameters of SHORT."""
+    with store_like(empty_store, tmp_path_factory.mktemp("fitted")):
+        return fit(loaded, SHORT)
+
+
+def test_run_logs_everything_to_reproduce(trained: dict[str, Trained], loaded: loading.Data) -> None:
+    run = trained["plain"].run
     assert run.info.status == "FINISHED"
     expected = dataclasses.asdict(loaded.parameters) | dataclasses.asdict(SHORT)
     assert {name: run.data.params[name] for name in expected} == {name: str(value) for name, value in expected.items()}
     assert run.data.params["opt_learning_rate"], "autologged"
     assert run.data.tags["dataset_digest"] == loaded.split.digest
-    assert {"learning_curves.png", "model_summary.txt", "versions.json"} <= artifacts(run.info.run_id)
+    assert {"learning_curves.png", "model_summary.txt", "versions.json"} <= trained["plain"].artifacts
     inputs = {tag.value: used.dataset.digest for used in run.inputs.dataset_inputs for tag in used.tags}
     assert inputs == {
         "training": loaded.dataset.part_digest(loaded.split.training),
@@ -45,15 +80,14 @@ def test_run_logs_everything_to_reproduce(store: str, loaded: loading.Data) -> N
     }
 
 
-@pytest.mark.parametrize("augmentation", [0.0, 1.0])
-def test_every_epoch_is_logged(store: str, loaded: loading.Data, augmentation: float) -> None:
-    run = mlflow.get_run(train.train(loaded, dataclasses.replace(SHORT, augmentation=augmentation)))
-    client = mlflow.MlflowClient()
+@pytest.mark.parametrize("name", ["plain", "augmented"])
+def test_every_epoch_is_logged(trained: dict[str, Trained], name: str) -> None:
+    metrics = trained[name].run.data.metrics
     for metric in ("loss", "accuracy", "val_loss", "val_accuracy"):
-        history = client.get_metric_history(run.info.run_id, metric)
+        history = trained[name].histories[metric]
         assert [point.step for point in history] == [0, 1, 2]
-        assert run.data.metrics[metric] == history[-1].value
-    assert not [name for name in run.data.metrics if name.startswith("validation_")], "val_accuracy stands once"
+        assert metrics[metric] == history[-1].value
+    assert not [metric for metric in metrics if metric.startswith("validation_")], "val_accuracy is logged once"
 
 
 def fit(loaded: loading.Data, hyperparameters: Hyperparameters) -> training.Fit:
@@ -61,13 +95,12 @@ def fit(loaded: loading.Data, hyperparameters: Hyperparameters) -> training.Fit:
     return training.fit_network(network, loaded.training, loaded.validation, hyperparameters)
 
 
-def test_same_seed_same_result(store: str, loaded: loading.Data) -> None:
-    first = fit(loaded, SHORT)
+def test_same_seed_same_result(store: str, loaded: loading.Data, fitted: training.Fit) -> None:
     again = fit(loaded, SHORT)
     other = fit(loaded, dataclasses.replace(SHORT, seed=1))
-    assert first.history == again.history
-    assert first.history != other.history
-    for one, two in zip(first.network.get_weights(), again.network.get_weights(), strict=True):
+    assert fitted.history == again.history
+    assert fitted.history != other.history
+    for one, two in zip(fitted.network.get_weights(), again.network.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
@@ -91,10 +124,8 @@ def notebooks_network() -> keras.Sequential:
 
 
 @pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`")
-def test_training_equals_notebook_bit_for_bit(store: str, loaded: loading.Data) -> None:
+def test_training_equals_notebook_bit_for_bit(store: str, loaded: loading.Data, fitted: training.Fit) -> None:
     assert (SHORT.augmentation, SHORT.dropout, SHORT.precision) == (0, 0, "float32")
-    fitted = fit(loaded, SHORT)
-    keras.utils.clear_session()
     keras.utils.set_random_seed(SHORT.seed)
     network = notebooks_network()
     schedule = keras.optimizers.schedules.ExponentialDecay(0.003, decay_steps=1500, decay_rate=0.96)
@@ -118,12 +149,10 @@ def test_training_equals_notebook_bit_for_bit(store: str, loaded: loading.Data) 
 
 
 def test_augmented_training_is_reproducible(store: str, loaded: loading.Data) -> None:
-    augmented = dataclasses.replace(SHORT, augmentation=1.0, dropout=0.3, precision="mixed_bfloat16")
+    augmented = dataclasses.replace(AUGMENTED, precision="mixed_bfloat16")
     first = fit(loaded, augmented)
     again = fit(loaded, augmented)
-    plain = fit(loaded, dataclasses.replace(augmented, augmentation=0.0))
     assert first.history == again.history
-    assert first.history["loss"] != plain.history["loss"]
     assert len(first.history["loss"]) == SHORT.epochs
 
 
@@ -138,19 +167,21 @@ def test_bfloat16_training_is_saved_float32(store: str, loaded: loading.Data) ->
     assert accuracy == pytest.approx(fitted.last("val_accuracy"), abs=0.11), "one of ten validation images"
 
 
-def test_averaged_weights_are_kept(store: str, loaded: loading.Data) -> None:
-    averaged = dataclasses.replace(SHORT, ema_momentum=0.9)
-    fitted, plain = fit(loaded, averaged), fit(loaded, SHORT)
-    assert fitted.history["loss"] == pytest.approx(plain.history["loss"], rel=1e-4), "the training is the same"
-    assert fitted.history["val_loss"] != plain.history["val_loss"]
-    loss, accuracy = fitted.network.evaluate(loaded.validation.x, loaded.validation.y, batch_size=16, verbose=0)
-    assert loss == pytest.approx(fitted.last("val_loss"))
-    assert accuracy == pytest.approx(fitted.last("val_accuracy"))
+def test_averaged_weights_are_kept(store: str, loaded: loading.Data, fitted: training.Fit) -> None:
+    averaged = fit(loaded, dataclasses.replace(SHORT, ema_momentum=0.9))
+    assert averaged.history["loss"] == pytest.approx(fitted.history["loss"], rel=1e-4), "the training is the same"
+    assert averaged.history["val_loss"] != fitted.history["val_loss"]
+    loss, accuracy = averaged.network.evaluate(loaded.validation.x, loaded.validation.y, batch_size=16, verbose=0)
+    assert loss == pytest.approx(averaged.last("val_loss"))
+    assert accuracy == pytest.approx(averaged.last("val_accuracy"))
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.5])
-def test_detector_knows_mirror_images_if_trained_on_them(store: str, loaded: loading.Data, flip: float) -> None:
-    fitted = fit(loaded, dataclasses.replace(SHORT, horizontal_flip=flip))
+def test_detector_knows_mirror_images_if_trained_on_them(
+    store: str, loaded: loading.Data, fitted: training.Fit, flip: float
+) -> None:
+    if flip:
+        fitted = fit(loaded, dataclasses.replace(SHORT, horizontal_flip=flip))
     detector = training.fit_detector(fitted, loaded.training)
     assert len(detector.known) == len(loaded.training) * (2 if flip else 1)
     mirrored = loading.Images(np.asarray(loaded.training.x)[:, :, ::-1], loaded.training.y)
@@ -158,16 +189,12 @@ def test_detector_knows_mirror_images_if_trained_on_them(store: str, loaded: loa
     assert (detector.score(features) < 1e-3).all() == bool(flip)
 
 
-def test_saved_network_has_no_augmentation(store: str, loaded: loading.Data, tmp_path: Path) -> None:
-    augmented = dataclasses.replace(SHORT, epochs=1, augmentation=1.0, dropout=0.3)
-    run_id = train.train(loaded, augmented)
-    (model,) = mlflow.search_logged_models(output_format="list")
-    assert model.source_run_id == run_id
-    files = Path(mlflow.artifacts.download_artifacts(f"models:/{model.model_id}"))
+def test_saved_network_has_no_augmentation(trained: dict[str, Trained]) -> None:
+    files = trained["augmented"].model
     network = keras.saving.load_model(files / "artifacts" / "network.keras")
     known = {"Rescaling", "Conv2D", "MaxPooling2D", "Flatten", "Dropout", "Dense"}
     assert {type(layer).__name__ for layer in network.layers} == known
-    served = mlflow.pyfunc.load_model(f"models:/{model.model_id}").unwrap_python_model()
+    served = mlflow.pyfunc.load_model(str(files)).unwrap_python_model()
     operations = {operation["op_name"] for operation in served.interpreters.get()._get_ops_details()}
     assert "CONV_2D" in operations
     shapes = {"SHAPE", "STRIDED_SLICE", "PACK", "RESHAPE"}
@@ -201,10 +228,9 @@ def only_run() -> Run:
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_training_is_killed(store: str, photographs: Path, number: int) -> None:
+def test_interrupted_training_is_killed(store: str, photographs: Path) -> None:
     line = [sys.executable, "-m", "signdigits", "train", "--data", str(photographs), "--image_size", "16"]
-    code, said = interrupt([*line, "--epochs", "10000"], number)
+    code, said = interrupt([*line, "--epochs", "10000"], signal.SIGTERM)
     assert code == 130
     assert "Traceback" not in said
     assert "interrupted" in said

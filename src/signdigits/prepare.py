@@ -36,7 +36,10 @@ def prepare(data: Data, report: ReportParameters) -> str:
             lineage.log_photographs(data.dataset, run.info.run_id)
         if report.label_errors:
             log_label_errors(data)
-        runs.set_description(_describe_dataset(data))
+        counts = runs.markdown_table([("class", "photographs"), *data.dataset.counts().items()])
+        runs.set_description(
+            f"The photographs of `{data.parameters.data}`. Digest `{data.dataset.digest}`.\n\n{counts}"
+        )
         return run.info.run_id
 
 
@@ -132,12 +135,6 @@ def _report_lines(data: Data, report: dict[str, Any], findings: pd.DataFrame) ->
         lines.append(f"skipped: {report['junk files']} hidden or junk files and folders, such as .DS_Store")
     lines += [f"skipped: {path}: {reason}" for path, reason in dataset.unreadable.items()]
     return lines
-
-
-def _describe_dataset(data: Data) -> str:
-    """Describe the data set for the run's page."""
-    rows = runs.markdown_table([("class", "photographs"), *data.dataset.counts().items()])
-    return f"The photographs of `{data.parameters.data}`. Digest `{data.dataset.digest}`.\n\n{rows}"
 
 
 def _plot_sample(data: Data) -> plots.Figure:

@@ -138,7 +138,7 @@ def _read_folders(folders: Sequence[Path], parameters: SourceParameters, cache: 
     class_names = _find_classes(folders)
     files = list(_list_files(folders, class_names))
     results = thread_map(
-        lambda file: _examine_file(*file, cache=cache), files, max_workers=os.cpu_count(), desc="reading", disable=None
+        lambda listed: _examine_file(listed, cache), files, max_workers=os.cpu_count(), desc="reading", disable=None
     )
     photographs: dict[str, Photograph] = {}
     added: dict[str, Path] = {}
@@ -193,10 +193,14 @@ def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
     """Return the sorted names of the class folders in the first folder, after a check of all."""
     for folder in folders:
         if not folder.is_dir():
-            hint = "data=A,B joins existing folders or data sets, and a comma in a name is one between two; "
+            message = f"{folder}: no such folder"
+            if not folder.is_absolute():
+                message += f" in {Path.cwd()}, the working directory of `mlflow run`; an absolute path is safer"
+            if len(folders) > 1:
+                message += "; data=A,B joins existing folders or data sets, and a comma in a name is one between two"
             raise DataError(
-                f"{folder}: no such folder{_describe_relative(folder)}; {hint if len(folders) > 1 else ''}pass --data a folder "
-                f"of class folders, or one of the names {sources.HANDWRITTEN_DIGITS} and {sources.SIGN_LANGUAGE_DIGITS}"
+                f"{message}; pass --data a folder of class folders, or one of the names {sources.HANDWRITTEN_DIGITS} and "
+                f"{sources.SIGN_LANGUAGE_DIGITS}"
             )
     folder = folders[0]
     names = _list_classes(folder)
@@ -211,15 +215,6 @@ def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
             raise DataError(f"{folder / name}: the name is not UTF-8; rename it")
     _check_layout(folder, names)
     return names
-
-
-def _describe_relative(folder: Path) -> str:
-    """Return the working directory that a relative path refers to: with `mlflow run`, the project's folder."""
-    return (
-        ""
-        if folder.is_absolute()
-        else f" in {Path.cwd()}, the working directory of `mlflow run`; an absolute path is safer"
-    )
 
 
 def _is_utf8(path: Path) -> bool:
@@ -247,8 +242,9 @@ def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _examine_file(path: str, label: int, file: Path, cache: PhotographCache) -> Photograph | ImageError:
-    """Read one file, and return its properties, from the cache if it was decoded before; or the error."""
+def _examine_file(listed: tuple[str, int, Path], cache: PhotographCache) -> Photograph | ImageError:
+    """Read a file that `_list_files` lists, and return its properties, from the cache if it was decoded before; or the error."""
+    path, label, file = listed
     if not _is_utf8(file):
         return ImageError("the name of the file or its folder is not UTF-8; rename it")
     try:

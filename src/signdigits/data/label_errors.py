@@ -5,8 +5,6 @@ on histograms of oriented gradients (Dalal and Triggs, 2005), which take seconds
 """
 
 import textwrap
-from collections.abc import Hashable
-from typing import Any
 
 import cv2
 import numpy as np
@@ -88,9 +86,8 @@ def plot_labels(dataset: Dataset, table: pd.DataFrame) -> plots.Figure:
     """Plot the photographs with the most doubtful labels, the worst first."""
     rows = table.head(MAX_PICTURES).to_dict("records")
     pictures = [images.decode_image(images.read_file(dataset.locate(row["path"])), 120, "rgb") for row in rows]
-    captions = [f"{_question_label(row)}\n{textwrap.fill(row['path'], 20)}" for row in rows]
+    captions = []
+    for row in rows:
+        doubt = "" if row["suggested"] == row["class"] else f", or {row['suggested']}?"
+        captions.append(f"{row['class']}{doubt}\n{textwrap.fill(row['path'], 20)}")
     return plots.plot_photographs(pictures, captions, "Doubtful labels", columns=8)
-
-
-def _question_label(row: dict[Hashable, Any]) -> str:
-    return str(row["class"]) if row["suggested"] == row["class"] else f"{row['class']}, or {row['suggested']}?"

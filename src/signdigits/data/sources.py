@@ -60,7 +60,9 @@ def resolve_source(data: str, home: Path = Path("data")) -> tuple[Path, ...]:
 def _resolve_folder(data: str, home: Path) -> Path:
     """Return the folder of a named data set, created under `home` if it is missing, of a run's photographs, or of a path."""
     if data.startswith("runs:"):
-        return download_photographs(_read_run_id(data), home / "cache")
+        if run := re.match(r"runs:/([0-9a-f]{32})(/|$)", data):  # or the URI of one of its artifacts
+            return download_photographs(run[1], home / "cache")
+        raise DataError(f"data={data}: must be runs:/RUN, with the 32 hexadecimal digits of a run with log_data")
     if data == HANDWRITTEN_DIGITS:
         return _write_handwritten_digits(home / HANDWRITTEN_DIGITS)
     if data == SIGN_LANGUAGE_DIGITS:
@@ -152,13 +154,6 @@ def folder_digest(folder: Path) -> str:
     )
 
 
-def _read_run_id(data: str) -> str:
-    """Return the run of `runs:/RUN`, or of the URI of one of its artifacts."""
-    if run := re.match(r"runs:/([0-9a-f]{32})(/|$)", data):
-        return run[1]
-    raise DataError(f"data={data}: must be runs:/RUN, with the 32 hexadecimal digits of a run with log_data")
-
-
 def download_photographs(run_id: str, home: Path) -> Path:
     """Return the folder of the photographs of a run, downloaded to `home`, and verified, on first use.
 
@@ -204,7 +199,8 @@ def find_files(folder: Path) -> Iterator[Path]:
     for directory in _find_folders(folder):
         for path in sorted(directory.iterdir()):
             is_duplicate = path.is_symlink() and path.exists() and path.resolve().is_relative_to(root)
-            if _is_file(path) and not is_junk(path) and not is_duplicate:
+            is_broken = path.is_symlink() and not path.exists()  # reported as unreadable
+            if (path.is_file() or is_broken) and not is_junk(path) and not is_duplicate:
                 yield path
 
 
@@ -226,11 +222,6 @@ def _find_folders(folder: Path) -> list[Path]:
             if entry.is_dir() and not is_junk(entry):
                 (links if entry.is_symlink() else pending).append(entry)
     return sorted(folders.values(), key=str)
-
-
-def _is_file(path: Path) -> bool:
-    """Return whether the path is a file, or a broken symbolic link, which is reported as unreadable."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def is_junk(path: Path) -> bool:

@@ -7,6 +7,7 @@ The groups are in `groups.csv` beside the class folders, with the columns `path`
 and `group` (any text).
 """
 
+import errno
 import logging
 import re
 import stat
@@ -62,20 +63,19 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
 
     Raises DataError if a class is missing from one of the three parts.
     """
-    added = np.array([photograph.is_added for photograph in dataset.photographs])
-    original = np.flatnonzero(~added)
-    first = (
-        replace(dataset, name=dataset.origin, photographs=tuple(dataset.photographs[i] for i in original))
-        if added.any()
-        else dataset
-    )
+    is_added = np.array([photograph.is_added for photograph in dataset.photographs])
+    original, added = np.flatnonzero(~is_added), np.flatnonzero(is_added)
+    first = replace(dataset, name=dataset.origin, photographs=tuple(dataset.photographs[i] for i in original))
     name = _choose_split(first) if name == "auto" else name
-    parts = [
+    training, validation, testing = (
         np.concatenate([original[indices], more])
-        for indices, more in zip(_split_first(first, name), _split_added(dataset, np.flatnonzero(added)), strict=True)
-    ]
-    training, validation, testing = parts
-    digest = _split_digest(dataset, training=training, validation=validation, testing=testing)
+        for indices, more in zip(_split_first(first, name), _split_added(dataset, added), strict=True)
+    )
+    digest = files.compute_digest(
+        (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
+        for part, indices in {"training": training, "validation": validation, "testing": testing}.items()
+        for i in indices
+    )
     return Split(name, training, validation, testing, digest, dataset.part_digest(testing))
 
 
@@ -197,15 +197,6 @@ def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part:
             )
 
 
-def _split_digest(dataset: Dataset, **parts: np.ndarray) -> str:
-    """Return the digest of the photographs and their parts."""
-    return files.compute_digest(
-        (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
-        for part, indices in parts.items()
-        for i in indices
-    )
-
-
 def read_groups(dataset: Dataset) -> np.ndarray:
     """Return the group of each photograph; text, of shape (n,).
 
@@ -235,13 +226,10 @@ def write_groups(dataset: Dataset) -> None:
     file = dataset.folder / GROUPS
     if file.exists() or not _is_sign_language_digits(dataset):
         return
-    if not dataset.folder.stat().st_mode & stat.S_IWUSR:
-        log.info(
-            "%s: not written, the folder is read-only; the groups are inferred from the file names each time", file
-        )
-        return
     table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": _infer_students(dataset)})
     try:
+        if not dataset.folder.stat().st_mode & stat.S_IWUSR:
+            raise PermissionError(errno.EACCES, "the folder is read-only")
         with files.atomic_file(file) as partial_file:
             partial_file.write_text(files.to_csv(table))
     except OSError as error:
