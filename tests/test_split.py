@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import keras
@@ -6,7 +7,7 @@ import pandas as pd
 import pytest
 
 from signdigits.config import DataParameters, SourceParameters
-from signdigits.data import loading, split
+from signdigits.data import loading, sources, split
 from signdigits.data.dataset import Dataset, scan_dataset
 from signdigits.errors import DataError
 
@@ -78,8 +79,9 @@ def test_random_split_of_few_is_refused(tmp_path: Path) -> None:
         split.split_dataset(dataset, "random")
 
 
-def test_auto_keeps_named_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_keeps_named_splits(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(photographs, Path("data", sources.HANDWRITTEN_DIGITS))  # fewer
     digits = scan_dataset(SourceParameters(data="handwritten-digits"))
     assert split.split_dataset(digits, "auto").digest == split.split_dataset(digits, "random").digest
     other = scan_dataset(SourceParameters(data=str(write_photographs(tmp_path / "bars"))))
