@@ -56,22 +56,22 @@ def test_flawless_models_are_not_worse() -> None:
 
 def test_log_loss_sees_what_mistakes_hide() -> None:
     found = compare([0.99] * 30, [0.95] * 30)
-    assert found.p_mcnemar == 1
-    assert found.p_log_loss < 0.001
+    assert found.p_values["mcnemar"] == 1
+    assert found.p_values["log_loss"] < 0.001
     assert found.passes
     assert not compare([0.99] * 30, [0.95] * 30, significance_test="mcnemar").passes
 
 
 def test_more_mistakes_are_never_better() -> None:
     found = compare([0.99] * 29 + [0.4], [0.6] * 30)
-    assert found.p_log_loss < 0.001
+    assert found.p_values["log_loss"] < 0.001
     assert not found.passes
 
 
 def test_equal_model_passes_as_not_worse() -> None:
     found = compare([0.9] * 412, [0.9] * 412, gate="not_worse")
     assert found.passes
-    assert found.facts()["p_value"] == str(found.p_not_worse)
+    assert found.facts()["p_value"] == str(found.p_values["not_worse"])
     assert str(found).endswith("p = 0.0207 (score test that the accuracy is not lower by 0.01) decides")
     assert not compare([0.9] * 50, [0.9] * 50, gate="not_worse").passes, "too few images"
     assert compare([0.9] * 50, [0.9] * 50, gate="not_worse", margin=0.1).passes

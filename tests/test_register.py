@@ -65,7 +65,7 @@ def test_challenger_must_be_significantly_better(
     decision = promote(scored(log_model, right), significance_test="mcnemar")
     assert decision.alias == alias
     assert decision.comparison is not None
-    assert decision.comparison.p_mcnemar == pytest.approx(p_value)
+    assert decision.comparison.p_values["mcnemar"] == pytest.approx(p_value)
     assert aliases() == ({"champion": "2"} if alias == "champion" else {"champion": "1", "challenger": "2"})
     tags = version_tags("2")
     assert float(tags["p_value"]) == float(tags["p_mcnemar"]) == pytest.approx(p_value)

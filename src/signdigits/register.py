@@ -3,11 +3,13 @@
 python -m signdigits register --run_id RUN
 python -m signdigits register --version 1                  # roll back
 mlflow run . -e register -P run_id=RUN
+
+What a comparison needs is imported where it is used: a rollback does not wait for it.
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow.entities import LoggedModel
@@ -17,9 +19,10 @@ from mlflow.exceptions import MlflowException
 from signdigits import files
 from signdigits.config import ModelParameters, NameParameters, RegistryParameters, VersionParameters
 from signdigits.errors import IncomparableError, ModelError, UsageError
-from signdigits.promotion import model_card, predictions
-from signdigits.promotion.comparison import Comparison, compare_predictions
 from signdigits.tracking import registry, runs
+
+if TYPE_CHECKING:
+    from signdigits.promotion.comparison import Comparison
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ class Decision:
     version: str
     alias: str
     reason: str
-    comparison: Comparison | None = None
+    comparison: "Comparison | None" = None
     previous: str = ""
 
 
@@ -72,6 +75,8 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
             f"model {model.model_id}: not evaluated; run `python -m signdigits evaluate --run_id "
             f"{model.source_run_id}` first"
         )
+    from signdigits.promotion import model_card
+
     name = parameters.model_name
     version = registry.find_version(name, model) or registry.create_version(name, model)
     champion = registry.find_alias(name, parameters.alias)
@@ -96,36 +101,33 @@ def promote_model(model: LoggedModel, parameters: RegistryParameters) -> Decisio
 
 def _challenge(
     version: ModelVersion, champion: ModelVersion, rules: RegistryParameters
-) -> tuple[bool, str, Comparison | None]:
+) -> tuple[bool, str, "Comparison | None"]:
     """Compare a version with the champion; return whether it passes the gate, the result in words and the comparison.
 
-    There is no comparison if the versions cannot be compared. Raises ModelError if one of them cannot be asked, unless the
+    There is no comparison if the versions cannot be compared. Raises ModelError if predictions are missing, unless the
     promotion is forced.
     """
+    from signdigits.promotion import comparison, predictions
+
     try:
         collected = predictions.collect_predictions(version, champion)
     except ModelError as error:
         if not isinstance(error, IncomparableError) and not rules.force:
             raise
         return False, str(error), None
-    comparison = compare_predictions(collected.challenger, collected.champion, rules)
+    result = comparison.compare_predictions(collected.challenger, collected.champion, rules)
     mlflow.log_text(files.to_csv(collected.to_table()), "gate/predictions.csv")
     mlflow.set_tag("champion_trained_on", collected.n_known)
-    table = comparison.contingency_table
-    return (
-        comparison.passes,
+    table, mine, theirs = result.contingency_table, version.tags, champion.tags
+    reason = (
         f"test accuracy {table.accuracy:.4f} against {table.champion_accuracy:.4f} of version {champion.version} on "
-        f"{collected.description}; {comparison}{_compare_robustness(version.tags, champion.tags)}",
-        comparison,
+        f"{collected.description}; {result}"
     )
-
-
-def _compare_robustness(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """Return the robust accuracies of two versions in words; empty if they were not measured on the same images."""
-    name = "robust_accuracy"
-    if name not in mine or name not in theirs or mine["test_digest"] != theirs.get("test_digest"):
-        return ""
-    return f"; robust accuracy {float(mine[name]):.4f} against {float(theirs[name]):.4f}"
+    if mine["test_digest"] == theirs.get("test_digest") and "robust_accuracy" in mine.keys() & theirs.keys():
+        reason += (
+            f"; robust accuracy {float(mine['robust_accuracy']):.4f} against {float(theirs['robust_accuracy']):.4f}"
+        )
+    return result.passes, reason, result
 
 
 def _move_alias(model_name: str, version: str, alias: str) -> Decision:

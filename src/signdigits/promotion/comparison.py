@@ -51,24 +51,18 @@ class ContingencyTable:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same images: contingency table, mean log losses, and p-values of three one-sided tests."""
+    """Two models on the same images: contingency table, mean log losses, and p-values of three one-sided tests, by name."""
 
     rules: RegistryParameters
     contingency_table: ContingencyTable
     log_loss: float
     champion_log_loss: float
-    p_mcnemar: float
-    p_log_loss: float
-    p_not_worse: float
+    p_values: dict[str, float]
 
     @property
     def test(self) -> str:
         """The test that decides: `not_worse`, `mcnemar` or `log_loss`."""
         return "not_worse" if self.rules.gate == "not_worse" else self.rules.significance_test
-
-    @property
-    def p_values(self) -> dict[str, float]:
-        return {"mcnemar": self.p_mcnemar, "log_loss": self.p_log_loss, "not_worse": self.p_not_worse}
 
     @property
     def passes(self) -> bool:
@@ -92,13 +86,13 @@ class Comparison:
 
     def __str__(self) -> str:
         """Return the result in words; the test that decides comes last."""
-        table, p_values = self.contingency_table, self.p_values
+        table = self.contingency_table
         tests = {
             "mcnemar": "McNemar's exact test",
             "log_loss": f"permutation test of the log loss, {self.log_loss:.4f} against {self.champion_log_loss:.4f}",
             "not_worse": f"score test that the accuracy is not lower by {self.rules.margin:g}",
         }
-        named = {name: f"p = {p_values[name]:.3g} ({words})" for name, words in tests.items()}
+        named = {name: f"p = {self.p_values[name]:.3g} ({words})" for name, words in tests.items()}
         decides = named.pop(self.test)
         if self.rules.gate == "better":
             del named["not_worse"]
@@ -122,15 +116,12 @@ def compare_predictions(challenger: pd.DataFrame, champion: pd.DataFrame, rules:
         int((~correct & champion_correct).sum()),
         int((~correct & ~champion_correct).sum()),
     )
-    return Comparison(
-        rules,
-        table,
-        float(losses.mean()),
-        float(champion_losses.mean()),
-        apply_mcnemar_test(table),
-        apply_permutation_test(champion_losses - losses),
-        apply_non_inferiority_test(table, rules.margin),
-    )
+    p_values = {
+        "mcnemar": apply_mcnemar_test(table),
+        "log_loss": apply_permutation_test(champion_losses - losses),
+        "not_worse": apply_non_inferiority_test(table, rules.margin),
+    }
+    return Comparison(rules, table, float(losses.mean()), float(champion_losses.mean()), p_values)
 
 
 def compute_losses(table: pd.DataFrame, labels: pd.Series) -> np.ndarray:
@@ -159,11 +150,11 @@ def apply_permutation_test(differences: np.ndarray, n_resamples: int = N_RESAMPL
     """
     from scipy.stats import permutation_test
 
-    found = permutation_test(
+    result = permutation_test(
         (differences,), np.mean, permutation_type="samples", alternative="greater", vectorized=True,
         n_resamples=n_resamples, batch=max(1, MAX_SIGNS // len(differences)), rng=np.random.default_rng(SEED),
     )  # fmt: skip
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def apply_non_inferiority_test(table: ContingencyTable, margin: float) -> float:
