@@ -1,11 +1,13 @@
-from collections.abc import Callable
-from dataclasses import replace
+"""The evaluation. Evaluating a model takes seconds: the tests look at one, in copies of its store."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlflow
 import pandas as pd
 import pytest
-from mlflow.entities import LoggedModel
+from mlflow.entities import Run
 from PIL import Image
 
 from signdigits import evaluate
@@ -13,108 +15,151 @@ from signdigits.config import DataParameters, ModelParameters
 from signdigits.data import loading
 from signdigits.data.corruptions import CORRUPTIONS
 from signdigits.errors import ModelError
+from signdigits.packaging import package
+from signdigits.tracking import runs
 
-from .conftest import write_photographs
+from .conftest import store_like, write_photographs
 
 pytestmark = pytest.mark.slow
 
 
-def download(run_id: str, name: str) -> Path:
-    return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
+@dataclass(frozen=True)
+class Evaluation:
+    """An untrained model, registered and then evaluated: its scores, its run and its database, to copy."""
+
+    model_id: str
+    scores: evaluate.Scores
+    run_id: str
+    database: Path
+
+    @property
+    def run(self) -> Run:
+        return mlflow.get_run(self.run_id)
+
+    def read_csv(self, name: str, index: str | None = None) -> pd.DataFrame:
+        return pd.read_csv(self.download(name), index_col=index)
+
+    def download(self, name: str) -> str:
+        return str(mlflow.artifacts.download_artifacts(run_id=self.run_id, artifact_path=name))
 
 
-def test_evaluate_uses_served_artifact(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
-    model = log_model()
-    scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=model.model_uri))
-    run = mlflow.last_active_run()
+@pytest.fixture(scope="module")
+def evaluate_at(
+    tmp_path_factory: pytest.TempPathFactory,
+    empty_store: Path,
+    loaded: loading.Data,
+    model_files: Callable[[float], Path],
+) -> Callable[[float], Evaluation]:
+    """Return a function that evaluates the same network at a temperature, in a store of its own."""
+
+    def evaluate_model(temperature: float) -> Evaluation:
+        folder = tmp_path_factory.mktemp("evaluated")
+        with store_like(empty_store, folder):
+            with runs.start_run("train", "train"):
+                info = package.log_files(model_files(temperature), loaded, {"temperature": temperature})
+            version = mlflow.register_model(info.model_uri, "bars")
+            scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=version.source))
+            return Evaluation(info.model_id, scores, mlflow.last_active_run().info.run_id, folder / "mlflow.db")
+
+    return evaluate_model
+
+
+@pytest.fixture(scope="module")
+def evaluation(evaluate_at: Callable[[float], Evaluation]) -> Evaluation:
+    return evaluate_at(3.0)
+
+
+@pytest.fixture
+def evaluated(evaluation: Evaluation, tmp_path: Path) -> Iterator[Evaluation]:
+    with store_like(evaluation.database, tmp_path):
+        yield evaluation
+
+
+def test_evaluate_uses_served_artifact(evaluated: Evaluation, loaded: loading.Data) -> None:
+    scores, run = evaluated.scores, evaluated.run
     assert scores.test_images == 12
-    predictions = pd.read_csv(download(run.info.run_id, "test/predictions.csv"))
+    predictions = evaluated.read_csv("test/predictions.csv")
     assert predictions["path"].tolist() == [loaded.dataset.photographs[i].path for i in loaded.split.testing]
     accuracy = (predictions["label"] == predictions["prediction"]).mean()
     assert run.data.metrics["test_accuracy"] == pytest.approx(accuracy)
     assert run.data.metrics["test_accuracy_score"] == pytest.approx(accuracy), "MLflow's own"
     assert {"test_precision_score", "test_recall_score", "test_f1_score"} <= set(run.data.metrics)
-    files = {item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
-    assert "test_confusion_matrix.png" in files
-    per_class = pd.read_csv(download(run.info.run_id, "test/per_class.csv"), index_col="class")
-    assert {"0", "1", "2"} <= set(per_class.index)
-    assert "reliability.png" in {
-        Path(item.path).name for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, "test")
+    artifacts = {
+        item.path for path in ("", "test") for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, path)
     }
+    assert {"test_confusion_matrix.png", "test/reliability.png"} <= artifacts
     assert scores.test_accuracy_low < accuracy < scores.test_accuracy_high
     assert run.data.metrics["test_ece"] == scores.test_ece
     (used,) = [item for item in run.inputs.dataset_inputs if item.dataset.name == "bars"]
     assert used.dataset.digest == loaded.dataset.part_digest(loaded.split.testing)
 
 
-def test_robustness_is_measured(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
-    model = log_model()
-    scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=model.model_uri))
-    run = mlflow.last_active_run()
-    table = pd.read_csv(download(run.info.run_id, "test/robustness.csv"), index_col="corruption")
+def test_classes_are_scored(evaluated: Evaluation) -> None:
+    predictions = evaluated.read_csv("test/predictions.csv")
+    table = evaluated.read_csv("test/per_class.csv", "class")
+    assert table.index.tolist() == ["0", "1", "2", "macro average", "weighted average"]
+    assert table["images"].tolist() == [4, 4, 4, 12, 12]
+    for label, rows in predictions.groupby("label"):
+        assert table.loc[str(label), "recall"] == (rows["prediction"] == label).mean()
+    assert table.loc["macro average", "f1-score"] == pytest.approx(table["f1-score"][:3].mean())
+    assert table.loc["weighted average", "recall"] == pytest.approx(evaluated.scores.test_accuracy)
+
+
+def test_robustness_is_measured(evaluated: Evaluation) -> None:
+    table = evaluated.read_csv("test/robustness.csv", "corruption")
     assert table.index.tolist() == ["none", *CORRUPTIONS]
-    assert table.loc["none", "accuracy"] == scores.test_accuracy
+    assert table.loc["none", "accuracy"] == evaluated.scores.test_accuracy
     assert ((table["accuracy_low"] <= table["accuracy"]) & (table["accuracy"] <= table["accuracy_high"])).all()
     corrupted = table.drop(index="none")["accuracy"]
-    assert run.data.metrics["robust_accuracy"] == pytest.approx(corrupted.mean())
-    tags = mlflow.get_logged_model(model.model_id).tags
+    assert evaluated.run.data.metrics["robust_accuracy"] == pytest.approx(corrupted.mean())
+    tags = mlflow.get_logged_model(evaluated.model_id).tags
     assert float(tags["worst_accuracy"]) == pytest.approx(corrupted.min())
     assert corrupted[tags["worst_corruption"]] == corrupted.min()
-    with Image.open(download(run.info.run_id, "test/robustness.png")) as picture:
+    with Image.open(evaluated.download("test/robustness.png")) as picture:
         assert picture.height > 500
 
 
-def test_outliers_are_measured(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
-    model = log_model()
-    evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=model.model_uri))
-    run = mlflow.last_active_run()
-    table = pd.read_csv(download(run.info.run_id, "test/outliers.csv"), index_col="kind")
+def test_outliers_are_measured(evaluated: Evaluation) -> None:
+    table = evaluated.read_csv("test/outliers.csv", "kind")
     assert table.index.tolist() == ["charts", "handwriting", "photographs", "text", "all"]
     assert table.loc["all", "images"] == 160
     assert table["auroc"].between(0, 1).all()
-    predictions = pd.read_csv(download(run.info.run_id, "test/predictions.csv"))
-    assert run.data.metrics["outliers_in_test"] == pytest.approx(predictions["is_outlier"].mean())
-    assert run.data.metrics["outlier_auroc"] == pytest.approx(table.loc["all", "auroc"])
-    assert float(mlflow.get_logged_model(model.model_id).tags["outliers_detected"]) == table.loc["all", "detected"]
+    metrics = evaluated.run.data.metrics
+    assert metrics["outliers_in_test"] == pytest.approx(evaluated.read_csv("test/predictions.csv")["is_outlier"].mean())
+    assert metrics["outlier_auroc"] == pytest.approx(table.loc["all", "auroc"])
+    tags = mlflow.get_logged_model(evaluated.model_id).tags
+    assert float(tags["outliers_detected"]) == table.loc["all", "detected"]
 
 
-def test_scores_are_logged_with_model(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
-    version = mlflow.register_model(log_model().model_uri, "bars")
-    scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=version.source))
-    (model,) = mlflow.search_logged_models(output_format="list")
-    tags = mlflow.MlflowClient().get_model_version("bars", version.version).tags
-    assert tags["test_run_id"] == model.tags["test_run_id"] == mlflow.last_active_run().info.run_id
-    assert float(model.tags["test_accuracy"]) == pytest.approx(scores.test_accuracy)
+def test_scores_are_logged_with_model(evaluated: Evaluation) -> None:
+    """Also with a version that was registered before."""
+    model = mlflow.get_logged_model(evaluated.model_id)
+    tags = mlflow.MlflowClient().get_model_version("bars", "1").tags
+    assert tags["test_run_id"] == model.tags["test_run_id"] == evaluated.run_id
+    assert float(model.tags["test_accuracy"]) == pytest.approx(evaluated.scores.test_accuracy)
     assert model.tags["test_images"] == "12"
-    assert {metric.key: metric.value for metric in model.metrics}["test_accuracy"] == pytest.approx(
-        scores.test_accuracy
-    )
+    metrics = {metric.key: metric.value for metric in model.metrics}
+    assert metrics["test_accuracy"] == pytest.approx(evaluated.scores.test_accuracy)
 
 
-def test_worst_mistakes_are_plotted(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
+def test_worst_mistakes_are_plotted(evaluated: Evaluation) -> None:
     """An untrained network is wrong about most of three classes."""
-    evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model().model_uri))
-    with Image.open(download(mlflow.last_active_run().info.run_id, "test/worst_mistakes.png")) as picture:
+    with Image.open(evaluated.download("test/worst_mistakes.png")) as picture:
         assert picture.width > 500
 
 
-def test_other_dataset_is_refused(
-    store: str, tmp_path: Path, log_model: Callable[..., LoggedModel], source: DataParameters
-) -> None:
-    other = write_photographs(tmp_path / "other", each=21)
-    with pytest.raises(ModelError, match="pass --data the photographs that the model was trained on"):
-        evaluate.evaluate(replace(source, data=str(other)), ModelParameters(model_uri=log_model().model_uri))
-
-
-def test_uncalibrated_error_is_logged(store: str, loaded: loading.Data, log_model: Callable[..., LoggedModel]) -> None:
+def test_uncalibrated_error_is_logged(evaluation: Evaluation, evaluate_at: Callable[[float], Evaluation]) -> None:
     """The same network at a temperature of 1 and of 3."""
-    plain, cooled = (
-        evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=log_model(temperature=t).model_uri))
-        for t in (1.0, 3.0)
-    )
+    plain, cooled = evaluate_at(1.0).scores, evaluation.scores
     assert plain.test_ece == pytest.approx(plain.test_ece_uncalibrated, abs=1e-6)
     assert cooled.test_ece_uncalibrated == pytest.approx(plain.test_ece, abs=1e-6)
     assert cooled.test_ece != pytest.approx(plain.test_ece, abs=1e-3)
+
+
+def test_other_dataset_is_refused(tmp_path: Path, evaluated: Evaluation, source: DataParameters) -> None:
+    other = write_photographs(tmp_path / "other", each=21)
+    with pytest.raises(ModelError, match="pass --data the photographs that the model was trained on"):
+        evaluate.evaluate(replace(source, data=str(other)), ModelParameters(model_uri="models:/bars/1"))
 
 
 def test_confidence_interval_is_wilsons() -> None:

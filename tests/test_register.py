@@ -1,6 +1,7 @@
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -13,11 +14,49 @@ from signdigits import register
 from signdigits.config import MODEL_NAME, ModelParameters, RegistryParameters, VersionParameters
 from signdigits.data import lineage, loading
 from signdigits.errors import ModelError, UsageError
+from signdigits.packaging import package
 from signdigits.tracking import runs
+
+from .conftest import store_like
 
 pytestmark = pytest.mark.slow
 
 Log = Callable[..., LoggedModel]
+
+
+@pytest.fixture(scope="module")
+def two_models(
+    tmp_path_factory: pytest.TempPathFactory,
+    empty_store: Path,
+    loaded: loading.Data,
+    model_files: Callable[[float], Path],
+) -> Path:
+    """An MLflow database, to copy, with two untrained models: logging one takes a second."""
+    folder = tmp_path_factory.mktemp("models")
+    with store_like(empty_store, folder):
+        for _ in range(2):
+            with runs.start_run("train", "train"):
+                package.log_files(model_files(1.0), loaded, {"val_accuracy": 0.5, "temperature": 1.0})
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path: Path, two_models: Path) -> Iterator[str]:
+    with store_like(two_models, tmp_path) as uri:
+        yield uri
+
+
+@pytest.fixture
+def log_model(store: str) -> Log:
+    """Return a function that gives the next of the two models its arguments as tags, and returns it."""
+    models = iter(mlflow.search_logged_models(output_format="list"))
+
+    def log(**tags: str) -> LoggedModel:
+        model_id = next(models).model_id
+        mlflow.set_logged_model_tags(model_id, tags)
+        return mlflow.get_logged_model(model_id)
+
+    return log
 
 
 def scored(log_model: Log, right: int, **tags: str) -> LoggedModel:
@@ -27,7 +66,8 @@ def scored(log_model: Log, right: int, **tags: str) -> LoggedModel:
     table["p(0)"], table["p(1)"], table["p(2)"] = [0.8] * right + [0.1] * (12 - right), 0.1, 0.1
     with runs.start_run("evaluate", "evaluate") as run:
         mlflow.log_text(table.to_csv(index=False), runs.PREDICTIONS)
-    found = {"test_accuracy": str(right / 12), "test_images": "12", "test_digest": "d", "test_run_id": run.info.run_id}
+    found = dict.fromkeys(("test_accuracy", "test_accuracy_low", "test_accuracy_high"), str(right / 12))
+    found |= {"test_images": "12", "test_digest": "d", "test_run_id": run.info.run_id}
     return log_model(**found | tags)
 
 
@@ -55,8 +95,8 @@ def test_first_model_becomes_champion(store: str, log_model: Log) -> None:
 
 @pytest.mark.parametrize(
     ("right", "p_value", "alias"),
-    [(12, 1 / 64, "champion"), (11, 1 / 32, "champion"), (10, 1 / 16, "challenger"), (6, 1, "challenger"), (4, 1, "challenger")],
-)  # fmt: skip
+    [(11, 1 / 32, "champion"), (10, 1 / 16, "challenger"), (4, 1, "challenger")],
+)
 def test_challenger_must_be_significantly_better(
     store: str, log_model: Log, right: int, p_value: float, alias: str
 ) -> None:
@@ -111,7 +151,8 @@ def test_champion_of_other_images_is_challenged(store: str, log_model: Log, load
     with runs.start_run("evaluate", "evaluate") as run:
         mlflow.log_text(table.to_csv(index=False), runs.PREDICTIONS)
         mlflow.log_input(lineage.dataset_input(dataset, indices), context="testing")
-    tags = {"test_accuracy": "1", "test_images": "12", "test_digest": loaded.split.test_digest}
+    tags = dict.fromkeys(("test_accuracy", "test_accuracy_low", "test_accuracy_high"), "1")
+    tags |= {"test_images": "12", "test_digest": loaded.split.test_digest}
     decision = promote(log_model(**tags, test_run_id=run.info.run_id))
     assert (decision.version, decision.alias) == ("2", "champion")
     assert "about which the champion (tested on bars, split stratified) was asked" in decision.reason
@@ -204,7 +245,7 @@ def test_show_prints_the_champion(store: str, log_model: Log) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["my-hands", "Ann's hands", 'the "best"'])
+@pytest.mark.parametrize("name", ["Ann's hands", 'the "best"'])
 def test_names_have_champions_of_their_own(store: str, log_model: Log, name: str) -> None:
     """The better model of one name is no rival of another name's champion."""
     promote(scored(log_model, 6))

@@ -1,5 +1,6 @@
 """Plots, as matplotlib figures."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def plot_photographs(
 
     `maps` are occlusion maps, of shape (rows, columns): where the model looked, its photograph turns red.
     """
-    rows = -(-len(images) // columns)
+    rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(2.2 * columns, 2.5 * rows + 0.4), layout="constrained")
     figure.suptitle(title, parse_math=False)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
@@ -51,15 +52,9 @@ def plot_photographs(
     for axes, image, occlusion in zip(figure.axes, images, maps, strict=False):
         height, width, _ = image.shape
         opacity = 0.6 * np.clip(occlusion, 0, None) / max(occlusion.max(), 1e-6)
-        axes.imshow(
-            np.ones_like(occlusion),
-            cmap="Reds",
-            vmin=0,
-            vmax=1.2,
-            alpha=opacity,
-            extent=(0, width, height, 0),
-            interpolation="bilinear",
-        )
+        red = np.full_like(occlusion, 0.83, dtype=float)  # of the colour map
+        extent = (0, width, height, 0)
+        axes.imshow(red, cmap="Reds", vmin=0, vmax=1, alpha=opacity, extent=extent, interpolation="bilinear")
     return figure
 
 
@@ -80,16 +75,17 @@ def plot_reliability(counts: np.ndarray, confidence: np.ndarray, accuracy: np.nd
 
 
 def plot_robustness(robustness: "pd.DataFrame") -> Figure:
-    """Plot the accuracy under each corruption, a bar each with its confidence interval."""
+    """Plot the accuracy under each corruption, and under `none`, a bar each with its confidence interval."""
     figure = Figure(figsize=(7, 0.3 * len(robustness) + 1), layout="constrained")
     axes = figure.subplots()
     accuracy = robustness["accuracy"]
     ends = np.clip([accuracy - robustness["accuracy_low"], robustness["accuracy_high"] - accuracy], 0, None)
-    colours = ["tab:gray" if name == "none" else "tab:blue" for name in robustness.index]
-    axes.barh(robustness.index, accuracy, xerr=ends, color=colours, error_kw={"linewidth": 1})
+    is_corrupted = robustness["corruption"] != "none"
+    colours = np.where(is_corrupted, "tab:blue", "tab:gray")
+    axes.barh(robustness["corruption"], accuracy, xerr=ends, color=colours, error_kw={"linewidth": 1})
     for row, value in enumerate(accuracy):
         axes.text(0.01, row, f"{value:.3f}", va="center", color="white", fontsize=8)
-    mean = accuracy.drop(index="none").mean()
+    mean = accuracy[is_corrupted].mean()
     axes.axvline(mean, color="black", linestyle="--", linewidth=1)
     axes.set(title=f"Test accuracy under corruptions; mean {mean:.4f} (dashed)", xlim=(0, 1))
     axes.invert_yaxis()
@@ -98,7 +94,7 @@ def plot_robustness(robustness: "pd.DataFrame") -> Figure:
 
 def plot_drift(reference: "pd.DataFrame", window: "pd.DataFrame", found: "Drift", bins: int = 30) -> Figure:
     """Plot the distributions of each column in both tables; the title of a drifted column is bold."""
-    rows = -(-len(found.distances) // 3)
+    rows = math.ceil(len(found.distances) / 3)
     figure = Figure(figsize=(12, 3 * rows), layout="constrained")
     for axes in figure.subplots(rows, 3, squeeze=False).flat:
         axes.axis("off")
@@ -142,6 +138,7 @@ def plot_disagreements(predictions: "pd.DataFrame", versions: tuple[str, str]) -
 def plot_study(study: "optuna.Study", metric: str) -> dict[str, Figure]:
     """Return Optuna's plots of a study by name; some need two complete trials."""
     import optuna.visualization.matplotlib as draw
+    from matplotlib import pyplot
     from optuna.exceptions import ExperimentalWarning
     from optuna.trial import TrialState
 
@@ -151,25 +148,18 @@ def plot_study(study: "optuna.Study", metric: str) -> dict[str, Figure]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # so is every matplotlib picture of Optuna's
         warnings.simplefilter("ignore", UserWarning)  # few trials make all importances equal: the picture shows it
-        pictures: dict[str, object] = {
+        drawn: dict[str, object] = {
             "optimization_history": draw.plot_optimization_history(study, target_name=metric),
             "intermediate_values": draw.plot_intermediate_values(study),
         }
         if len(complete) > 1 and searched:
-            pictures |= {
+            drawn |= {
                 "param_importances": draw.plot_param_importances(study, target_name=metric),
                 "parallel_coordinate": draw.plot_parallel_coordinate(study, target_name=metric),
                 "slice": draw.plot_slice(study, target_name=metric),
             }
-    return {name: _as_figure(drawn) for name, drawn in pictures.items()}
-
-
-def _as_figure(drawn: object) -> Figure:
-    """The figure of the axes, or array of axes, that Optuna returns."""
-    from matplotlib import pyplot
-
-    axes = np.ravel(np.asarray(drawn, dtype=object))[0]
-    figure = axes.get_figure()
-    figure.set_size_inches(max(figure.get_size_inches()[0], 9), 5)
-    pyplot.close(figure)  # pyplot keeps every figure it made until told otherwise
-    return figure
+    figures = {name: np.ravel(np.asarray(axes, dtype=object))[0].get_figure() for name, axes in drawn.items()}
+    for figure in figures.values():
+        figure.set_size_inches(max(figure.get_size_inches()[0], 9), 5)
+        pyplot.close(figure)  # pyplot keeps every figure it made until told otherwise
+    return figures
