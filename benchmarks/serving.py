@@ -14,9 +14,9 @@ from PIL import Image
 from benchmarks import servers
 from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
 from benchmarks.servers import make_client, make_request
-from signdigits.config import DataParameters, Hyperparameters
+from signdigits.config import DataParameters
 from signdigits.data import loading
-from signdigits.model import training
+from signdigits.model import architecture
 from signdigits.packaging import package
 from signdigits.tracking import runs
 
@@ -35,7 +35,7 @@ class Nothing(mlflow.pyfunc.PythonModel):
 
 def rows(photographs: str) -> list[Row]:
     loaded = loading.load_data(DataParameters(data=photographs))
-    network = training.new_network(loaded.image_shape, loaded.n_classes, Hyperparameters())
+    network = architecture.build_network(loaded.image_shape, loaded.n_classes)
     pixels = tf.constant(loaded.training.x[:1].astype(np.float32))
     forward = tf.function(lambda x: tf.nn.softmax(network(x, training=False)))
     small = [servers.read_photograph(loaded, i) for i in range(MANY)]
