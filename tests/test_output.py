@@ -10,17 +10,20 @@ from signdigits.batch.output import BatchJob, lock_output
 from signdigits.errors import UsageError
 
 JOB = BatchJob("m-1", "1", "some", "digest", 4)
-ROWS = pd.DataFrame({"path": ["a", "b"], "label": ["1", None], "probability": [0.9, None], "reason": [None, "empty"]})
+ROWS = pd.DataFrame(
+    {"path": ["a", "b"], "label": ["1", None], "probability": [0.9, None], "reason": [None, "empty"]}
+).assign(is_outlier=pd.array([True, None], "boolean"))
 
 
 def test_tables_keep_part_order(tmp_path: Path) -> None:
     with lock_output(tmp_path / "out", JOB) as output:
         output.write_part(1, ROWS.assign(path=["c", "d"]))
         output.write_part(0, ROWS)
-        output.write_tables(2)
-    parquet, csv = output.tables
-    assert pd.read_parquet(parquet)["path"].tolist() == ["a", "b", "c", "d"]
-    assert csv.read_text() == "path,label,probability,reason\na,1,0.9,\nb,,,empty\nc,1,0.9,\nd,,,empty\n"
+        output.write_csv()
+        output.finish()
+    assert pd.read_parquet(output.parquet)["path"].tolist() == ["a", "b", "c", "d"]
+    lines = ["path,label,probability,reason,is_outlier", "a,1,0.9,,True", "b,,,empty,", "c,1,0.9,,True", "d,,,empty,"]
+    assert output.csv.read_text().splitlines() == lines
 
 
 def test_unreadable_part_keeps_schema(tmp_path: Path) -> None:

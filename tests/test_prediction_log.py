@@ -1,4 +1,4 @@
-"""The prediction log: in this process, in processes with limited files, and behind HTTP."""
+"""The prediction log, in this process and in one with limited files; test_pyfunc_model.py has it behind HTTP."""
 
 import json
 import os
@@ -19,14 +19,12 @@ from signdigits.config import PredictParameters
 from signdigits.packaging import prediction_log
 from signdigits.packaging.prediction_log import PredictionLog, image_statistics
 
-from .conftest import serving
-from .test_pyfunc_model import post, records, text
-
 pytestmark = pytest.mark.slow
 
 RANDOM = np.random.default_rng(0)
 PHOTOGRAPH = RANDOM.integers(0, 256, (16, 16, 3)).astype(np.float32)
 SHARES = {"0": 0.25, "1": 0.75}
+REPLY = {"probabilities": SHARES, "is_outlier": False}
 KEYS = {
     "request_id",
     "row",
@@ -61,12 +59,14 @@ def test_invalid_limit_is_refused(limit: str) -> None:
 
 
 def test_entry_holds_no_picture(tmp_path: Path) -> None:
-    PredictionLog(tmp_path, 64_000_000, "3").add([(640, 480)], [PHOTOGRAPH], [SHARES], [True])
+    PredictionLog(tmp_path, 64_000_000, "3").add(
+        [((640, 480), PHOTOGRAPH)], [{"probabilities": {"0": 0.1234567}, "is_outlier": True}]
+    )
     (line,) = lines(tmp_path)
     assert set(line) == KEYS
     assert line["time"].endswith("+00:00")
     assert (line["version"], line["width"], line["height"]) == ("3", 640, 480)
-    assert line["probabilities"] == SHARES
+    assert (line["probabilities"], line["is_outlier"]) == ({"0": 0.123457}, True)
     assert all(isinstance(line[name], int | float) for name in prediction_log.STATISTICS)
 
 
@@ -87,7 +87,7 @@ def test_log_size_is_bounded(tmp_path: Path) -> None:
     first, second = PredictionLog(tmp_path, limit, "1"), PredictionLog(tmp_path, limit, "1")
     for _ in range(400):
         for log in (first, second):
-            log.add([(1, 1)] * 4, [PHOTOGRAPH] * 4, [SHARES] * 4, [False] * 4)
+            log.add([((1, 1), PHOTOGRAPH)] * 4, [REPLY] * 4)
         assert sum(file.stat().st_size for file in prediction_log.list_log_files(tmp_path)) <= limit
     assert len(prediction_log.list_log_files(tmp_path)) == prediction_log.FILES
     assert sum(file.stat().st_size for file in prediction_log.list_log_files(tmp_path)) > limit / 2
@@ -98,7 +98,7 @@ def test_other_files_are_kept(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("mine")
     log = PredictionLog(tmp_path, 100_000, "1")
     for _ in range(2000):
-        log.add([(1, 1)], [PHOTOGRAPH], [SHARES], [False])
+        log.add([((1, 1), PHOTOGRAPH)], [REPLY])
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
@@ -107,7 +107,7 @@ def test_threads_write_whole_lines(tmp_path: Path) -> None:
 
     def ask(number: int) -> None:
         for _ in range(200):
-            log.add([(number, number)] * 3, [PHOTOGRAPH] * 3, [SHARES] * 3, [False] * 3)
+            log.add([((number, number), PHOTOGRAPH)] * 3, [REPLY] * 3)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -121,11 +121,11 @@ def test_threads_write_whole_lines(tmp_path: Path) -> None:
 def test_unwritable_log_keeps_predicting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     log = PredictionLog(tmp_path / "file", 64_000_000, "1")
-    log.add([(1, 1)], [PHOTOGRAPH], [SHARES], [False])
+    log.add([((1, 1), PHOTOGRAPH)], [REPLY])
     assert log.paused_until > time.monotonic(), "it is left alone for a while"
     log.paused_until = 0.0
     log.folder = tmp_path / "folder"
-    log.add([(1, 1)], [PHOTOGRAPH], [SHARES], [False])
+    log.add([((1, 1), PHOTOGRAPH)], [REPLY])
     assert len(lines(tmp_path / "folder")) == 1
 
 
@@ -140,10 +140,10 @@ log = PredictionLog(Path({str(tmp_path)!r}), 64_000_000, "1")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for number in range(20):
-    log.add([(number, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}], [False])
+    log.add([((number, 1), np.zeros((16, 16, 3)))], [{REPLY!r}])
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 log.paused_until = 0.0
-log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}], [False])
+log.add([((77, 1), np.zeros((16, 16, 3)))], [{REPLY!r}])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -158,17 +158,17 @@ log.add([(77, 1)], [np.zeros((16, 16, 3))], [{SHARES!r}], [False])
 
 def test_removed_file_is_recreated(tmp_path: Path) -> None:
     log = PredictionLog(tmp_path, 64_000_000, "1")
-    log.add([(1, 1)], [PHOTOGRAPH], [SHARES], [False])
+    log.add([((1, 1), PHOTOGRAPH)], [REPLY])
     prediction_log.list_log_files(tmp_path)[0].unlink()
-    log.add([(2, 1)], [PHOTOGRAPH], [SHARES], [False])
+    log.add([((2, 1), PHOTOGRAPH)], [REPLY])
     assert [line["width"] for line in lines(tmp_path)] == [2]
 
 
-def test_evaluate_and_predict_are_unlogged(
+def test_batch_prediction_is_unlogged(
     champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(prediction_log.FOLDER, str(tmp_path / "log"))
-    predict.predict(PredictParameters(images=str(photographs)))
+    predict.predict(PredictParameters(images=str(photographs / "0")))
     assert not (tmp_path / "log").exists()
     assert os.environ[prediction_log.FOLDER] == str(tmp_path / "log")
     mlflow.pyfunc.load_model("models:/sign-digits@champion").predict(
@@ -177,28 +177,7 @@ def test_evaluate_and_predict_are_unlogged(
     assert len(lines(tmp_path / "log")) == 1
 
 
-def test_endpoint_logs_every_prediction(
-    champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(prediction_log.FOLDER, str(tmp_path / "log"))
-    monkeypatch.setenv(prediction_log.VERSION, "1")
-    content = (photographs / "2" / "IMG_0000.JPG").read_bytes()
-    with serving("models:/sign-digits@champion", tmp_path / "server.log") as url:
-        status, reply = post(url, records(text(content), text(content)))
-        assert status == 200
-        assert post(url, records(text(content), "not base64!"))[0] == 400
-        monkeypatch.undo()
-    first, second = lines(tmp_path / "log")
-    assert set(first) == KEYS
-    assert (first["version"], first["width"], first["height"]) == ("1", 24, 24)
-    answered = reply["predictions"][0]["probabilities"]
-    assert first["probabilities"] == {name: round(share, 6) for name, share in answered.items()}
-    assert (first["row"], second["row"]) == (0, 1)
-    assert {**first, "time": "", "row": 0} == {**second, "time": "", "row": 0}
-    assert text(content)[:40] not in prediction_log.list_log_files(tmp_path / "log")[0].read_text()
-
-
-def test_endpoint_survives_unwritable_log(
+def test_unwritable_log_keeps_the_reply(
     champion: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")

@@ -8,23 +8,29 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import mlflow
+import mlflow.cli
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from signdigits.config import MODEL_NAME
 from signdigits.data import loading
+from signdigits.packaging import prediction_log
+from signdigits.packaging.reply import FIELDS
 from signdigits.tracking import registry
 
 from .conftest import serving, store_like
+from .test_prediction_log import KEYS, lines
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +43,7 @@ class Served:
     store: str
     url: str
     loaded: loading.Data
+    log: Path  # the prediction log
 
     def photographs(self, *paths: str) -> list[str]:
         """Files of the data set as base64 text."""
@@ -46,10 +53,13 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    with store_like(champion_store, folder) as store:
+    with store_like(champion_store, folder) as store, ExitStack() as servers:
         model_uri = f"models:/{MODEL_NAME}@{registry.CHAMPION}"
-        with serving(model_uri, folder / "server.log") as url:
-            yield Served(model_uri, store, url, loaded)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(prediction_log.FOLDER, str(folder / "log"))
+            patch.setenv(prediction_log.VERSION, "1")
+            url = servers.enter_context(serving(model_uri, folder / "server.log"))
+        yield Served(model_uri, store, url, loaded, folder / "log")
 
 
 def post(url: str, body: Any) -> tuple[int, Any]:
@@ -83,7 +93,7 @@ def test_reply_has_label_and_probabilities(served: Served) -> None:
     first, second = reply["predictions"]
     assert (first["label"], second["label"]) == ("0", "2")
     for row in (first, second):
-        assert set(row) == {"label", "probability", "probabilities", "outlier_score", "is_outlier"}
+        assert list(row) == [field.name for field in FIELDS if field.is_required]
         assert row["is_outlier"] == (row["outlier_score"] > 1)
         assert list(row["probabilities"]) == ["0", "1", "2"]
         assert sum(row["probabilities"].values()) == pytest.approx(1)
@@ -136,9 +146,10 @@ def test_all_interfaces_agree(served: Served, tmp_path: Path, monkeypatch: pytes
     loaded = mlflow.pyfunc.load_model(served.model_uri).predict(pd.DataFrame({"image": images})).to_dict("records")
 
     (tmp_path / "in.json").write_text(json.dumps(records(*images)))
-    line = [sys.executable, "-m", "mlflow", "models", "predict", "-m", served.model_uri, "--env-manager", "local"]
+    line = ["models", "predict", "-m", served.model_uri, "--env-manager", "local"]
     line += ["-i", str(tmp_path / "in.json"), "-o", str(tmp_path / "out.json")]
-    subprocess.run(line, check=True, timeout=300, capture_output=True)
+    done = CliRunner().invoke(mlflow.cli.cli, line)
+    assert done.exit_code == 0, done.output
     predicted = json.loads((tmp_path / "out.json").read_text())["predictions"]
 
     _, answered = post(served.url, records(*images))
@@ -244,6 +255,22 @@ def test_large_image_is_400(served: Served, make_images: Callable[[], list[str]]
     assert_refused(served, records(*make_images()), reason)
 
 
+def test_endpoint_logs_every_prediction(served: Served) -> None:
+    (image,) = served.photographs("2/IMG_0000.JPG")
+    before = len(lines(served.log))
+    status, reply = post(served.url, records(image, image))
+    assert status == 200
+    assert post(served.url, records(image, "not base64!"))[0] == 400
+    first, second = lines(served.log)[before:]
+    assert set(first) == KEYS
+    assert (first["version"], first["width"], first["height"]) == ("1", 24, 24)
+    answered = reply["predictions"][0]["probabilities"]
+    assert first["probabilities"] == {name: round(share, 6) for name, share in answered.items()}
+    assert (first["row"], second["row"]) == (0, 1)
+    assert {**first, "time": "", "row": 0} == {**second, "time": "", "row": 0}
+    assert all(image[:40] not in file.read_text() for file in served.log.iterdir())
+
+
 def test_model_pins_its_requirements(served: Served) -> None:
     mlflow.set_tracking_uri(served.store)
     model = mlflow.models.get_model_info(served.model_uri)
@@ -253,9 +280,8 @@ def test_model_pins_its_requirements(served: Served) -> None:
         "mlflow", "ai-edge-litert", "numpy", "pandas", "pillow", "pillow-heif", "uvloop", "httptools", "threadpoolctl"
     }  # fmt: skip
     assert model.signature.inputs.input_names() == ["image"]
-    assert model.signature.outputs.required_input_names() == [
-        "label", "probability", "probabilities", "outlier_score", "is_outlier"
-    ]  # fmt: skip
+    assert model.signature.outputs.input_names() == [field.name for field in FIELDS]
+    assert model.signature.outputs.optional_input_names() == ["explanation"]
     assert not list(folder.rglob("*.pkl")), "nothing is pickled"
     example = json.loads((folder / "serving_input_example.json").read_text())
     assert post(served.url, example)[0] == 200

@@ -1,10 +1,12 @@
-"""The drift of recent predictions from the test images, column by column.
+"""Compare recent predictions: with those of the test images (drift), or with those of a shadow (agreement).
 
-Distances rather than p-values: with enough predictions a test finds every difference significant, however small.
+Drift is measured by distances rather than p-values: with enough predictions a test finds every difference significant,
+however small.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from scipy.spatial.distance import jensenshannon
@@ -42,17 +44,73 @@ def measure_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: Mon
             distances[name] = _label_distance(reference[name], window[name])
             thresholds[name] = parameters.drift_labels
         else:
-            distances[name] = _number_distance(reference[name], window[name])
+            spread = max(float(reference[name].std(ddof=0)), 1e-3)  # a constant column drifts by a finite distance
+            distances[name] = float(wasserstein_distance(reference[name], window[name])) / spread
             thresholds[name] = parameters.drift_distance
     return Drift(distances, thresholds)
-
-
-def _number_distance(reference: pd.Series, window: pd.Series) -> float:
-    spread = max(float(reference.std(ddof=0)), 1e-3)  # a constant column drifts with any change, by a finite distance
-    return float(wasserstein_distance(reference, window)) / spread
 
 
 def _label_distance(reference: pd.Series, window: pd.Series) -> float:
     labels = sorted({*reference, *window})
     shares = [column.value_counts(normalize=True).reindex(labels, fill_value=0) for column in (reference, window)]
     return float(jensenshannon(*shares, base=2))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Predictions of two versions for the same photographs, a row each: the live version and its shadow.
+
+    The columns `live` and `shadow` are their labels, `live_seconds` and `shadow_seconds` the times that the models took for
+    the request.
+    """
+
+    versions: tuple[str, str]
+    predictions: pd.DataFrame
+
+    @property
+    def share(self) -> float:
+        """The fraction of the photographs to which both give the same label."""
+        return float((self.predictions["live"] == self.predictions["shadow"]).mean())
+
+    def count_disagreements(self) -> pd.DataFrame:
+        """Return a row per label of the live version: photographs, and how many of them the shadow labels differently."""
+        differs = self.predictions["live"] != self.predictions["shadow"]
+        by_label = differs.groupby(self.predictions["live"])
+        return pd.DataFrame({"photographs": by_label.size(), "disagreements": by_label.sum()})
+
+    def latencies(self) -> dict[str, float]:
+        """Return median and 99th percentile of both, in seconds."""
+        seconds = self.predictions.drop_duplicates("request_id")
+        return {
+            f"{role}_latency_{name}": float(seconds[f"{role}_seconds"].quantile(quantile))
+            for role in ("live", "shadow")
+            for name, quantile in (("median", 0.5), ("p99", 0.99))
+        }
+
+
+def pair_predictions(records: Iterable[Mapping[str, Any]], live: str) -> Agreement | None:
+    """Pair the predictions of version `live` with those of the other version that got copies of the most requests.
+
+    `records` are entries of the prediction log. Returns None if no request was answered by two versions.
+    """
+    table = pd.DataFrame(
+        {
+            "request_id": record["request_id"],
+            "row": record["row"],
+            "version": record["version"],
+            "label": max(record["probabilities"], key=record["probabilities"].__getitem__),
+            "seconds": record["seconds"],
+        }
+        for record in records
+        if record["request_id"]
+    )
+    if table.empty:
+        return None
+    columns = {"label": "live", "seconds": "live_seconds"}
+    mine = table[table["version"] == live].drop(columns="version").rename(columns=columns)
+    others = table[table["version"] != live].rename(columns={"label": "shadow", "seconds": "shadow_seconds"})
+    pairs = mine.merge(others, on=["request_id", "row"])
+    if pairs.empty:
+        return None
+    shadow = str(pairs["version"].mode()[0])
+    return Agreement((live, shadow), pairs[pairs["version"] == shadow].drop(columns="version"))

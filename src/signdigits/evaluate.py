@@ -30,6 +30,7 @@ from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
 from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError
 from signdigits.model import calibration
+from signdigits.packaging import reply
 from signdigits.promotion.comparison import wilson_interval
 from signdigits.tracking import registry, runs
 
@@ -233,7 +234,7 @@ def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd
         size = image.size  # as stored: to_array may decode it smaller
         pixels = model.images.to_array(image, model.image_size, model.color_mode)
         rows.append(model.image_statistics(size, pixels))
-    return pd.DataFrame(rows).join(table.filter(regex=r"^p\("))
+    return pd.DataFrame(rows).join(table.filter(regex=r"^p\(")).join(table.filter(items=reply.COMPARED))
 
 
 def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:

@@ -20,9 +20,8 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
 from signdigits import files, plots
-from signdigits.agreement import pair_predictions
 from signdigits.config import MonitorParameters
-from signdigits.drift import Drift, measure_drift
+from signdigits.drift import Drift, measure_drift, pair_predictions
 from signdigits.errors import DataError, DriftFound, ModelError, TooFewPredictions
 from signdigits.notify import notify
 from signdigits.packaging import prediction_log
@@ -30,7 +29,8 @@ from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
 
-NEEDED = {"time", "version", "probabilities", *prediction_log.STATISTICS}  # of an entry of the log
+# Of a complete entry of the log.
+NEEDED = {"time", "version", "request_id", "seconds", "row", "probabilities", "is_outlier", *prediction_log.STATISTICS}
 
 
 def monitor(parameters: MonitorParameters) -> Drift | None:
@@ -51,51 +51,64 @@ def monitor(parameters: MonitorParameters) -> Drift | None:
     if parameters.shadow:
         _compare_with_shadow(folder, version, parameters)
         return None
-    reference = _select_columns(_read_reference(model))
+    logged = _read_reference(model)
     window = _read_window(folder, version, parameters)
-    recent = _select_columns(_to_table(window))
+    reference, recent = _select_columns(logged), _select_columns(_to_table(window, logged.columns))
     tags = {"model_id": model.model_id, "model_version": version}
     with runs.start_run("monitor", f"monitor version {version}", tags=tags):
         runs.log_params(asdict(parameters))
-        drift = _log_drift(reference, recent, parameters)
-        share, drifted = drift.share, ", ".join(drift.drifted) or "none"
+        drift = measure_drift(reference, recent, parameters)
+        outliers = sum(record["is_outlier"] for record in window) / len(window)
         outcome = (
-            f"{len(drift.drifted)} of {len(drift.distances)} columns have drifted ({drifted}), from the test images of "
-            f"version {version} to its {len(window)} predictions from {window[0]['time']} to {window[-1]['time']}"
+            f"{len(drift.drifted)} of {len(drift.distances)} columns have drifted ({', '.join(drift.drifted) or 'none'}), "
+            f"from the test images of version {version} to its {len(window)} predictions from {window[0]['time']} to "
+            f"{window[-1]['time']}"
         )
-        mlflow.set_tag("outcome", "drift" if share >= parameters.drift_share else "no drift")
-        mlflow.log_metrics({"predictions": len(window), "drifted_columns": len(drift.drifted), "drifted_share": share})
-        outliers = _log_outlier_share(window, model)
-        runs.set_description(f"{outcome}{outliers}.\n\n{_drift_table(reference, recent, drift)}")
-    if share >= parameters.drift_share:
+        rates = f"{outliers:.1%} of the predictions are outliers ({float(model.tags['outliers_in_test']):.1%} of the test images)"
+        has_drifted = drift.share >= parameters.drift_share
+        mlflow.set_tag("outcome", "drift" if has_drifted else "no drift")
+        mlflow.log_metrics({f"drift_{name}": distance for name, distance in drift.distances.items()})
+        mlflow.log_metrics(
+            {
+                "predictions": len(window),
+                "drifted_columns": len(drift.drifted),
+                "drifted_share": drift.share,
+                "outlier_share": outliers,
+            }
+        )
+        runs.log_figure("drift.png", lambda: plots.plot_drift(reference, recent, drift))
+        runs.set_description(f"{outcome}; {rates}.\n\n{_drift_table(reference, recent, drift)}")
+    if has_drifted:
         if parameters.notify:
             notify(parameters.notify, "drift", outcome, {"model_uri": parameters.model_uri, "version": version})
-        raise DriftFound(f"{outcome}{outliers}; see the run, and evaluate the model on recent photographs")
-    log.info("no drift: %s%s", outcome, outliers)
+        raise DriftFound(f"{outcome}; {rates}; see the run, and evaluate the model on recent photographs")
+    log.info("no drift: %s; %s", outcome, rates)
     return drift
 
 
 def _compare_with_shadow(folder: Path, version: str, parameters: MonitorParameters) -> None:
     """Log the agreement of a version with its shadow, in a run of its own. Raises TooFewPredictions."""
-    found = pair_predictions(_read_records(folder, _start_time(parameters)), version)
-    count = 0 if found is None else len(found.predictions)
-    if found is None or count < parameters.min_predictions:
+    agreement = pair_predictions(_read_records(folder, parameters), version)
+    count = 0 if agreement is None else len(agreement.predictions)
+    if agreement is None or count < parameters.min_predictions:
         raise TooFewPredictions(
             f"prediction_log={folder}: {count} photographs of version {version} and a shadow, {parameters.min_predictions} "
             "needed; serve with --shadow challenger, wait for more, or lower --min_predictions"
         )
-    tags = {"model_version": version, "shadow_version": found.versions[1]}
-    with runs.start_run("monitor", f"shadow version {found.versions[1]}", tags=tags):
+    tags = {"model_version": version, "shadow_version": agreement.versions[1]}
+    with runs.start_run("monitor", f"shadow version {agreement.versions[1]}", tags=tags):
         runs.log_params(asdict(parameters))
-        latencies = found.latencies()
-        mlflow.log_metrics({"agreement": found.share, "predictions": count, **latencies})
-        disagreements = found.count_disagreements()
+        latencies = agreement.latencies()
+        mlflow.log_metrics({"agreement": agreement.share, "predictions": count, **latencies})
+        disagreements = agreement.count_disagreements()
         outcome = (
-            f"version {version} and its shadow, version {found.versions[1]}, agree on {found.share:.2%} of {count} photographs; "
+            f"version {version} and its shadow, version {agreement.versions[1]}, agree on {agreement.share:.2%} of {count} photographs; "
             f"median latency {1000 * latencies['live_latency_median']:.1f} and {1000 * latencies['shadow_latency_median']:.1f} ms"
         )
         rows = [("label", *disagreements), *((str(label), *row) for label, *row in disagreements.itertuples())]
-        runs.log_figure("disagreements.png", lambda: plots.plot_disagreements(found.predictions, found.versions))
+        runs.log_figure(
+            "disagreements.png", lambda: plots.plot_disagreements(agreement.predictions, agreement.versions)
+        )
         runs.set_description(f"{outcome}.\n\n{runs.markdown_table(rows)}")
     log.info("%s", outcome)
 
@@ -122,7 +135,7 @@ def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> l
     versions: Counter[str] = Counter()
 
     def wanted() -> Iterator[tuple[str, int, dict[str, Any]]]:
-        for number, record in enumerate(_read_records(folder, _start_time(parameters))):
+        for number, record in enumerate(_read_records(folder, parameters)):
             versions[record["version"]] += 1
             if record["version"] in ("", version):
                 yield record["time"], number, record
@@ -138,16 +151,12 @@ def _read_window(folder: Path, version: str, parameters: MonitorParameters) -> l
     return window
 
 
-def _start_time(parameters: MonitorParameters) -> str:
-    """Return the start of the window as in the log; empty if it has none."""
-    if not parameters.window_hours:
-        return ""
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.window_hours)
-    return start.isoformat(timespec="milliseconds")
-
-
-def _read_records(folder: Path, since: str) -> Iterator[dict[str, Any]]:
-    """Yield the complete entries of the log from the time `since` on; a killed process or a full disk may have left a partial line."""
+def _read_records(folder: Path, parameters: MonitorParameters) -> Iterator[dict[str, Any]]:
+    """Yield the complete entries of the log within the window; a killed process or a full disk may have left a partial line."""
+    since = ""
+    if parameters.window_hours:
+        start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=parameters.window_hours)
+        since = start.isoformat(timespec="milliseconds")
     for file in prediction_log.list_log_files(folder):
         try:
             lines = file.read_text(errors="replace").splitlines()
@@ -162,13 +171,10 @@ def _read_records(folder: Path, since: str) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _to_table(window: list[dict[str, Any]]) -> pd.DataFrame:
+def _to_table(window: list[dict[str, Any]], columns: pd.Index) -> pd.DataFrame:
     """Return the predictions as a table with the columns of the reference."""
-    return pd.DataFrame(
-        {name: record[name] for name in prediction_log.STATISTICS}
-        | {f"p({name})": probability for name, probability in record["probabilities"].items()}
-        for record in window
-    )
+    rows = [record | {f"p({name})": value for name, value in record["probabilities"].items()} for record in window]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _select_columns(table: pd.DataFrame) -> pd.DataFrame:
@@ -177,37 +183,19 @@ def _select_columns(table: pd.DataFrame) -> pd.DataFrame:
     Width and height become one `size`, so that a new camera is one drifted column and not two.
     """
     probabilities = table.filter(regex=r"^p\(")
-    columns = table[list(prediction_log.STATISTICS)].astype(float)
+    columns = table.drop(columns=probabilities.columns).astype(float)
     columns.insert(0, "size", (columns.pop("width") * columns.pop("height")) ** 0.5)
     return columns.assign(probability=probabilities.max(axis=1), label=probabilities.idxmax(axis=1).str[2:-1])
 
 
-def _log_outlier_share(window: list[dict[str, Any]], model: LoggedModel) -> str:
-    """Log the share of outliers among the predictions, and return it in words; empty for a model without a detector."""
-    if not (known := [record["is_outlier"] for record in window if "is_outlier" in record]):
-        return ""
-    share = sum(known) / len(known)
-    mlflow.log_metric("outlier_share", share)
-    tested = float(model.tags.get("outliers_in_test", "nan"))
-    return f"; {share:.1%} of the predictions are outliers ({tested:.1%} of the test images)"
-
-
-def _log_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
-    """Measure the drift, and log its distances and its picture to the active run."""
-    drift = measure_drift(reference, window, parameters)
-    mlflow.log_metrics({f"drift_{name}": distance for name, distance in drift.distances.items()})
-    runs.log_figure("drift.png", lambda: plots.plot_drift(reference, window, drift))
-    return drift
-
-
 def _drift_table(reference: pd.DataFrame, window: pd.DataFrame, drift: Drift) -> str:
+    """Return the distance of each column, and its mean and standard deviation, or its most frequent label, in both tables."""
     rows: list[tuple[Any, ...]] = [("column", "distance", "drifted", "test images", "predictions")]
     for name, distance in drift.distances.items():
-        ends = [_describe_column(part[name]) for part in (reference, window)]
-        rows.append((name, f"{distance:.3f}", "yes" if name in drift.drifted else "no", *ends))
+        columns = (reference[name], window[name])
+        if name == "label":
+            values = [f"mostly {column.mode()[0]}" for column in columns]
+        else:
+            values = [f"{column.mean():.3f} ± {column.std():.3f}" for column in columns]
+        rows.append((name, f"{distance:.3f}", "yes" if name in drift.drifted else "no", *values))
     return runs.markdown_table(rows)
-
-
-def _describe_column(column: pd.Series) -> str:
-    """Return mean and standard deviation of a column, or its most frequent label."""
-    return f"mostly {column.mode()[0]}" if column.name == "label" else f"{column.mean():.3f} ± {column.std():.3f}"

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
-import pyarrow.parquet as pq
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import LoggedModel
@@ -49,12 +48,10 @@ def predict(parameters: PredictParameters) -> Output:
         model.model_id, registry.version_of(model), parameters.images, photographs.digest, len(photographs.paths)
     )
     with lock_output(folder, job) as output:
-        if output.is_finished:
-            runs.mark_resumed(runs.find_run(output.job.run_id))
-            log.info("already finished, in run %s; the tables: %s and %s", output.job.run_id, *output.tables)
-        else:
-            output = _score_job(output, photographs, model, parameters)
-        output.remove_parts()
+        if not output.is_finished:
+            return _score_job(output, photographs, model, parameters)
+        runs.mark_resumed(runs.find_run(output.job.run_id))
+        log.info("already finished, in run %s; the tables: %s and %s", output.job.run_id, output.parquet, output.csv)
         return output
 
 
@@ -63,18 +60,17 @@ def _score_job(output: Output, photographs: BatchInput, model: LoggedModel, para
     tags = {"model_id": model.model_id, "model_version": job.version, "images_digest": job.digest}
     name = f"predict {photographs.name} with version {job.version}"
     with runs.start_run("predict", name, run_id=job.run_id or None, tags=tags) as run:
-        output = output.update_job(run_id=run.info.run_id)
+        output = output.start(run.info.run_id)
         runs.log_params(asdict(parameters))
-        mlflow.log_input(
-            MetaDataset(LocalArtifactDatasetSource(str(photographs.folder)), photographs.name, job.digest), "prediction"
-        )
-        chunks = split_into_chunks(photographs)
+        source = LocalArtifactDatasetSource(str(photographs.folder))
+        mlflow.log_input(MetaDataset(source, photographs.name, job.digest), "prediction")
         started = time.monotonic()
-        scored = score_missing(output, chunks, model, parameters)
+        scored = score_missing(output, split_into_chunks(photographs), model, parameters)
         seconds = time.monotonic() - started
-        output.write_tables(len(chunks))
+        output.write_csv()
         _log_summary(output, photographs, scored, seconds)
-    return output.update_job(finished=True)
+        output.finish()
+    return output
 
 
 def split_into_chunks(photographs: BatchInput) -> list[Chunk]:
@@ -90,29 +86,22 @@ def score_missing(output: Output, chunks: Sequence[Chunk], model: LoggedModel, p
     missing = [chunk for chunk in chunks if not output.part(chunk.number).exists()]
     if not missing:
         return 0
-    n_total, n_left = _count_paths(chunks), _count_paths(missing)
+    n_total, n_missing = (sum(len(chunk.paths) for chunk in some) for some in (chunks, missing))
     model_folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
     logged = started = time.monotonic()
-    with tqdm(total=n_total, initial=n_total - n_left, unit=" images", disable=None) as bar:
+    with tqdm(total=n_total, initial=n_total - n_missing, unit=" images", disable=None) as bar:
+        n_scored = 0
         for chunk, rows in scoring.score_chunks(model_folder, missing, parameters):
-            output.write_part(chunk.number, rows.assign(model_version=output.job.version)[_order_columns(rows)])
+            rows.insert(len(rows.columns) - 1, "model_version", output.job.version)
+            output.write_part(chunk.number, rows)
             bar.update(len(rows))
-            n_left -= len(rows)
+            n_scored += len(rows)
             if bar.disable and time.monotonic() - logged > PROGRESS_INTERVAL:
                 logged = time.monotonic()
-                rate = (_count_paths(missing) - n_left) / (logged - started)
+                n_left, rate = n_missing - n_scored, n_scored / (logged - started)
                 time_left = tqdm.format_interval(n_left / rate)
                 log.info("%d of %d images, %.0f a second, about %s left", n_total - n_left, n_total, rate, time_left)
-    return _count_paths(missing)
-
-
-def _count_paths(chunks: Sequence[Chunk]) -> int:
-    return sum(len(chunk.paths) for chunk in chunks)
-
-
-def _order_columns(rows: pd.DataFrame) -> list[str]:
-    """Return the columns of the tables in their order."""
-    return [*rows.columns.drop("reason"), "model_version", "reason"]
+    return n_missing
 
 
 def _log_summary(output: Output, photographs: BatchInput, scored: int, seconds: float) -> None:
@@ -120,39 +109,32 @@ def _log_summary(output: Output, photographs: BatchInput, scored: int, seconds: 
 
     `seconds` and `images_per_second` cover the `scored` photographs, not those scored before an interruption.
     """
-    parquet, csv = output.tables
-    columns = {"path", "label", "probability", "is_outlier", "reason"}.intersection(pq.read_schema(parquet).names)
-    table = pd.read_parquet(parquet, columns=sorted(columns))
+    table = pd.read_parquet(output.parts, columns=["path", "label", "probability", "is_outlier", "reason"])
     unreadable = table[table["label"].isna()]
+    readable, outliers = len(table) - len(unreadable), int(table["is_outlier"].sum())
     metrics = {
-        "images": len(table), "readable": len(table) - len(unreadable), "unreadable": len(unreadable),
+        "images": len(table), "readable": readable, "unreadable": len(unreadable), "outliers": outliers,
         "repeated_paths": photographs.repeated, "junk_files": photographs.junk, "resumed_images": len(table) - scored, "seconds": seconds,
     }  # fmt: skip
-    if "is_outlier" in table:  # the model knows outliers
-        metrics["outliers"] = int(table["is_outlier"].sum())
     if scored:
         metrics["images_per_second"] = scored / seconds
     mlflow.log_metrics(metrics)
-    if csv.stat().st_size <= MAX_LOGGED_CSV_BYTES:
-        mlflow.log_artifact(str(csv))
+    if output.csv.stat().st_size <= MAX_LOGGED_CSV_BYTES:
+        mlflow.log_artifact(str(output.csv))
     runs.log_figure("least_certain.png", lambda: _plot_least_certain(table, photographs))
-    runs.set_description(_describe_tables(output, photographs, table, unreadable))
-    counts = f"{metrics['outliers']} outliers, " if "outliers" in metrics else ""
-    log.info(
-        "%d images predicted with version %s, %s%d unreadable; the tables: %s and %s",
-        len(table) - len(unreadable), output.job.version, counts, len(unreadable), parquet, csv,
-    )  # fmt: skip
-
-
-def _describe_tables(output: Output, photographs: BatchInput, table: pd.DataFrame, unreadable: pd.DataFrame) -> str:
     counts = table["label"].value_counts().sort_index()
     reasons = unreadable["reason"].value_counts().head(10)
-    tables = [runs.markdown_table([("label", "images"), *counts.items()])]
+    sections = [
+        f"{len(table)} images of `{photographs.name}`, predicted with version {output.job.version}.",
+        runs.markdown_table([("label", "images"), *counts.items()]),
+    ]
     if len(reasons):
-        tables.append(runs.markdown_table([("unreadable because", "images"), *reasons.items()]))
-    return "\n\n".join(
-        [f"{len(table)} images of `{photographs.name}`, predicted with version {output.job.version}.", *tables]
-    )
+        sections.append(runs.markdown_table([("unreadable because", "images"), *reasons.items()]))
+    runs.set_description("\n\n".join(sections))
+    log.info(
+        "%d images predicted with version %s, %d outliers, %d unreadable; the tables: %s and %s",
+        readable, output.job.version, outliers, len(unreadable), output.parquet, output.csv,
+    )  # fmt: skip
 
 
 def _plot_least_certain(table: pd.DataFrame, photographs: BatchInput) -> plots.Figure:

@@ -47,13 +47,13 @@ def find_inputs(images: str, output: Path) -> BatchInput:
     are relative to the table's folder. Raises DataError if there are none.
     """
     source = Path(images)
-    photographs = _find_in_folder(source, output.resolve()) if source.is_dir() else read_table(source)
+    photographs = _read_folder(source, output.resolve()) if source.is_dir() else _read_table(source)
     if not photographs.paths:
         raise DataError(f"{source}: no photographs; pass --images a folder with photographs, or a table of paths")
     return photographs
 
 
-def _find_in_folder(folder: Path, output: Path) -> BatchInput:
+def _read_folder(folder: Path, output: Path) -> BatchInput:
     root = folder.resolve()
     if root.is_relative_to(output):
         raise DataError(f"{folder}: lies inside the output folder {output}; pass another --output")
@@ -65,7 +65,7 @@ def _find_in_folder(folder: Path, output: Path) -> BatchInput:
     return BatchInput(root.name, root, paths, junk=count_junk(root))
 
 
-def read_table(table: Path) -> BatchInput:
+def _read_table(table: Path) -> BatchInput:
     if not table.is_file():
         raise DataError(f"{table}: no such folder or table; pass --images a folder, or a CSV or Parquet file")
     if table.suffix.lower() not in READERS:

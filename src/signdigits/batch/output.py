@@ -1,17 +1,18 @@
-"""The output folder of a batch prediction: a part file per finished chunk, and two tables at the end, written atomically.
+"""The output folder of a batch prediction.
 
 OUTPUT/job.json              model, photographs and MLflow run of the tables
-OUTPUT/parts/000000.parquet  the rows of a chunk; removed at the end
-OUTPUT/predictions.parquet   all rows, in the order of the photographs
-OUTPUT/predictions.csv       the same
+OUTPUT/parts/000000.parquet  the rows of a chunk, while the job is unfinished
+OUTPUT/predictions.parquet   the same folder, once all rows are there, in the order of the photographs
+OUTPUT/predictions.csv       the same rows
+
+Each file has its name only when it is complete.
 """
 
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import filelock
@@ -19,10 +20,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from signdigits import files
 from signdigits.errors import UsageError
 
 TABLES = ("predictions.parquet", "predictions.csv")
+PARQUET_TYPES = {"float64": pa.float64(), "boolean": pa.bool_()}  # of the columns' dtypes; the others are text
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,6 @@ class BatchJob:
     digest: str
     count: int
     run_id: str = ""
-    finished: bool = False
-
-    def is_of(self, other: "BatchJob") -> bool:
-        return (self.model, self.digest) == (other.model, other.digest)
 
 
 @dataclass(frozen=True)
@@ -49,71 +46,62 @@ class Output:
     job: BatchJob
 
     @property
-    def is_finished(self) -> bool:
-        return self.job.finished and all((self.folder / name).is_file() for name in TABLES)
+    def parts(self) -> Path:
+        return self.folder / "parts"
 
     @property
-    def tables(self) -> tuple[Path, Path]:
-        parquet, csv = (self.folder / name for name in TABLES)
-        return parquet, csv
+    def parquet(self) -> Path:
+        return self.folder / TABLES[0]
+
+    @property
+    def csv(self) -> Path:
+        return self.folder / TABLES[1]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.parquet.exists() and self.csv.exists()
 
     def part(self, number: int) -> Path:
-        return self.folder / "parts" / f"{number:06d}.parquet"
+        return self.parts / f"{number:06d}.parquet"
 
-    def update_job(self, **changes: str | bool) -> "Output":
-        """Write changes of the job to disk, and return the changed output."""
-        job = replace(self.job, **changes)  # type: ignore[arg-type]
-        _write_atomically(
-            self.folder / "job.json", lambda path: path.write_text(json.dumps(asdict(job), indent=1) + "\n")
-        )
+    def start(self, run_id: str) -> "Output":
+        """Write the job with its run, and return the changed output."""
+        if self.parquet.is_dir():  # without predictions.csv, which was removed
+            self.parquet.replace(self.parts)
+        self.parquet.unlink(missing_ok=True)  # the file that earlier versions wrote, likewise
+        job = replace(self.job, run_id=run_id)
+        with _atomic_file(self.folder / "job.json") as partial_file:
+            partial_file.write_text(json.dumps(asdict(job), indent=1) + "\n")
         return replace(self, job=job)
 
     def write_part(self, number: int, rows: pd.DataFrame) -> None:
-        """Write the rows of a chunk."""
-        self.part(number).parent.mkdir(exist_ok=True)
-        table = pa.Table.from_pandas(rows, _schema_of(rows.columns.tolist()), preserve_index=False)
-        _write_atomically(self.part(number), lambda path: pq.write_table(table, path))
+        """Write the rows of a chunk; all parts have the same schema, also one without a readable photograph."""
+        schema = pa.schema([(name, PARQUET_TYPES.get(str(dtype), pa.string())) for name, dtype in rows.dtypes.items()])
+        self.parts.mkdir(exist_ok=True)
+        with _atomic_file(self.part(number)) as partial_file:
+            table = pa.Table.from_pandas(rows, schema, preserve_index=False)
+            pq.write_table(table.replace_schema_metadata(), partial_file)  # else pandas reads its own "boolean"
 
-    def write_tables(self, count: int) -> None:
-        """Write both tables from `count` parts, with one part in memory at a time."""
-        parts = [self.part(number) for number in range(count)]
-        parquet, csv = self.tables
-        _write_atomically(parquet, lambda path: _join_parquet(parts, path))
-        _write_atomically(csv, lambda path: _join_csv(parts, path))
+    def write_csv(self) -> None:
+        """Write the rows of all parts, with one part in memory at a time."""
+        with _atomic_file(self.csv) as partial_file, partial_file.open("w", newline="") as file:
+            for number, part in enumerate(sorted(self.parts.glob("*.parquet"))):
+                pd.read_parquet(part).to_csv(file, index=False, header=number == 0, lineterminator="\n")
 
-    def remove_parts(self) -> None:
-        """Remove the parts."""
-        shutil.rmtree(self.folder / "parts", ignore_errors=True)
-
-
-def _schema_of(columns: Sequence[str]) -> pa.Schema:
-    """Return the types of the columns, text if in doubt; a chunk without a readable photograph has no dtypes."""
-    return pa.schema([(name, _type_of(name)) for name in columns])
-
-
-def _type_of(column: str) -> pa.DataType:
-    if files.is_probability(column) or column == "outlier_score":
-        return pa.float64()
-    return pa.bool_() if column == "is_outlier" else pa.string()
+    def finish(self) -> None:
+        """Give the folder of the parts its final name."""
+        try:
+            self.parts.replace(self.parquet)
+        except OSError as error:
+            raise _not_writable(self.parquet, error) from error
 
 
-def _join_parquet(parts: Sequence[Path], target: Path) -> None:
-    with pq.ParquetWriter(target, pq.read_schema(parts[0])) as writer:
-        for part in parts:
-            writer.write_table(pq.read_table(part))
-
-
-def _join_csv(parts: Sequence[Path], target: Path) -> None:
-    with target.open("w", newline="") as file:
-        for part in parts:
-            pd.read_parquet(part).to_csv(file, index=False, header=part is parts[0], lineterminator="\n")
-
-
-def _write_atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically: `write` fills a temporary file, renamed once on disk. Raises UsageError on failure."""
+@contextlib.contextmanager
+def _atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary file name, which becomes `target` once the file is on disk. Raises UsageError on failure."""
     partial_file = target.with_name(f".{target.name}.unfinished")
     try:
-        write(partial_file)
+        yield partial_file
         with partial_file.open("rb+") as file:
             os.fsync(file.fileno())
         partial_file.replace(target)
@@ -137,16 +125,22 @@ def lock_output(folder: Path, job: BatchJob) -> Iterator[Output]:
         raise _not_writable(folder, error) from error
     with lock:
         existing = find_job(folder)
-        if existing is not None and not existing.is_of(job):
-            raise UsageError(
-                f"output={folder}: {_describe_difference(existing, job)}; pass another --output, or remove the folder"
-            )
+        if existing is not None and (existing.model, existing.digest) != (job.model, job.digest):
+            difference = f"started with {existing.count} other images, from {existing.images}"
+            if existing.model != job.model:
+                difference = (
+                    f"started with version {existing.version}, not {job.version} "
+                    f"(--model_uri models:/{existing.model} continues it)"
+                )
+            raise UsageError(f"output={folder}: {difference}; pass another --output, or remove the folder")
         yield Output(folder, existing or job)
 
 
 def find_job(folder: Path) -> BatchJob | None:
+    """Return the job of an output folder, if it has one. Raises UsageError if it cannot be read, or if tables are without one."""
     try:
-        return BatchJob(**json.loads((folder / "job.json").read_text()))
+        facts = json.loads((folder / "job.json").read_text())
+        return BatchJob(**{field.name: facts[field.name] for field in fields(BatchJob)})
     except FileNotFoundError:
         table = next((name for name in TABLES if (folder / name).exists()), None)
         if table is None:
@@ -154,19 +148,10 @@ def find_job(folder: Path) -> BatchJob | None:
         raise UsageError(
             f"output={folder}: {table} exists without job.json; pass another --output, or remove it"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"output={folder}: job.json cannot be read ({error}); pass another --output, or remove it"
         ) from error
-
-
-def _describe_difference(other: BatchJob, job: BatchJob) -> str:
-    """Describe the difference between two jobs, for a message."""
-    if other.model != job.model:
-        return (
-            f"started with version {other.version}, not {job.version} (--model_uri models:/{other.model} continues it)"
-        )
-    return f"started with {other.count} other images, from {other.images}"
 
 
 def _not_writable(path: Path, error: OSError) -> UsageError:

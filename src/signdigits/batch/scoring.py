@@ -1,7 +1,6 @@
 """Score photographs in chunks: in threads of this process, or in worker processes that Ray starts."""
 
 import os
-import queue
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
+from mlflow.types.schema import DataType
 
 from signdigits import startup
 from signdigits.config import PredictParameters
@@ -23,7 +23,7 @@ from signdigits.ray_cluster import connect_ray, is_distributed
 
 BATCH_SIZE = 32  # photographs that one thread holds in memory
 MAX_RETRIES = 3  # retries of a chunk whose worker died
-OUTLIERS = ("outlier_score", "is_outlier")  # columns of models that know outliers
+DTYPES = {DataType.string: "str", DataType.double: "float64", DataType.boolean: "boolean"}  # each with missing values
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,16 @@ class Scorer:
         with startup.filtered_stderr(), prediction_log.disable_log():
             self.served = mlflow.pyfunc.load_model(model_uri)
         self.class_names: list[str] = self.served.unwrap_python_model().class_names
+        self.dtypes = {"path": "str"}  # of the columns of a table
+        for field in self.served.metadata.signature.outputs.inputs:
+            if field.name == "probabilities":
+                self.dtypes |= {f"p({name})": "float64" for name in self.class_names}
+            elif field.required:
+                self.dtypes[field.name] = DTYPES[field.type]
+        self.dtypes["reason"] = "str"
 
     def score(self, chunk: Chunk) -> pd.DataFrame:
-        """Return a row per photograph: path, label, probability, `p(class)` of each class, and reason if it is unreadable.
-
-        A model that knows outliers adds `outlier_score` and `is_outlier`.
+        """Return a row per photograph, as `score_photographs` does.
 
         Raises DataError if the folder is missing, which would make all its photographs unreadable.
         """
@@ -58,14 +63,15 @@ class Scorer:
         return self.score_photographs(chunk.paths, lambda path: read_photograph(folder / path))
 
     def score_photographs(self, paths: Sequence[str], read: Callable[[str], bytes | str]) -> pd.DataFrame:
-        """Return a row per path. `read` returns a photograph's bytes, or the reason for which it is unreadable."""
+        """Return a row per path: path, the fields of the reply, with `p(CLASS)` of each class, and reason if it is unreadable.
+
+        `read` returns a photograph's bytes, or the reason for which it is unreadable.
+        """
         rows: list[dict[str, Any]] = []
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
             rows += map(_make_row, batch, self.predict([read(path) for path in batch]))
-        outliers = OUTLIERS if hasattr(self.served.unwrap_python_model(), "detector") else ()
-        columns = ["path", "label", "probability", *(f"p({name})" for name in self.class_names), *outliers, "reason"]
-        return pd.DataFrame(rows, columns=columns)
+        return pd.DataFrame(rows, columns=list(self.dtypes)).astype(self.dtypes)
 
     def predict(self, contents: Sequence[bytes | str]) -> list[dict[str, Any] | str]:
         """Return the prediction of each photograph, or the reason for which it is unreadable."""
@@ -74,9 +80,7 @@ class Scorer:
         return [next(predictions) if isinstance(content, bytes) else content for content in contents]
 
     def explain(self, contents: Sequence[bytes]) -> list[np.ndarray]:
-        """Return the occlusion map of each readable photograph; none if the model does not explain."""
-        if not self.served.metadata.signature.params:
-            return []
+        """Return the occlusion map of each readable photograph."""
         reply = self.served.predict(pd.DataFrame({"image": contents}), params={"explain": True})
         return [np.array(explanation) for explanation in reply["explanation"]]
 
@@ -110,37 +114,27 @@ def _make_row(path: str, prediction: dict[str, Any] | str) -> dict[str, Any]:
     if isinstance(prediction, str):
         return {"path": escaped, "reason": prediction}
     probabilities = {f"p({name})": value for name, value in prediction["probabilities"].items()}
-    others = {name: value for name, value in prediction.items() if name != "probabilities"}
-    return {"path": escaped, **others, **probabilities}
+    return {"path": escaped, **prediction, **probabilities}
 
 
 def score_chunks(
     model_folder: Path, chunks: Sequence[Chunk], parameters: PredictParameters
 ) -> Iterator[tuple[Chunk, pd.DataFrame]]:
     """Yield each chunk with its rows, in any order. Raises UsageError if the workers cannot be started, or keep dying."""
-    if not is_distributed(parameters):
-        yield from _score_in_threads([Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)], chunks)
-        return
-    with connect_ray(parameters, cpus=1):
-        yield from _score_on_workers(model_folder, chunks, parameters.workers)
+    if is_distributed(parameters):
+        with connect_ray(parameters, cpus=1):
+            yield from _score_on_workers(model_folder, chunks, parameters.workers)
+    else:
+        yield from _score_in_threads(model_folder, chunks)
 
 
-def _score_in_threads(scorers: Sequence[Scorer], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
-    """Run a thread per scorer; decoder and network release the GIL."""
-    idle = queue.SimpleQueue[Scorer]()
-    for scorer in scorers:
-        idle.put(scorer)
-
-    def score(chunk: Chunk) -> pd.DataFrame:
-        scorer = idle.get()
-        try:
-            return scorer.score(chunk)
-        finally:
-            idle.put(scorer)
-
+def _score_in_threads(model_folder: Path, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, pd.DataFrame]]:
+    """Score in a thread per CPU; decoder and network release the GIL."""
+    scorers = [Scorer(str(model_folder)) for _ in range(os.cpu_count() or 1)]
     with ThreadPoolExecutor(len(scorers)) as threads:
         try:
-            yield from zip(chunks, threads.map(score, chunks), strict=True)
+            rows = threads.map(lambda chunk: scorers[chunk.number % len(scorers)].score(chunk), chunks)
+            yield from zip(chunks, rows, strict=True)
         finally:
             threads.shutdown(cancel_futures=True)
 
@@ -152,10 +146,10 @@ def _score_on_workers(
     from ray.exceptions import RayError, RayTaskError
     from ray.util import ActorPool
 
-    files = {path.relative_to(model_folder).as_posix(): path.read_bytes() for path in _files_in(model_folder)}
+    paths = [path for path in model_folder.rglob("*") if path.is_file()]
+    files = ray.put({path.relative_to(model_folder).as_posix(): path.read_bytes() for path in paths})
     start_worker = ray.remote(ScoringWorker).options(num_cpus=1, max_restarts=-1, max_task_retries=MAX_RETRIES).remote
-    files_ref = ray.put(files)
-    pool = ActorPool([start_worker(files_ref) for _ in range(min(workers, len(chunks)))])
+    pool = ActorPool([start_worker(files) for _ in range(min(workers, len(chunks)))])
     try:
         yield from pool.map_unordered(lambda worker, chunk: worker.score.remote(chunk), chunks)
     except RayTaskError as error:
@@ -166,10 +160,6 @@ def _score_on_workers(
         raise UsageError(
             f"workers={workers}: they keep dying ({str(error).splitlines()[0]}); run the same command to continue, perhaps with fewer"
         ) from error
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 class ScoringWorker:

@@ -22,7 +22,7 @@ from signdigits.data import images, lineage
 from signdigits.data.loading import Data
 from signdigits.model import architecture, outliers
 from signdigits.model.calibration import Calibration
-from signdigits.packaging import prediction_log
+from signdigits.packaging import prediction_log, reply
 
 if TYPE_CHECKING:
     import keras
@@ -40,18 +40,16 @@ REQUIREMENTS = (
     "threadpoolctl",
 )
 
+TYPES = {
+    str: DataType.string,
+    float: DataType.double,
+    bool: DataType.boolean,
+    dict[str, float]: Map(DataType.double),
+    list[list[float]]: Array(Array(DataType.double)),
+}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image")]),
-    outputs=Schema(
-        [
-            ColSpec(DataType.string, "label"),
-            ColSpec(DataType.double, "probability"),
-            ColSpec(Map(DataType.double), "probabilities"),
-            ColSpec(DataType.double, "outlier_score"),
-            ColSpec(DataType.boolean, "is_outlier"),
-            ColSpec(Array(Array(DataType.double)), "explanation", required=False),
-        ]
-    ),
+    outputs=Schema([ColSpec(TYPES[field.type], field.name, required=field.is_required) for field in reply.FIELDS]),
     params=ParamSchema([ParamSpec("explain", DataType.boolean, False)]),
 )
 
@@ -70,12 +68,19 @@ def log_model(network: "keras.Sequential", calibration: Calibration, data: Data,
 
 
 def write_files(network: "keras.Sequential", calibration: Calibration, data: Data, folder: Path) -> None:
-    """Write the files of the model that its training decides: the network in both formats, the detector, the settings."""
+    """Write the files of the model that depend on its training: the network in both formats, the detector, the settings."""
     network.save(folder / "network.keras", include_optimizer=False)
     with startup.filtered_stderr():
         architecture.with_features(network).export(folder / "network.tflite", format="litert", verbose=False)
     calibration.detector.save(folder / "detector.npz")
-    (folder / "settings.json").write_text(json.dumps(_model_settings(data, calibration.temperature)))
+    settings = {
+        "class_names": data.dataset.class_names,
+        "image_size": data.image_size,
+        "color_mode": data.parameters.color_mode,
+        "temperature": calibration.temperature,
+        "logged_fields": reply.LOGGED,
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
 
 
 def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
@@ -102,17 +107,6 @@ def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     tags = lineage.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
     mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info
-
-
-def _model_settings(data: Data, temperature: float) -> dict[str, Any]:
-    """Return the settings that the served model shares with the training."""
-    parameters = data.parameters
-    return {
-        "class_names": data.dataset.class_names,
-        "image_size": data.image_size,
-        "color_mode": parameters.color_mode,
-        "temperature": temperature,
-    }
 
 
 def make_input_example(data: Data) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
     SIGN_DIGITS_PREDICTION_LOG=FOLDER mlflow models serve ...     # off without it
     SIGN_DIGITS_PREDICTION_LOG_MB=64                              # maximum size of the folder
-    SIGN_DIGITS_VERSION=3                                  # the registered version, which a model does not know
+    SIGN_DIGITS_VERSION=3                                         # registered version, which a model does not know
 
 This file is packaged with each model, and therefore imports only NumPy. Each process writes its own files, each up to a
 64th of the maximum size; of more than 64 files in the folder, the oldest are removed.
@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,7 +54,7 @@ def image_statistics(size: tuple[int, int], array: np.ndarray) -> dict[str, floa
 
 
 class PredictionLog:
-    """The log of one process. A failed write loses the entry, and never the reply."""
+    """The log of one process. A failed write loses the entry, never the reply."""
 
     def __init__(self, folder: Path, limit: int, version: str) -> None:
         self.folder, self.size, self.version = folder, limit // FILES, version
@@ -79,28 +79,24 @@ class PredictionLog:
 
     def add(
         self,
-        sizes: Sequence[tuple[int, int]],
-        arrays: Sequence[np.ndarray],
-        probabilities: Sequence[dict[str, float]],
-        are_outliers: Sequence[bool],
+        photographs: Iterable[tuple[tuple[int, int], np.ndarray]],
+        replies: Iterable[Mapping[str, Any]],
         request_id: str = "",
         seconds: float = 0.0,
     ) -> None:
-        """Log the predictions of a request, which took `seconds`; never raises."""
+        """Log a request, which took `seconds`: the size and the array of each photograph, and its reply; never raises."""
         if time.monotonic() < self.paused_until:
             return
         try:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
             shared = {"time": now, "version": self.version, "request_id": request_id, "seconds": round(seconds, 6)}
-            lines = [
-                _format({**shared, "row": number, **image_statistics(size, array)}, row, is_outlier)
-                for number, (size, array, row, is_outlier) in enumerate(
-                    zip(sizes, arrays, probabilities, are_outliers, strict=True)
-                )
+            entries = [
+                {**shared, "row": row, **image_statistics(*photograph), **_round(reply)}
+                for row, (photograph, reply) in enumerate(zip(photographs, replies, strict=True))
             ]
             with self.lock:
-                for line in lines:
-                    self._write(line)
+                for entry in entries:
+                    self._write(json.dumps(entry).encode() + b"\n")
         except Exception as error:  # a full disk or a missing folder must not fail the request
             self.paused_until = time.monotonic() + RETRY_INTERVAL
             log.warning("prediction log %s paused for %.0f s: %s", self.folder, RETRY_INTERVAL, error)
@@ -112,23 +108,16 @@ class PredictionLog:
         if self.file is not None and (self.written + len(line) > self.size or not os.fstat(self.file).st_nlink):
             self._close()
         if self.file is None:
-            self.file, self.written = self._open_file(), 0
-            self._remove_oldest()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
+            path = self.folder / f"predictions-{now}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+            self.file, self.written = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640), 0
+            for old in list_log_files(self.folder)[:-FILES]:
+                old.unlink(missing_ok=True)  # another process may be quicker
         done = os.write(self.file, line)
         self.written += done
         if done < len(line):  # the disk is full; the next line must not continue this half
             raise OSError("no space left for a complete line")
-
-    def _open_file(self) -> int:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
-        path = self.folder / f"predictions-{now}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
-
-    def _remove_oldest(self) -> None:
-        for old in list_log_files(self.folder)[:-FILES]:
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                old.unlink()
 
     def _close(self) -> None:
         if self.file is not None:
@@ -137,14 +126,16 @@ class PredictionLog:
         self.file = None
 
 
-def _format(entry: Mapping[str, Any], probabilities: Mapping[str, float], is_outlier: bool) -> bytes:
-    shares = {name: round(probability, 6) for name, probability in probabilities.items()}
-    return json.dumps({**entry, "probabilities": shares, "is_outlier": is_outlier}).encode() + b"\n"
+def _round(value: Any) -> Any:
+    """Round a number, or the numbers of a mapping, to six digits."""
+    if isinstance(value, Mapping):
+        return {name: _round(item) for name, item in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
 
 
 @contextlib.contextmanager
 def disable_log() -> Iterator[None]:
-    """Load models without a prediction log: those of `evaluate` and `predict` are no user's requests."""
+    """Load models without a prediction log: what `evaluate` and `predict` send them is no user's request."""
     folder = os.environ.pop(FOLDER, None)
     try:
         yield
@@ -154,6 +145,5 @@ def disable_log() -> Iterator[None]:
 
 
 def list_log_files(folder: Path) -> list[Path]:
-    """Return the files of the log, oldest first."""
-    own = [*folder.glob("predictions-*.jsonl"), *folder.glob("answers-*.jsonl")]  # the second: of models logged by 0.1
-    return sorted(own, key=lambda path: path.name.partition("-")[2])
+    """Return the files of the log, the oldest first: their names begin with the time."""
+    return sorted(folder.glob("predictions-*.jsonl"))

@@ -70,6 +70,7 @@ class SignDigits(PythonModel):
         self.image_size: int = settings["image_size"]
         self.color_mode: str = settings["color_mode"]
         self.temperature: float = settings["temperature"]
+        self.logged_fields: list[str] = settings["logged_fields"]
         self.images = _load_module(context.artifacts["images"])
         self.detector = _load_module(context.artifacts["outliers"]).Detector.load(context.artifacts["detector"])
         # Configured by the environment, which is all that `mlflow models serve` passes on.
@@ -105,32 +106,30 @@ class SignDigits(PythonModel):
         started = time.perf_counter()
         decoded = self.decode(images, self.start_timer())
         probabilities = softmax(np.array([photograph.logits for photograph in decoded], float) / self.temperature)
-        by_class = [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()]
+        best = probabilities.argmax(axis=1)
         # Threads of OpenBLAS wait busily after a product, and take a CPU from the next photographs.
         with self.libraries.limit(limits=1, user_api="blas"):
             scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
-        are_outliers = scores > 1
+        reply = pd.DataFrame(  # the fields are declared in reply.py
+            {
+                "label": [self.class_names[index] for index in best],
+                "probability": probabilities.max(axis=1),
+                "probabilities": [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()],
+                "outlier_score": scores.astype(float),
+                "is_outlier": scores > 1,
+            }
+        )
         request = self.request.get()
         if self.prediction_log is not None and getattr(request, "is_logged", True):
             self.prediction_log.add(
-                [photograph.size for photograph in decoded],
-                [photograph.pixels for photograph in decoded],
-                by_class,
-                are_outliers.tolist(),
+                [(photograph.size, photograph.pixels) for photograph in decoded],
+                reply[self.logged_fields].to_dict("records"),
                 request_id=getattr(request, "id", ""),
                 seconds=time.perf_counter() - started,
             )
-        best = probabilities.argmax(axis=1)
-        columns: dict[str, Any] = {
-            "label": [self.class_names[index] for index in best],
-            "probability": probabilities.max(axis=1),
-            "probabilities": by_class,
-            "outlier_score": scores.astype(float),
-            "is_outlier": are_outliers,
-        }
         if explain:
-            columns["explanation"] = list(map(self.explain, decoded, best))
-        return pd.DataFrame(columns)
+            reply["explanation"] = pd.Series(list(map(self.explain, decoded, best)))
+        return reply
 
     def start_timer(self) -> Callable[[], bool]:
         """Return a function that tells whether the request need not be answered any more."""
@@ -210,7 +209,11 @@ class SignDigits(PythonModel):
         """Return the logits, then the features, of an image of shape (height, width, channels)."""
         interpreter = self.interpreters.get()
         try:
-            return _run_network(interpreter, pixels)
+            (input_,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
+            interpreter.set_tensor(input_["index"], pixels[np.newaxis])
+            interpreter.invoke()
+            outputs: np.ndarray = interpreter.get_tensor(output["index"])[0]
+            return outputs
         finally:
             self.interpreters.put(interpreter)
 
@@ -232,15 +235,6 @@ def _require_usable(results: Iterable[T | str]) -> list[T]:
     if problems:
         raise _bad_request("; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else ""))
     return [row for row in rows if not isinstance(row, str)]
-
-
-def _run_network(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
-    """Return the logits, then the features, of an image of shape (height, width, channels)."""
-    (input_,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
-    interpreter.set_tensor(input_["index"], pixels[np.newaxis])
-    interpreter.invoke()
-    outputs: np.ndarray = interpreter.get_tensor(output["index"])[0]
-    return outputs
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -14,14 +14,16 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from signdigits.errors import UsageError, escape_undecodable
+from signdigits.packaging.reply import FIELDS
 
 URL = "http://127.0.0.1:5001"  # where scripts/serve listens
 TOKEN = "SIGN_DIGITS_TOKEN"
+SHOWN = [field for field in FIELDS if field.is_shown]
 ROWS = 32  # photographs in one request, at most
 BYTES = 40_000_000  # of photographs in one request, at most, unless one is larger: 53 megabytes as base64 text
 
@@ -35,13 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     width = max(len(escape_undecodable(str(file))) for file in parsed.files)
     try:
         token = _read_content(parsed.token_file).decode().strip() if parsed.token_file else os.environ.get(TOKEN, "")
-        print(f"{'file':{width}}  label  probability  next")
-        for file, answer in _request_predictions(parsed.files, parsed.url, token):
-            others = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[1:2]
-            then = "".join(f"{label} {probability:.4f}" for label, probability in others)
-            name = escape_undecodable(str(file))
-            unlike = "   outlier" if answer.get("is_outlier") else ""
-            print(f"{name:{width}}  {answer['label']:5}  {answer['probability']:11.4f}  {then}{unlike}", flush=True)
+        names = [field.name for field in SHOWN if field.type is not bool]
+        print(f"{'file':{width}}", *names, "next", sep="  ")
+        for file, reply in _request_predictions(parsed.files, parsed.url, token):
+            print(f"{escape_undecodable(str(file)):{width}}", *_format_cells(reply), sep="  ", flush=True)
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -51,10 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _format_cells(reply: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the shown fields of a reply, and at the end the second most probable class and the marks, such as `outlier`."""
+    marks = ""
+    for field in SHOWN:
+        value = reply.get(field.name)  # an earlier version of the model may not have it
+        if field.type is bool:
+            marks += f"   {field.name.removeprefix('is_')}" if value else ""
+        elif isinstance(value, float):
+            yield f"{value:{len(field.name)}.4f}"
+        else:
+            yield f"{value or '':{len(field.name)}}"
+    others = sorted(reply["probabilities"].items(), key=lambda item: -item[1])[1:2]
+    yield "".join(f"{label} {probability:.4f}" for label, probability in others) + marks
+
+
 def _request_predictions(
     files: Sequence[Path], url: str = URL, token: str = ""
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield each file with its prediction: `label`, `probability` and `probabilities`.
+    """Yield each file with the reply to it, whose fields are declared in packaging/reply.py.
 
     Raises UsageError if a file cannot be read, or if the server does not reply or rejects a photograph.
     """

@@ -41,7 +41,7 @@ RESTARTS = Counter("signdigits_restarts", "Processes restarted after they exited
 def count_predictions(predictions: pd.DataFrame) -> None:
     """Count the rows of a reply, by label."""
     ROWS.inc(len(predictions))
-    outliers = predictions.get("is_outlier", pd.Series(False, index=predictions.index)).astype(bool)
+    outliers = predictions["is_outlier"]
     OUTLIERS.inc(int(outliers.sum()))
     for label, count in predictions["label"][~outliers].value_counts().items():
         PREDICTIONS.labels(label).inc(count)

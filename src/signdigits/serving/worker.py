@@ -45,7 +45,7 @@ class CountingModel:
             raise
         except Exception as error:
             raise MlflowException(f"the model failed ({type(error).__name__}: {error})", INTERNAL_ERROR) from error
-        if isinstance(predictions, pd.DataFrame) and "label" in predictions:
+        if isinstance(predictions, pd.DataFrame) and "is_outlier" in predictions:
             metrics.count_predictions(predictions)
         return predictions
 
