@@ -25,6 +25,7 @@ import pytest
 from signdigits.config import MODEL_NAME
 from signdigits.data import loading
 from signdigits.errors import UsageError
+from signdigits.packaging.reply import FIELDS
 from signdigits.serving import nginx, supervisor
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.processes import Process
@@ -119,7 +120,7 @@ def test_reply_names_version(plain: Front, model: Model) -> None:
     status, headers, reply = plain.post(model.request)
     assert status == 200
     assert headers["Model-Version"] == "1"
-    assert set(reply["predictions"][0]) == {"label", "probability", "probabilities", "outlier_score", "is_outlier"}
+    assert set(reply["predictions"][0]) == {field.name for field in FIELDS if field.is_required}
 
 
 @pytest.mark.parametrize("target", ["/ping", "/health", "/version"])

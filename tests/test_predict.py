@@ -19,23 +19,15 @@ from signdigits import cli, predict
 from signdigits.batch.output import TABLES, BatchJob, Output, find_job, lock_output
 from signdigits.config import PredictParameters
 from signdigits.errors import UsageError
+from signdigits.packaging.reply import FIELDS
 
 from .conftest import store_like, use_store, wait_until
 
 pytestmark = pytest.mark.slow
 
-COLUMNS = [
-    "path",
-    "label",
-    "probability",
-    "p(0)",
-    "p(1)",
-    "p(2)",
-    "outlier_score",
-    "is_outlier",
-    "model_version",
-    "reason",
-]
+REQUIRED = [field.name for field in FIELDS if field.is_required]
+AT = REQUIRED.index("probabilities")
+COLUMNS = ["path", *REQUIRED[:AT], "p(0)", "p(1)", "p(2)", *REQUIRED[AT + 1 :], "model_version", "reason"]
 
 
 def read(images: Path, output: str = "out", **options: str | int) -> Output:

@@ -18,13 +18,14 @@ from signdigits import predict
 from signdigits.config import PredictParameters
 from signdigits.packaging import prediction_log
 from signdigits.packaging.prediction_log import PredictionLog, image_statistics
+from signdigits.packaging.reply import LOGGED
 
 pytestmark = pytest.mark.slow
 
 RANDOM = np.random.default_rng(0)
 PHOTOGRAPH = RANDOM.integers(0, 256, (16, 16, 3)).astype(np.float32)
 SHARES = {"0": 0.25, "1": 0.75}
-REPLY = {"probabilities": SHARES, "is_outlier": False}
+REPLY = dict.fromkeys(LOGGED, 0.5) | {"probabilities": SHARES, "is_outlier": False}
 KEYS = {
     "request_id",
     "row",
@@ -36,8 +37,7 @@ KEYS = {
     "brightness",
     "contrast",
     "sharpness",
-    "probabilities",
-    "is_outlier",
+    *LOGGED,
 }
 
 
@@ -60,7 +60,7 @@ def test_invalid_limit_is_refused(limit: str) -> None:
 
 def test_entry_holds_no_picture(tmp_path: Path) -> None:
     PredictionLog(tmp_path, 64_000_000, "3").add(
-        [((640, 480), PHOTOGRAPH)], [{"probabilities": {"0": 0.1234567}, "is_outlier": True}]
+        [((640, 480), PHOTOGRAPH)], [REPLY | {"probabilities": {"0": 0.1234567}, "is_outlier": True}]
     )
     (line,) = lines(tmp_path)
     assert set(line) == KEYS

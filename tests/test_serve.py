@@ -28,6 +28,7 @@ from mlflow.types.schema import ColSpec, DataType, Schema
 from signdigits import serve, train
 from signdigits.config import MODEL_NAME, Hyperparameters
 from signdigits.data import loading
+from signdigits.packaging.reply import FIELDS
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.supervisor import REASON, STATE, Supervisor, is_listening
 from signdigits.tracking import registry as tracking_registry
@@ -227,7 +228,7 @@ def statuses(load: Load) -> set[int]:
 def test_every_reply_names_version(first: Server, registry: Registry) -> None:
     status, headers, reply = first.ask(registry.request)
     assert (status, headers["model-version"]) == (200, "1")
-    assert set(reply["predictions"][0]) == {"label", "probability", "probabilities", "outlier_score", "is_outlier"}
+    assert set(reply["predictions"][0]) == {field.name for field in FIELDS if field.is_required}
     assert first.ask(b'{"dataframe_records": [{"image": "?"}]}')[1]["model-version"] == "1"
     assert first.ask(b"[" * 100_000)[1]["model-version"] == "1"
 

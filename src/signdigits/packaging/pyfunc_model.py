@@ -35,10 +35,10 @@ from threadpoolctl import ThreadpoolController
 # to itself. An interpreter takes 8 MB.
 INTERPRETERS = 2
 
-# Of a request. All pixels count that must be decoded: of a JPEG, which is decoded at a smaller scale, few.
+# Limits of a request. The pixels are those that must be decoded: few of a JPEG, which is decoded at a smaller scale.
 MAX_ROWS = 1000
 MAX_REQUEST_PIXELS = 240_000_000  # twice those of the largest photograph; 64 of a telephone's JPEGs are 12,000,000
-# A request with more is decoded in one thread, and no second one beside it: the others keep a CPU.
+# A request with more is decoded in one thread, one such request at a time: the others keep a CPU.
 LARGE_REQUEST_PIXELS = 16_000_000
 
 GRID = 10  # cells on a side of an occlusion map
@@ -85,7 +85,7 @@ class SignDigits(PythonModel):
             interpreter.allocate_tensors()
             self.interpreters.put(interpreter)
         self.threads = ThreadPoolExecutor(INTERPRETERS)
-        # A server's time-out ends its reply, not the work on it: that is what the timer and the event are for.
+        # A server's time-out ends its reply, not the work on it: the timer and the request's event end that.
         self.timeout = float(os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "inf"))
         self.request = ContextVar[Any]("request", default=None)  # an Invocation, set by signdigits.serving.worker
         self.large_request = threading.Lock()
@@ -95,7 +95,7 @@ class SignDigits(PythonModel):
     ) -> pd.DataFrame:
         """Return `label`, its `probability` and the `probabilities` by class name, `outlier_score` and `is_outlier` of each row.
 
-        An outlier, with a score above 1, resembles none of the training images; its label says nothing. With the parameter
+        An outlier, with a score above 1, resembles none of the training images; its label is meaningless. With the parameter
         `explain` each row also has an `explanation`, its occlusion map. Raises MlflowException (HTTP 400), naming each row
         at fault, if a row is not a usable photograph, or if there are more rows than MAX_ROWS or more pixels than
         MAX_REQUEST_PIXELS; before any is decoded.
@@ -107,7 +107,7 @@ class SignDigits(PythonModel):
         decoded = self.decode(images, self.start_timer())
         probabilities = softmax(np.array([photograph.logits for photograph in decoded], float) / self.temperature)
         best = probabilities.argmax(axis=1)
-        # Threads of OpenBLAS wait busily after a product, and take a CPU from the next photographs.
+        # OpenBLAS threads busy-wait after a product, and take a CPU from the next photographs.
         with self.libraries.limit(limits=1, user_api="blas"):
             scores = self.detector.score(np.array([photograph.features for photograph in decoded]))
         reply = pd.DataFrame(  # the fields are declared in reply.py
@@ -161,7 +161,7 @@ class SignDigits(PythonModel):
         return _require_usable(results)
 
     def explain(self, photograph: Decoded, label: int) -> list[list[float]]:
-        """Return the occlusion map: how much the log-odds of the label fall when a part of the photograph is covered.
+        """Return the occlusion map: the decrease of the label's log-odds when a part of the photograph is covered.
 
         A list of GRID rows of GRID cells, from the top left; a patch of the mean colour, twice as wide as the cell, covers
         it. Log-odds, because a certain answer's probability hardly moves. After Zeiler and Fergus, "Visualizing and

@@ -28,14 +28,14 @@ FIELDS = (
     Field(
         "is_outlier",
         bool,
-        "the photograph resembles none of the training images: its label says nothing",
+        "the photograph resembles none of the training images: its label is meaningless",
         is_shown=True,
         is_logged=True,
     ),
     Field(
         "explanation",
         list[list[float]],
-        "with `explain`: 10 rows of 10 numbers, by how much the log-odds of the label fall when that part is covered",
+        "with `explain`: 10 rows of 10 numbers, the decrease of the label's log-odds when that part is covered",
         is_required=False,
     ),
 )
