@@ -179,14 +179,15 @@ def test_missing_reference_names_remedy(
 
 
 def test_agreement_with_shadow_is_recorded(champion: str, logs: Path, tmp_path: Path) -> None:
-    same = [{**entry, "request_id": "a", "row": row} for row, entry in enumerate(entries(logs / "same"))]
-    noisy = [
-        {**entry, "request_id": "a", "row": row, "version": "2"} for row, entry in enumerate(entries(logs / "noisy"))
-    ]
-    write_log(tmp_path / "log", *same, *noisy)
+    live = [{**entry, "request_id": "a", "row": row} for row, entry in enumerate(entries(logs / "same"))]
+    shadow = [{**entry, "version": "2"} for entry in live]
+    for entry in shadow[:30]:  # a class further
+        names, shares = list(entry["probabilities"]), list(entry["probabilities"].values())
+        entry["probabilities"] = dict(zip(names, shares[-1:] + shares[:-1], strict=True))
+    write_log(tmp_path / "log", *live, *shadow)
     assert monitor(MonitorParameters(prediction_log="log", shadow=True)) is None
     run = the_run()
     assert run.data.tags["shadow_version"] == "2"
     assert run.data.metrics["predictions"] == ENOUGH
-    assert 0 < run.data.metrics["agreement"] < 1
+    assert run.data.metrics["agreement"] == 0.75
     assert [item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id)] == ["disagreements.png"]
