@@ -8,9 +8,11 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.entities import Run
+from mlflow.models.model import ModelInfo
 from PIL import Image
 
 from signdigits import evaluate
+from signdigits.batch.scoring import Scorer
 from signdigits.config import DataParameters, ModelParameters
 from signdigits.data import loading
 from signdigits.data.corruptions import CORRUPTIONS
@@ -44,29 +46,24 @@ class Evaluation:
 
 
 @pytest.fixture(scope="module")
-def evaluate_at(
+def evaluation(
     tmp_path_factory: pytest.TempPathFactory,
     empty_store: Path,
     loaded: loading.Data,
     model_files: Callable[[float], Path],
-) -> Callable[[float], Evaluation]:
-    """Return a function that evaluates the same network at a temperature, in a store of its own."""
-
-    def evaluate_model(temperature: float) -> Evaluation:
-        folder = tmp_path_factory.mktemp("evaluated")
-        with store_like(empty_store, folder):
-            with runs.start_run("train", "train"):
-                info = package.log_files(model_files(temperature), loaded, {"temperature": temperature})
-            version = mlflow.register_model(info.model_uri, "bars")
-            scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=version.source))
-            return Evaluation(info.model_id, scores, mlflow.last_active_run().info.run_id, folder / "mlflow.db")
-
-    return evaluate_model
+) -> Evaluation:
+    folder = tmp_path_factory.mktemp("evaluated")
+    with store_like(empty_store, folder):
+        version = mlflow.register_model(log_network(model_files, loaded, temperature=3.0).model_uri, "bars")
+        scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=version.source))
+        run = mlflow.last_active_run()
+        assert run is not None
+        return Evaluation(version.source.removeprefix("models:/"), scores, run.info.run_id, folder / "mlflow.db")
 
 
-@pytest.fixture(scope="module")
-def evaluation(evaluate_at: Callable[[float], Evaluation]) -> Evaluation:
-    return evaluate_at(3.0)
+def log_network(model_files: Callable[[float], Path], loaded: loading.Data, temperature: float) -> ModelInfo:
+    with runs.start_run("train", "train"):
+        return package.log_files(model_files(temperature), loaded, {"temperature": temperature})
 
 
 @pytest.fixture
@@ -148,9 +145,13 @@ def test_worst_mistakes_are_plotted(evaluated: Evaluation) -> None:
         assert picture.width > 500
 
 
-def test_uncalibrated_error_is_logged(evaluation: Evaluation, evaluate_at: Callable[[float], Evaluation]) -> None:
+def test_uncalibrated_error_is_logged(
+    evaluated: Evaluation, loaded: loading.Data, model_files: Callable[[float], Path]
+) -> None:
     """The same network at a temperature of 1 and of 3."""
-    plain, cooled = evaluate_at(1.0).scores, evaluation.scores
+    scorer = Scorer(log_network(model_files, loaded, temperature=1.0).model_uri)
+    table = evaluate._predict_photographs(scorer, loaded.dataset, loaded.split.testing)
+    plain, cooled = evaluate.compute_scores(table, loaded.dataset.class_names, 1.0), evaluated.scores
     assert plain.test_ece == pytest.approx(plain.test_ece_uncalibrated, abs=1e-6)
     assert cooled.test_ece_uncalibrated == pytest.approx(plain.test_ece, abs=1e-6)
     assert cooled.test_ece != pytest.approx(plain.test_ece, abs=1e-3)
