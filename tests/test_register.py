@@ -11,7 +11,7 @@ import pytest
 from mlflow.entities import LoggedModel
 
 from signdigits import register
-from signdigits.config import MODEL_NAME, ModelParameters, RegistryParameters, VersionParameters
+from signdigits.config import MODEL_NAME, ModelParameters, NameParameters, RegistryParameters, VersionParameters
 from signdigits.data import lineage, loading
 from signdigits.errors import ModelError, UsageError
 from signdigits.packaging import package
@@ -235,14 +235,13 @@ def test_invalid_alias_is_refused(alias: str) -> None:
         VersionParameters(alias=alias)
 
 
-def test_show_prints_the_champion(store: str, log_model: Log) -> None:
+def test_show_prints_the_champion(store: str, log_model: Log, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "signdigits")
     with pytest.raises(ModelError, match=r"has no champion in .*; run scripts/quickstart"):
-        register.describe_champion(MODEL_NAME)
+        register.show_champion(NameParameters())
     promote(scored(log_model, 9))
-    assert (
-        register.describe_champion(MODEL_NAME)
-        == "sign-digits version 1, champion: test accuracy 0.7500 on 12 images of bars"
-    )
+    register.show_champion(NameParameters())
+    assert caplog.messages[-1] == "sign-digits version 1, champion: test accuracy 0.7500 on 12 images of bars"
 
 
 @pytest.mark.parametrize("name", ["Ann's hands", 'the "best"'])
@@ -255,7 +254,6 @@ def test_names_have_champions_of_their_own(store: str, log_model: Log, name: str
     assert aliases() == {"champion": "1"}
     assert register.previous_decision(name, model) == dataclasses.replace(decision, previous="")
     assert register.previous_decision(MODEL_NAME, model) is None
-    assert register.describe_champion(name).startswith(f"{name} version 1, champion: test accuracy 1.0000")
     moved = register.register(ModelParameters(), VersionParameters(model_name=name, version=1, alias="best"))
     assert set(mlflow.MlflowClient().get_registered_model(name).aliases) == {"champion", "best"}
     assert "--model_name" in register.describe_standing(dataclasses.replace(moved, alias="gone"))

@@ -15,7 +15,6 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.entities import LoggedModel
-from numpy.typing import ArrayLike
 from PIL import Image
 from sklearn.metrics import classification_report, roc_auc_score
 from tqdm.contrib.concurrent import thread_map
@@ -185,21 +184,16 @@ def _score_outliers(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd
     kinds = set(OUTLIER_IMAGES) - ({"handwriting"} if dataset.origin == HANDWRITTEN_DIGITS else set())
     scored = {}
     for kind in sorted(kinds):
-        pictures = {str(number): _to_bmp(image) for number, image in enumerate(make_outlier_images(kind))}
-        scored[kind] = scorer.score_photographs(list(pictures), pictures.__getitem__)
+        contents = {str(number): _to_bmp(image) for number, image in enumerate(make_outlier_images(kind))}
+        scored[kind] = scorer.score_photographs(list(contents), contents.__getitem__)
     scored["all"] = pd.concat(scored.values())
-    inliers = table["outlier_score"]
-    rows = [
-        (kind, len(found), found["is_outlier"].mean(), compute_auroc(inliers, found["outlier_score"]))
-        for kind, found in scored.items()
-    ]
-    return pd.DataFrame(rows, columns=["kind", "images", "detected", "auroc"])
-
-
-def compute_auroc(inliers: ArrayLike, outliers: ArrayLike) -> float:
-    """Return the area under the ROC curve: the probability that an outlier has a higher score than an inlier."""
-    labels = np.repeat([0, 1], [np.size(inliers), np.size(outliers)])
-    return float(roc_auc_score(labels, np.concatenate([inliers, outliers])))
+    rows = []
+    for kind, pictures in scored.items():
+        labels = np.repeat([0, 1], [len(table), len(pictures)])
+        scores = np.concatenate([table["outlier_score"], pictures["outlier_score"]])
+        auroc = float(roc_auc_score(labels, scores))
+        rows.append({"kind": kind, "images": len(pictures), "detected": pictures["is_outlier"].mean(), "auroc": auroc})
+    return pd.DataFrame(rows)
 
 
 def _log_outliers(outliers: pd.DataFrame, table: pd.DataFrame, model: LoggedModel) -> dict[str, Any]:

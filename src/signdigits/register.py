@@ -104,8 +104,8 @@ def _challenge(
 ) -> tuple[bool, str, "Comparison | None"]:
     """Compare a version with the champion; return whether it passes the gate, the result in words and the comparison.
 
-    There is no comparison if the versions cannot be compared. Raises ModelError if predictions are missing, unless the
-    promotion is forced.
+    There is no comparison if the versions cannot be compared. Raises ModelError if predictions, photographs or the
+    champion's artifact cannot be read, unless the promotion is forced.
     """
     from signdigits.promotion import comparison, predictions
 
@@ -184,19 +184,14 @@ def _assign_alias(decision: Decision) -> None:
 
 def show_champion(parameters: NameParameters) -> None:
     """Print the champion's version and its test accuracy. Raises ModelError if there is none."""
-    log.info("%s", describe_champion(parameters.model_name))
-
-
-def describe_champion(model_name: str) -> str:
-    champion = registry.find_alias(model_name, registry.CHAMPION)
+    name = parameters.model_name
+    champion = registry.find_alias(name, registry.CHAMPION)
     if champion is None:
-        raise ModelError(registry.missing_alias(model_name, registry.CHAMPION))
+        raise ModelError(registry.missing_alias(name, registry.CHAMPION))
     tags = champion.tags
-    if "test_accuracy" not in tags:
-        return (
-            f"{model_name} version {champion.version}, {registry.CHAMPION}: registered by other means, never evaluated"
-        )
-    return (
-        f"{model_name} version {champion.version}, {registry.CHAMPION}: test accuracy {float(tags['test_accuracy']):.4f} on "
-        f"{tags['test_images']} images of {tags['dataset']}"
-    )
+    if "test_accuracy" in tags:
+        accuracy = float(tags["test_accuracy"])
+        result = f"test accuracy {accuracy:.4f} on {tags['test_images']} images of {tags['dataset']}"
+    else:
+        result = "registered by other means, never evaluated"
+    log.info("%s version %s, %s: %s", name, champion.version, registry.CHAMPION, result)
