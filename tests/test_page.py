@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -57,7 +57,7 @@ class Front:
     supervisor: int
 
     def signal_model(self, number: signal.Signals) -> None:
-        """Send a signal to the model's processes, behind the back of who would start them again."""
+        """Stop the supervisor, which would restart them, and send a signal to the model's processes."""
         os.kill(self.supervisor, signal.SIGSTOP)
         children = Path(f"/proc/{self.supervisor}/task/{self.supervisor}/children").read_text().split()
         (model,) = (child for child in children if b"serving.worker" in Path(f"/proc/{child}/cmdline").read_bytes())
@@ -93,9 +93,14 @@ def front(made: Made, *options: str) -> Iterator[Front]:
 
 
 @pytest.fixture(scope="module")
-def url(made: Made) -> Iterator[str]:
+def plain(made: Made) -> Iterator[Front]:
     with front(made) as opened:
-        yield opened.url
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def url(plain: Front) -> str:
+    return plain.url
 
 
 @pytest.fixture(scope="module")
@@ -240,20 +245,6 @@ def is_question(request: Request) -> bool:
 def photograph_in(request: Request) -> Image.Image:
     (record,) = json.loads(request.post_data or "")["dataframe_records"]
     return Image.open(io.BytesIO(base64.b64decode(record["image"])))
-
-
-def test_correction_is_kept(window: Browser, made: Made, tmp_path: Path) -> None:
-    with front(made, "--corrections", str(tmp_path / "corrections")) as opened, visit(window, opened.url) as page:
-        choose(page, made.photographs / "2" / "IMG_0000.JPG")
-        expect_answer(page, "2")
-        page.get_by_label("Not right? Say what it is").select_option("1")
-        assert Axe().run(page).violations_count == 0
-        page.get_by_role("button", name="Send the correction").click()
-        expect(page.get_by_text("Kept. Thank you.")).to_be_visible()
-    (kept,) = (tmp_path / "corrections").glob("pending/1/*.jpeg")
-    assert kept.read_bytes() == (made.photographs / "2" / "IMG_0000.JPG").read_bytes()
-    facts = json.loads(kept.with_suffix(".json").read_text())
-    assert (facts["label"], facts["prediction"], facts["version"]) == ("1", "2", "1")
 
 
 def test_no_correction_is_offered_by_default(page: Page, made: Made, url: str) -> None:
@@ -534,10 +525,12 @@ def refused_as_too_many(page: Page, photograph: Path) -> bool:
     return page.get_by_text("Too many photographs in a short time.").is_visible()
 
 
-def test_token_is_kept_for_tab(window: Browser, made: Made) -> None:
+def test_token_and_correction_are_kept(window: Browser, made: Made) -> None:
+    """The token for the tab, the correction for the review."""
     kept = made.folder / "token"
     kept.write_text(TOKEN)
-    with front(made, "--token_file", str(kept)) as opened, visit(window, opened.url) as page:
+    options = ("--token_file", str(kept), "--corrections", str(made.folder / "corrections"))
+    with front(made, *options) as opened, visit(window, opened.url) as page:
         expect(page.get_by_label("Token")).to_be_hidden()
         choose(page, made.photographs / "2" / "IMG_0000.JPG")
         expect_trouble(page, "This server answers only those who know its token.")
@@ -552,6 +545,14 @@ def test_token_is_kept_for_tab(window: Browser, made: Made) -> None:
         page.reload()
         choose(page, made.photographs / "0" / "IMG_0000.JPG")
         expect_answer(page, "0")
+        page.get_by_label("Not right? Say what it is").select_option("1")
+        assert Axe().run(page).violations_count == 0
+        page.get_by_role("button", name="Send the correction").click()
+        expect(page.get_by_text("Kept. Thank you.")).to_be_visible()
+    (correction,) = made.folder.glob("corrections/pending/1/*.jpeg")
+    assert correction.read_bytes() == (made.photographs / "0" / "IMG_0000.JPG").read_bytes()
+    facts = json.loads(correction.with_suffix(".json").read_text())
+    assert (facts["label"], facts["prediction"], facts["version"]) == ("1", "0", "1")
 
 
 def test_unreachable_server_is_reported(page: Page, made: Made) -> None:
@@ -563,21 +564,20 @@ def test_unreachable_server_is_reported(page: Page, made: Made) -> None:
     expect_answer(page, "2")
 
 
-def test_page_survives_model_restart(window: Browser, made: Made) -> None:
-    with front(made) as opened, visit(window, opened.url) as page:
-        opened.signal_model(signal.SIGSTOP)
-        page.clock.install()
-        with page.expect_request("**/invocations"):
-            choose(page, made.photographs / "2" / "IMG_0000.JPG")
-        expect(page.get_by_role("status")).to_have_text("Reading …")
-        page.clock.fast_forward(30_000)
-        expect_trouble(page, "No answer within 30 seconds.")
-        opened.signal_model(signal.SIGKILL)
-        page.get_by_role("button", name="Send it again").click()
-        expect_trouble(page, "No model answers at the moment")
-        opened.go_on()
-        send_again(page)
-        expect_answer(page, "2")
+def test_page_survives_model_restart(page: Page, plain: Front, made: Made) -> None:
+    plain.signal_model(signal.SIGSTOP)
+    page.clock.install()
+    with page.expect_request("**/invocations"):
+        choose(page, made.photographs / "2" / "IMG_0000.JPG")
+    expect(page.get_by_role("status")).to_have_text("Reading …")
+    page.clock.fast_forward(30_000)
+    expect_trouble(page, "No answer within 30 seconds.")
+    plain.signal_model(signal.SIGKILL)
+    page.get_by_role("button", name="Send it again").click()
+    expect_trouble(page, "No model answers at the moment")
+    plain.go_on()
+    send_again(page)
+    expect_answer(page, "2")
 
 
 def test_last_photograph_wins(page: Page, made: Made) -> None:
@@ -612,6 +612,7 @@ def test_focus_is_visible(page: Page) -> None:
 
 
 STATES = ("empty", "answer", "trouble", "camera")
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 
 
 def bring(page: Page, state: str, made: Made) -> None:
@@ -627,12 +628,12 @@ def bring(page: Page, state: str, made: Made) -> None:
         expect(page.get_by_role("button", name="Take the picture")).to_be_visible()
 
 
-@pytest.mark.parametrize("width", [360, 768, 1400])
-def test_page_fits_window(window: Browser, url: str, made: Made, width: int) -> None:
-    with visit(window, url, viewport={"width": width, "height": 740}) as page:
-        for state in STATES:
-            bring(page, state, made)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, state
+def test_page_fits_window(page: Page, made: Made) -> None:
+    for state in STATES:
+        bring(page, state, made)
+        for width in (360, 768, 1400):
+            page.set_viewport_size({"width": width, "height": 740})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (state, width)
 
 
 def test_result_scrolls_into_view(window: Browser, url: str, made: Made) -> None:
@@ -641,19 +642,20 @@ def test_result_scrolls_into_view(window: Browser, url: str, made: Made) -> None
         expect(page.locator("#digit")).to_be_in_viewport(ratio=1)
 
 
-def test_dark_mode(window: Browser, url: str) -> None:
+def test_dark_mode(page: Page) -> None:
     lightness = {}
-    for scheme in ("light", "dark"):
-        with visit(window, url, color_scheme=scheme) as page:
-            color = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            lightness[scheme] = sum(int(part) for part in color.strip("rgb()").split(","))
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        lightness[scheme] = sum(int(part) for part in color.strip("rgb()").split(","))
     assert lightness["dark"] < 150 < 600 < lightness["light"]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("state", STATES)
-def test_axe_finds_no_violation(window: Browser, url: str, made: Made, state: str, scheme: str) -> None:
-    with visit(window, url, color_scheme=scheme, viewport={"width": 360, "height": 740}) as page:
-        bring(page, state, made)
-        found = Axe().run(page)
-        assert found.violations_count == 0, found.generate_report()
+def test_axe_finds_no_violation(window: Browser, url: str, made: Made) -> None:
+    with visit(window, url, viewport={"width": 360, "height": 740}) as page:
+        for state in STATES:
+            bring(page, state, made)
+            for scheme in SCHEMES:
+                page.emulate_media(color_scheme=scheme)
+                found = Axe().run(page)
+                assert found.violations_count == 0, (state, scheme, found.generate_report())

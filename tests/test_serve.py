@@ -1,22 +1,23 @@
 """The supervisor with nginx and `mlflow models serve`: promotions, refusals and kills."""
 
 import base64
+import contextlib
 import http.client
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -25,15 +26,16 @@ import pytest
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
-from signdigits import serve, train
-from signdigits.config import MODEL_NAME, Hyperparameters
+from signdigits import cli, serve
+from signdigits.config import MODEL_NAME
 from signdigits.data import loading
+from signdigits.packaging import package
 from signdigits.packaging.reply import FIELDS
 from signdigits.serving.options import ServeParameters
-from signdigits.serving.supervisor import REASON, STATE, Supervisor, is_listening
-from signdigits.tracking import registry as tracking_registry
+from signdigits.serving.supervisor import REASON, STATE, is_listening
+from signdigits.tracking import runs
 
-from .conftest import command, free_port, serve_command, store_like, wait_until
+from .conftest import free_port, serve_command, store_like, wait_until
 from .load import JSON, Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
@@ -76,13 +78,15 @@ class Registry:
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Iterator[Registry]:
+def registry(
+    tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path, model_files: Callable[..., Path]
+) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("serve")
     with store_like(empty_store, folder) as store:
-        for seed in (1, 2):
-            chosen = Hyperparameters(epochs=1, batch_size=8, initial_learning_rate=0.003, seed=seed)
-            output = mlflow.get_run(train.train(loaded, chosen)).outputs.model_outputs[0]
-            mlflow.register_model(f"models:/{output.model_id}", MODEL_NAME)
+        for _ in range(2):
+            with runs.start_run("train", "train"):
+                uri = package.log_files(model_files(1.0), loaded, {}).model_uri
+            mlflow.register_model(uri, MODEL_NAME)
         for code in (RAISES, DOES_NOT_START):
             register_broken(folder, code)
         photograph = next(loaded.dataset.folder.rglob("*.JPG")).read_bytes()
@@ -225,146 +229,7 @@ def statuses(load: Load) -> set[int]:
     return {reply.status for reply in load.replies}
 
 
-def test_every_reply_names_version(first: Server, registry: Registry) -> None:
-    status, headers, reply = first.ask(registry.request)
-    assert (status, headers["model-version"]) == (200, "1")
-    assert set(reply["predictions"][0]) == {field.name for field in FIELDS if field.is_required}
-    assert first.ask(b'{"dataframe_records": [{"image": "?"}]}')[1]["model-version"] == "1"
-    assert first.ask(b"[" * 100_000)[1]["model-version"] == "1"
-
-
-def test_promotion_and_rollback_fail_no_request(first: Server, registry: Registry) -> None:
-    with Load(first.port, registry.request) as load:
-        for version in (2, 1):
-            promote(first, registry, version)
-            switched = time.monotonic()
-            time.sleep(1)
-            after = {reply.version for reply in load.replies.copy() if reply.sent > switched}
-            assert after == {str(version)}
-    assert statuses(load) == {200}
-    assert tags(2)[STATE] == "retired"
-    assert tags(1)[STATE] == "live"
-
-
-def test_upload_survives_promotion(first: Server, registry: Registry) -> None:
-    blank = 1000  # JSON may begin with spaces, sent one by one here, so that the client does not count as silent
-    with socket.create_connection(("127.0.0.1", first.port)) as slow:
-        head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {blank + len(registry.request)}\r\n"
-        slow.sendall(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode())
-        moving = threading.Thread(target=promote, args=(first, registry, 2))
-        moving.start()
-        while moving.is_alive():
-            slow.sendall(b" ")
-            blank -= 1
-            time.sleep(1)
-        slow.sendall(b" " * blank + registry.request)
-        reply = slow.makefile("rb").read()
-    assert reply.startswith(b"HTTP/1.1 200 ")
-    assert b"model-version: 2" in reply
-
-
-@pytest.mark.parametrize(("version", "reason"), [(3, "six fingers"), (4, "No module named 'no_such_module'")])
-def test_broken_version_is_refused(first: Server, registry: Registry, version: int, reason: str) -> None:
-    with Load(first.port, registry.request) as load:
-        move(version)
-        wait_until(lambda: tags(version).get(STATE) == "refused", seconds=600)
-        wait_until(lambda: len(first.processes("serving.worker")) == 2, seconds=60)
-        time.sleep(2)
-    assert reason in tags(version)[REASON]
-    assert {reply.version for reply in load.replies} == {"1"}
-    assert statuses(load) == {200}
-    starts = 1 if version == 3 else 2  # one that does not start is retried once
-    assert first.said().count(f"starting version {version}\n") == starts
-
-
-def test_unreachable_model_is_waited_for(first: Server, registry: Registry) -> None:
-    model_id = mlflow.MlflowClient().get_model_version(MODEL_NAME, "2").source.rpartition("/")[2]
-    artifacts = Path(mlflow.get_logged_model(model_id).artifact_location)
-    away = artifacts.rename(artifacts.with_name("away"))
-    try:
-        move(2)
-        wait_until(lambda: tags(2).get(STATE) == "waiting", seconds=60)
-        assert "its model cannot be fetched" in tags(2)[REASON]
-        assert first.version(registry.request) == "1"
-        assert first.metrics()["signdigits_served_version"] == 1
-        assert first.metrics()["signdigits_alias_served"] == 0
-    finally:
-        away.rename(artifacts)
-    wait_until(lambda: first.version(registry.request) == "2", seconds=120)
-    wait_until(lambda: tags(2)[STATE] == "live", seconds=30)
-    assert first.metrics()["signdigits_alias_served"] == 1
-
-
-def test_metrics_are_merged(first: Server, registry: Registry) -> None:
-    for _ in range(20):  # to either process
-        first.ask(registry.request)
-    metrics = first.metrics()
-    assert metrics['signdigits_requests_total{status="200"}'] >= 20
-    assert metrics["signdigits_promotions_total"] >= 1
-    assert metrics["signdigits_served_version"] == 1
-
-
-def test_killed_worker_is_restarted(first: Server, registry: Registry) -> None:
-    victim = first.processes("serving.worker")[0]
-    with Load(first.port, registry.request) as load:
-        os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: len(set(first.processes("serving.worker")) - {victim}) == 2, seconds=120)
-        time.sleep(1)
-    assert statuses(load) == {200}
-
-
-def test_killed_nginx_is_restarted(first: Server, registry: Registry) -> None:
-    (master,) = first.processes("nginx: master")
-    os.kill(master, signal.SIGKILL)
-    wait_until(lambda: set(first.processes("nginx: master")) - {master}, seconds=60)
-    wait_until(
-        lambda: is_listening(ServeParameters(port=first.port)),
-        seconds=60,
-    )
-    assert first.version(registry.request) == "1"
-
-
-@pytest.mark.parametrize(("host", "within"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False)])
-def test_loopback_is_recognized(host: str, within: bool) -> None:
-    assert serve.is_loopback(host) == within
-
-
-def test_used_port_is_reported(first: Server, registry: Registry) -> None:
-    second = subprocess.run(serve_command(first.port), capture_output=True, text=True, timeout=120, cwd=registry.folder)
-    assert second.returncode == 2
-    assert f"127.0.0.1:{first.port}: Address already in use; stop the process that listens there" in second.stderr
-
-
-@pytest.mark.parametrize("answer", [None, RuntimeError("no route to host")])
-def test_slow_registry_blocks_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Exception | None
-) -> None:
-    back = threading.Event()
-
-    def find_alias(model_name: str, alias: str) -> None:
-        back.wait(60)
-        if answer:
-            raise answer
-
-    monkeypatch.setattr(tracking_registry, "find_alias", find_alias)
-    supervisor = Supervisor(ServeParameters(poll_interval=0.01), "nginx", tmp_path)
-    version = SimpleNamespace(version="1")
-    supervisor.live = SimpleNamespace(version=version, restart_dead_workers=lambda: None)  # type: ignore[assignment]
-    started_at = time.monotonic()
-    for _ in range(3):
-        time.sleep(0.02)
-        supervisor.poll_alias()
-    assert time.monotonic() - started_at < 30, "the look is still waiting, and nobody with it"
-    looking = supervisor.polling
-    assert looking is not None
-    assert not looking.done()
-    back.set()
-    wait_until(looking.done, seconds=30)
-    supervisor.poll_alias()
-    assert supervisor.polling is None
-
-
-def test_shadow_gets_copies(registry: Registry, tmp_path: Path) -> None:
+def test_shadow_gets_copies(registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     move(1)
     mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "challenger", "2")
     shadow = ["--shadow", "challenger", "--shadow_share", "1"]
@@ -387,14 +252,14 @@ def test_shadow_gets_copies(registry: Registry, tmp_path: Path) -> None:
         assert server.version(registry.request) == "1"
         assert time.monotonic() - asked < 30
     options = ["--prediction_log", str(tmp_path / "log"), "--shadow", "true", "--min_predictions", "2"]
-    done = command("monitor", *options, cwd=registry.folder)
-    assert done.returncode == 0, done.stderr
-    assert "version 1 and its shadow, version 2, agree on" in done.stdout
+    assert cli.main(["monitor", *options]) == 0
+    assert "version 1 and its shadow, version 2, agree on" in caplog.text
 
 
 def test_killed_supervisor_leaves_no_orphans(registry: Registry, tmp_path: Path) -> None:
     move(2)
     with started(registry, tmp_path / "killed.log") as server:
+        wait_until(lambda: tags(2).get(STATE) == "live", seconds=30)
         # nginx, its worker process (which a reload replaces), and ours
         wait_until(lambda: len(descendants(server.process.pid)) >= 3, seconds=30)
         below = descendants(server.process.pid)
@@ -429,32 +294,140 @@ def test_unsupervised_server_refuses_broken_version(registry: Registry) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_model_is_served_without_nginx(registry: Registry, tmp_path: Path) -> None:
+def test_model_is_served_without_nginx(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     move(1)
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("bash", "env"):
         (programs / name).symlink_to(str(shutil.which(name)))
-    refused = run_without_nginx(registry, programs, "--requests_per_second", "5")
-    assert refused.wait(120) == 2
+    monkeypatch.setenv("PATH", str(programs))
+    assert cli.main(["serve", "--requests_per_second", "5"]) == 2
+    assert "requests_per_second=5: needs nginx" in capsys.readouterr().err
     port = free_port()
-    alone = run_without_nginx(registry, programs, "--port", str(port))
+    alone = subprocess.Popen(
+        serve_command(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=registry.folder, env=os.environ
+    )
     try:
-        wait_until(
-            lambda: is_listening(ServeParameters(port=port)) or alone.poll() is not None,
-            seconds=120,
-        )
-        server = Server(alone, port, tmp_path / "none")
-        assert server.version(registry.request) == "1"
+        wait_until(lambda: is_listening(ServeParameters(port=port)) or alone.poll() is not None, seconds=120)
+        assert Server(alone, port, tmp_path / "none").version(registry.request) == "1"
     finally:
         alone.terminate()
         output, _ = alone.communicate(timeout=60)
     assert "nginx is not installed, or not in PATH" in output.decode()
 
 
-def run_without_nginx(registry: Registry, programs: Path, *options: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PATH": str(programs)}
-    line = [sys.executable, "-m", "signdigits", "serve", *options]
-    return subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=registry.folder, env=environment
+def test_every_reply_names_version(first: Server, registry: Registry) -> None:
+    status, headers, reply = first.ask(registry.request)
+    assert (status, headers["model-version"]) == (200, "1")
+    assert set(reply["predictions"][0]) == {field.name for field in FIELDS if field.is_required}
+    assert first.ask(b'{"dataframe_records": [{"image": "?"}]}')[1]["model-version"] == "1"
+    assert first.ask(b"[" * 100_000)[1]["model-version"] == "1"
+
+
+@pytest.mark.parametrize(("version", "reason"), [(3, "six fingers"), (4, "No module named 'no_such_module'")])
+def test_broken_version_is_refused(first: Server, registry: Registry, version: int, reason: str) -> None:
+    with Load(first.port, registry.request) as load:
+        move(version)
+        wait_until(lambda: f"version {version} is refused" in first.said(), seconds=600)
+        wait_until(lambda: tags(version).get(STATE) == "refused", seconds=30)
+        wait_until(lambda: len(first.processes("serving.worker")) == 2, seconds=60)
+        time.sleep(2)
+    assert reason in tags(version)[REASON]
+    assert {reply.version for reply in load.replies} == {"1"}
+    assert statuses(load) == {200}
+    starts = 1 if version == 3 else 2  # one that does not start is retried once
+    assert first.said().count(f"starting version {version}\n") == starts
+
+
+def test_used_port_is_reported(first: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--port", str(first.port)]) == 2
+    assert (
+        f"127.0.0.1:{first.port}: Address already in use; stop the process that listens there"
+        in capsys.readouterr().err
     )
+
+
+def test_killed_worker_is_restarted(first: Server, registry: Registry) -> None:
+    """Even while the registry does not reply: its database is locked, and MLflow waits."""
+    victim = first.processes("serving.worker")[0]
+    database = sqlite3.connect(registry.folder / "mlflow.db")
+    with contextlib.closing(database) as locked, Load(first.port, registry.request) as load:
+        locked.execute("BEGIN EXCLUSIVE")
+        time.sleep(1)  # the next poll waits
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: len(set(first.processes("serving.worker")) - {victim}) == 2, seconds=120)
+        wait_until(lambda: "does not reply" in first.said(), seconds=120)
+    assert statuses(load) == {200}
+
+
+def test_killed_nginx_is_restarted(first: Server, registry: Registry) -> None:
+    (master,) = first.processes("nginx: master")
+    os.kill(master, signal.SIGKILL)
+    wait_until(lambda: set(first.processes("nginx: master")) - {master}, seconds=60)
+    wait_until(lambda: is_listening(ServeParameters(port=first.port)), seconds=60)
+    assert first.version(registry.request) == "1"
+
+
+def test_promotion_and_rollback_fail_no_request(first: Server, registry: Registry) -> None:
+    """Not even an upload that began before the promotion."""
+    blank = 1000  # JSON may begin with spaces, sent one by one here, so that the client does not count as silent
+    with Load(first.port, registry.request) as load, socket.create_connection(("127.0.0.1", first.port)) as slow:
+        head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {blank + len(registry.request)}\r\n"
+        slow.sendall(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode())
+        promotion = threading.Thread(target=promote, args=(first, registry, 2))
+        promotion.start()
+        while promotion.is_alive():
+            slow.sendall(b" ")
+            blank -= 1
+            promotion.join(1)
+        assert versions_from_now(load) == {"2"}
+        slow.sendall(b" " * blank + registry.request)
+        reply = slow.makefile("rb").read()
+        promote(first, registry, 1)
+        assert versions_from_now(load) == {"1"}
+    assert statuses(load) == {200}
+    assert reply.startswith(b"HTTP/1.1 200 ")
+    assert b"model-version: 2" in reply
+    assert tags(2)[STATE] == "retired"
+    assert tags(1)[STATE] == "live"
+
+
+def versions_from_now(load: Load) -> set[str]:
+    """Return the versions that answer the requests of the next second."""
+    start = time.monotonic()
+    time.sleep(1)
+    return {reply.version for reply in load.replies.copy() if reply.sent > start}
+
+
+def test_metrics_are_merged(first: Server, registry: Registry) -> None:
+    for _ in range(20):  # to either process
+        first.ask(registry.request)
+    metrics = first.metrics()
+    assert metrics['signdigits_requests_total{status="200"}'] >= 20
+    assert metrics["signdigits_promotions_total"] >= 1
+    assert metrics["signdigits_served_version"] == 1
+
+
+def test_unreachable_model_is_waited_for(first: Server, registry: Registry) -> None:
+    model_id = mlflow.MlflowClient().get_model_version(MODEL_NAME, "2").source.rpartition("/")[2]
+    artifacts = Path(mlflow.get_logged_model(model_id).artifact_location)
+    away = artifacts.rename(artifacts.with_name("away"))
+    try:
+        move(2)
+        wait_until(lambda: tags(2).get(STATE) == "waiting", seconds=60)
+        assert "its model cannot be fetched" in tags(2)[REASON]
+        assert first.version(registry.request) == "1"
+        assert first.metrics()["signdigits_served_version"] == 1
+        assert first.metrics()["signdigits_alias_served"] == 0
+    finally:
+        away.rename(artifacts)
+    wait_until(lambda: first.version(registry.request) == "2", seconds=120)
+    wait_until(lambda: tags(2)[STATE] == "live", seconds=30)
+    assert first.metrics()["signdigits_alias_served"] == 1
+
+
+@pytest.mark.parametrize(("host", "within"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False)])
+def test_loopback_is_recognized(host: str, within: bool) -> None:
+    assert serve.is_loopback(host) == within
