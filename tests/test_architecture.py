@@ -6,7 +6,7 @@ import tensorflow as tf
 from signdigits.config import Hyperparameters
 from signdigits.errors import UsageError
 from signdigits.model import architecture
-from signdigits.model.normalization import FusedBatchNormalization
+from signdigits.model.layers import FusedBatchNormalization
 
 
 def test_notebook_network_has_1204650_parameters() -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from mlflow.entities import Run
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from signdigits import cli
 from signdigits.tuning import storage
 
 from .conftest import free_port, wait_until
 
 ROOT = Path(__file__).parents[1]
-N_TRIALS = 6  # and three more for each further fault of the same search
+N_TRIALS = 3  # and as many more for each further fault of the same search
 LATEST = 2.0  # seconds after the first finished trial: a fault comes at random before
 INTERVAL = 0.5  # seconds between two looks at the stores, which share two CPUs with the trials
 OPTIONS = ["--space", "notebook", "--image_size", "16", "--epochs", "20:30", "--batch_size", "16", "--pruner", "none"]
@@ -95,21 +96,11 @@ class Search:
         self.name, self.environment, self.n_trials = name, environment, n_trials
         cluster = ["--storage", environment["STORAGE"], "--ray_address", environment["RAY_ADDRESS"], "--workers", "2"]
         study = ["--study_name", name, "--n_trials", str(n_trials)]
-        self.line = [
-            sys.executable,
-            "-m",
-            "signdigits",
-            "search",
-            "--data",
-            str(photographs),
-            *cluster,
-            *study,
-            *OPTIONS,
-        ]
+        self.arguments = ["search", "--data", str(photographs), *cluster, *study, *OPTIONS]
 
     def start(self) -> subprocess.Popen[str]:
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(self.line, env=self.environment, **output)
+        return subprocess.Popen([sys.executable, "-m", "signdigits", *self.arguments], env=self.environment, **output)
 
     @functools.cached_property
     def storage(self) -> RDBStorage:
@@ -131,15 +122,20 @@ class Search:
         return running if finished else []
 
 
-def check(search: Search, output: str) -> None:
-    """Exactly as many trials as asked for, each once, in both stores, and nothing left RUNNING."""
+def check(search: Search, output: str, *, may_fail: str = "no error") -> None:
+    """Exactly as many trials as asked for, each once, in both stores, and nothing left RUNNING.
+
+    `may_fail` is the error that may have ended trials.
+    """
     trials, runs = search.trials(), search.runs("trial")
     complete = {trial.number: trial for trial in trials if trial.state == TrialState.COMPLETE}
     assert len(complete) == search.n_trials, output
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.FAIL}
     finished = [run for run in runs if run.info.status == "FINISHED"]
     assert Counter(int(run.data.tags["trial"]) for run in finished) == dict.fromkeys(complete, 1)
-    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+    others = {run.data.tags.get("failure_reason", ""): run.info.status for run in runs if run not in finished}
+    assert all(status == "KILLED" or may_fail in reason for reason, status in others.items()), others
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED", "FAILED"}
     (study,) = search.runs("study")
     assert study.info.status == "FINISHED"
     assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {study.info.run_id}
@@ -147,13 +143,20 @@ def check(search: Search, output: str) -> None:
     assert len(set(drawn)) == len(drawn), "no two trials draw the same"
 
 
-def kill_worker(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
-    # The one that began last: it does not end before it is killed.
+def signal_worker(
+    number: int, seconds: float, search: Search, cluster: Cluster, driver: subprocess.Popen[str]
+) -> subprocess.Popen[str]:
+    """Send a signal to the worker whose trial began last, which does not end before."""
     victim = max(wait_until(search.at_work, seconds=60, interval=INTERVAL), key=lambda run: run.info.start_time)
-    os.kill(int(victim.data.tags["process"].split(":")[1]), signal.SIGKILL)
-    wait_until(lambda: mlflow.get_run(victim.info.run_id).info.status == "KILLED", seconds=60, interval=INTERVAL)
+    process = int(victim.data.tags["process"].split(":")[1])
+    os.kill(process, number)
+    wait_until(lambda: mlflow.get_run(victim.info.run_id).info.status == "KILLED", seconds=seconds, interval=INTERVAL)
     assert victim.data.tags["trial"] in {str(trial.user_attrs.get("retry_of")) for trial in search.trials()}
     return driver
+
+
+kill_worker = functools.partial(signal_worker, signal.SIGKILL, 60)
+freeze_worker = functools.partial(signal_worker, signal.SIGSTOP, 2 * storage.GRACE_PERIOD + 60)
 
 
 def kill_node(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
@@ -185,33 +188,52 @@ def wait_for_work(search: Search, driver: subprocess.Popen[str], seconds: float)
     assert driver.poll() is None, "the search ended before the fault"
 
 
-FAULTS = ((kill_worker, stop_tracking, restart_database), (kill_driver, kill_node))
-
-
-@pytest.mark.parametrize("faults", FAULTS, ids=lambda faults: "-".join(fault.__name__ for fault in faults))
-def test_faults_lose_no_finished_trial(
-    cluster: Cluster,
-    settings: dict[str, str],
-    photographs: Path,
-    faults: tuple[Callable[..., Any], ...],
-    repetition: int,
-) -> None:
-    cluster("up")
-    search = Search(f"{faults[0].__name__}-{repetition}", photographs, settings, N_TRIALS + 3 * (len(faults) - 1))
+def test_killed_worker_loses_no_trial(cluster: Cluster, settings: dict[str, str], photographs: Path) -> None:
+    search = Search("killed-worker", photographs, settings)
     driver = search.start()
     try:
-        for fault in faults:
-            wait_for_work(search, driver, seconds=600)
-            time.sleep(random.uniform(0, LATEST))
-            wait_for_work(search, driver, seconds=120)
-            driver = fault(search, cluster, driver)
-        output, _ = driver.communicate(timeout=600)
+        kill_worker(search, cluster, driver)
+        output, _ = driver.communicate(timeout=300)
     finally:
         driver.kill()  # or its workers would keep the cluster's CPUs from the next test
     assert driver.returncode == 0, output
     check(search, output)
 
 
+FAULTS = {
+    "frozen worker": (freeze_worker,),
+    "worker, tracking, database": (kill_worker, stop_tracking, restart_database),
+    "search, node": (kill_driver, kill_node),
+}
+
+
+@pytest.mark.outage
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_lose_no_finished_trial(
+    cluster: Cluster, settings: dict[str, str], photographs: Path, name: str, repetition: int
+) -> None:
+    """Faults at random moments; FAULTS_SEED repeats those of an earlier run."""
+    cluster("up")
+    seed = os.environ.get("FAULTS_SEED", str(random.randrange(10**6)))
+    print(f"FAULTS_SEED={seed}")
+    delays, faults = random.Random(seed), FAULTS[name]
+    search = Search(f"{name} {repetition}", photographs, settings, N_TRIALS * (len(faults) + 1))
+    driver = search.start()
+    try:
+        for fault in faults:
+            wait_for_work(search, driver, seconds=600)
+            time.sleep(delays.uniform(0, LATEST))
+            wait_for_work(search, driver, seconds=120)
+            driver = fault(search, cluster, driver)
+        output, _ = driver.communicate(timeout=600)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0, output
+    # A trial whose query was cut off fails: docs/distributed.md.
+    check(search, output, may_fail="StorageInternalError" if restart_database in faults else "no error")
+
+
+@pytest.mark.outage
 def test_bad_host_is_excluded(cluster: Cluster, settings: dict[str, str], photographs: Path) -> None:
     """One of two nodes has another password for the tracking server."""
     cluster("up")
@@ -227,13 +249,13 @@ def test_bad_host_is_excluded(cluster: Cluster, settings: dict[str, str], photog
     check(search, output)
 
 
-def test_second_driver_is_refused(settings: dict[str, str], photographs: Path) -> None:
+def test_second_driver_is_refused(
+    settings: dict[str, str], photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     search = Search("held", photographs, settings)
     with storage.lock_study(settings["STORAGE"], "held"):
-        second = search.start()
-        output, _ = second.communicate(timeout=120)
-    assert second.returncode == 2
-    assert "another process is searching it" in output
+        assert cli.main(search.arguments) == 2
+    assert "another process is searching it" in capsys.readouterr().err
 
 
 def test_secrets_are_never_logged(cluster: Cluster, settings: dict[str, str]) -> None:

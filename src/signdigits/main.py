@@ -22,8 +22,8 @@ from signdigits.model import training
 from signdigits.model.calibration import Calibration
 from signdigits.packaging import package
 from signdigits.tracking import registry, runs, urls
-from signdigits.tuning.progress import format_value
-from signdigits.tuning.space import Space
+from signdigits.tuning.space import Space, format_value
+from signdigits.tuning.study import Search
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def main(
     return decision
 
 
-def _refit_seeds(opened: search.Search, n_seeds: int) -> list[LoggedModel]:
+def _refit_seeds(opened: Search, n_seeds: int) -> list[LoggedModel]:
     """Refit the best trial with successive seeds; a seed whose training diverges is skipped.
 
     Raises TrainingDiverged if more than `n_seeds` seeds diverge.
@@ -73,7 +73,7 @@ def _refit_seeds(opened: search.Search, n_seeds: int) -> list[LoggedModel]:
     return models
 
 
-def _find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
+def _find_refit(opened: Search, seed: int) -> LoggedModel | None:
     """Return the model of the best trial's finished and evaluated refit with `seed`, if there is one."""
     tags = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
     for run in runs.nested_runs(opened.run_id, "refit"):
@@ -82,7 +82,7 @@ def _find_refit(opened: search.Search, seed: int) -> LoggedModel | None:
     return None
 
 
-def _refit_best(opened: search.Search, seed: int) -> LoggedModel:
+def _refit_best(opened: Search, seed: int) -> LoggedModel:
     """Fit the best trial's hyperparameters on training and validation images together, and score the test images.
 
     The validation images chose the hyperparameters and cannot report on them; the test images, unseen so far, do so once
@@ -139,7 +139,7 @@ def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
     models[0].tags.update({name: str(value) for name, value in metrics.items()})
 
 
-def _summarize_job(opened: search.Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
+def _summarize_job(opened: Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
     """Return the lines of the summary: the results, and the next commands."""
     tags = models[0].tags
     mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])

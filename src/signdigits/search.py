@@ -10,70 +10,25 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import mlflow
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from signdigits import files, plots
-from signdigits.config import Hyperparameters, StudyParameters
+from signdigits.config import StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
-from signdigits.errors import StorageError, UsageError
+from signdigits.errors import StorageError
 from signdigits.model import architecture
 from signdigits.tracking import runs, urls
 from signdigits.tuning import executors, storage
-from signdigits.tuning.objective import TrialContext
-from signdigits.tuning.progress import format_value
-from signdigits.tuning.space import Space
-from signdigits.tuning.study import (
-    automatic_name,
-    count_finished,
-    load_study,
-    rank_trials,
-    reconcile_stores,
-    study_settings,
-)
+from signdigits.tuning.space import Space, format_value
+from signdigits.tuning.study import Search, automatic_name, count_finished, load_study, reconcile_stores, study_settings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Search:
-    """An open study with the context of its trials."""
-
-    study: optuna.Study
-    context: TrialContext
-    parameters: StudyParameters
-
-    @property
-    def run_id(self) -> str:
-        return self.context.run_id
-
-    @property
-    def data(self) -> Data:
-        return self.context.data
-
-    @property
-    def best(self) -> FrozenTrial:
-        """The best complete trial. Raises UsageError if there is none."""
-        trials = rank_trials(self.study)
-        if not trials:
-            raise UsageError(
-                f"study {self.study.study_name}: no complete trial (or its run was deleted in the UI); raise --timeout or "
-                "--n_trials"
-            )
-        return trials[0]
-
-    @property
-    def best_hyperparameters(self) -> Hyperparameters:
-        return self.context.space.complete(self.best.params)
-
-    @property
-    def finished(self) -> int:
-        return count_finished(self.study)
 
 
 def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
@@ -101,7 +56,7 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     with storage.lock_study(parameters.storage, name):
         study = load_study(name, settings, space, parameters)
         with _study_run(study) as run_id:
-            opened = Search(study, TrialContext(name, run_id, data, space, parameters.metric), parameters)
+            opened = Search(study, run_id, data, space, parameters)
             _describe_study(opened)
             reconcile_stores(study)
             yield opened
@@ -132,7 +87,7 @@ def optimize_study(opened: Search) -> None:
 def run_missing_trials(opened: Search) -> None:
     """Run the missing trials, and leave none RUNNING in either store, also after an error."""
     try:
-        executors.run_trials(opened.study, opened.context, opened.parameters)
+        executors.run_trials(opened)
     except StorageInternalError as error:  # nothing can be recorded; the next start reconciles the stores
         raise StorageError(
             f"study {opened.study.study_name}: {storage.first_line(error)}; once the database is back, run the same "
@@ -160,7 +115,7 @@ def param_importances(study: optuna.Study) -> dict[str, float]:
 
 def _describe_study(opened: Search) -> None:
     """Log the study's parameters, search space and data to its run, with a description."""
-    data, space, parameters = opened.data, opened.context.space, opened.parameters
+    data, space, parameters = opened.data, opened.space, opened.parameters
     ranges = {name: str(r) for name, r in space.ranges.items()}
     runs.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
     mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")
@@ -189,7 +144,7 @@ def _describe_study(opened: Search) -> None:
 
 def _log_study(opened: Search) -> None:
     """Log the best trial, the counts, the importances and Optuna's plots to the study's run."""
-    study, metric, best = opened.study, opened.context.metric, opened.best
+    study, metric, best = opened.study, opened.parameters.metric, opened.best
     trials = study.get_trials(deepcopy=False)
     for state in TrialState:
         mlflow.log_metric(f"trials_{state.name.lower()}", sum(trial.state == state for trial in trials))

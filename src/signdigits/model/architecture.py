@@ -31,7 +31,7 @@ def build_network(
     """
     from keras import Input, Sequential, layers
 
-    from signdigits.model.normalization import FusedBatchNormalization
+    from signdigits.model.layers import FusedBatchNormalization
 
     conv_blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
     check_blocks(conv_blocks, image_shape[0])
@@ -104,7 +104,7 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
     """Compile the network with Adam, an exponentially decaying learning rate, cross-entropy from logits, and accuracy."""
     from keras import losses, metrics, optimizers
 
-    from signdigits.model.optimizer import SingleReplicaAdam
+    from signdigits.model.layers import SingleReplicaAdam
 
     schedule = optimizers.schedules.ExponentialDecay(
         hyperparameters.initial_learning_rate, hyperparameters.decay_steps, hyperparameters.decay_rate

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import keras
 import mlflow
@@ -12,56 +12,44 @@ from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.model import training
 from signdigits.tracking import runs
-from signdigits.tuning.space import Space
-from signdigits.tuning.study import FAILURE_REASON
+from signdigits.tuning.study import FAILURE_REASON, Search
 
 
-@dataclass(frozen=True)
-class TrialContext:
-    """The context that the trials of a study share."""
-
-    study_name: str
-    run_id: str  # run of the study, in which the runs of the trials are nested
-    data: Data
-    space: Space
-    metric: str  # val_accuracy, val_loss or robust_accuracy
-
-
-def objective(trial: optuna.Trial, context: TrialContext) -> float:
+def objective(trial: optuna.Trial, search: Search) -> float:
     """Train with the hyperparameters that the trial suggests, and return the metric that the study optimizes."""
-    data = context.data
-    with _trial_run(trial, context):
-        hyperparameters = context.space.suggest(trial)
+    data, metric = search.data, search.parameters.metric
+    with _trial_run(trial, search):
+        hyperparameters = search.space.suggest(trial)
         mlflow.log_params(asdict(hyperparameters))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
-        pruning = Pruning(trial, context.metric)
-        callbacks = [*_measure_robustness(context), pruning]
+        pruning = Pruning(trial, metric)
+        callbacks = [*_measure_robustness(search), pruning]
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=callbacks)
         _log_result(trial, fitted, data, pruned=pruning.pruned)
     if pruning.pruned:
         raise optuna.TrialPruned
-    return fitted.last(context.metric)
+    return fitted.last(metric)
 
 
 @contextmanager
-def _trial_run(trial: optuna.Trial, context: TrialContext) -> Iterator[None]:
+def _trial_run(trial: optuna.Trial, search: Search) -> Iterator[None]:
     """Open the nested run of a trial; an exception becomes the trial's failure reason."""
-    tags = {"trial": trial.number, "study": context.study_name} | trial.user_attrs
+    tags = {"trial": trial.number, "study": search.study.study_name} | trial.user_attrs
     try:
-        with runs.start_run("trial", f"trial-{trial.number:03d}", parent_run_id=context.run_id, tags=tags) as run:
+        with runs.start_run("trial", f"trial-{trial.number:03d}", parent_run_id=search.run_id, tags=tags) as run:
             trial.set_user_attr("mlflow_run_id", run.info.run_id)
-            lineage.log_data(context.data, parts=("training", "validation"))
+            lineage.log_data(search.data, parts=("training", "validation"))
             yield
     except Exception as error:
         trial.set_user_attr(FAILURE_REASON, f"{type(error).__name__}: {error}"[:2000])
         raise
 
 
-def _measure_robustness(context: TrialContext) -> list[keras.callbacks.Callback]:
+def _measure_robustness(search: Search) -> list[keras.callbacks.Callback]:
     """Return the callback that measures robust_accuracy, if the study optimizes it."""
-    if context.metric != "robust_accuracy":
+    if search.parameters.metric != "robust_accuracy":
         return []
-    return [training.RobustAccuracy(context.data.validation, mirrored=context.space.includes_mirror_images())]
+    return [training.RobustAccuracy(search.data.validation, mirrored=search.space.includes_mirror_images())]
 
 
 def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:

@@ -157,5 +157,10 @@ def is_logarithmic(name: str) -> bool:
     return any(getattr(space.get(name), "log", False) for space in SPACES.values())
 
 
+def format_value(value: Any) -> str:
+    """Return the value of a hyperparameter for logs, with three digits if it is a float."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _is_integer(name: str) -> bool:
     return {f.name: f.type for f in fields(Hyperparameters)}[name] is int

@@ -48,13 +48,13 @@ def open_storage(storage: str) -> RDBStorage:
 
     In a shared storage, trials have a heartbeat, and connections are retried while the database is down.
     """
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats are, since 2021
     shared = is_shared(storage)
     options: dict[str, Any] = {
         "engine_kwargs": {"pool_pre_ping": True}, "heartbeat_interval": HEARTBEAT_INTERVAL, "grace_period": GRACE_PERIOD,
     }  # fmt: skip
     try:
-        with ignore_experimental_warnings():
-            opened = RDBStorage(storage, **(options if shared else {}))
+        opened = RDBStorage(storage, **(options if shared else {}))
     except Exception as error:  # of Optuna, SQLAlchemy, the driver or the network
         raise _unusable_storage(storage, error) from error
     if shared:
@@ -75,14 +75,6 @@ def connect_with_retries(dialect: Any, record: object, arguments: list[Any], opt
                     "run the same command to continue"
                 ) from error
         time.sleep(1)
-
-
-@contextmanager
-def ignore_experimental_warnings() -> Iterator[None]:
-    """Silence the warnings that long-standing features of Optuna are experimental."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
 
 
 @contextmanager
@@ -116,31 +108,25 @@ def _lock_in_database(url: URL, name: str) -> Iterator[None]:
 
 @contextmanager
 def _lock_file(url: URL, name: str) -> Iterator[None]:
-    lock = _make_lock(url, name)
+    """A lock beside the SQLite database, for all who may write to that; else in the temporary folder."""
+    database = Path(url.database or "").absolute()
+    in_file = url.get_backend_name() == "sqlite" and database.name not in ("", ":memory:")
+    if in_file:
+        file = database.with_name(f"{database.name}-{_digest(name)}.lock")
+    else:
+        file = Path(tempfile.gettempdir(), f"signdigits-{_digest(f'{url}{name}')}.lock")
+    mode: dict[str, Any] = {"mode": database.stat().st_mode & 0o777} if in_file and database.exists() else {}
     try:
-        lock.acquire(timeout=0)
+        lock = filelock.FileLock(file, timeout=0, **mode).acquire()
     except filelock.Timeout as error:
         raise _study_in_use(name) from error
     except OSError as error:  # no such folder, another account's lock, or a full disk
-        raise UsageError(f"study {name}: cannot lock {lock.lock_file} ({error.strerror}); {_LOCK_REMEDY}") from error
-    try:
+        raise UsageError(
+            f"study {name}: cannot lock {file} ({error.strerror}); choose a folder that you can write to in --storage, or "
+            "remove the lock if no search is running"
+        ) from error
+    with lock:
         yield
-    finally:
-        lock.release()
-
-
-_LOCK_REMEDY = "choose a folder that you can write to in --storage, or remove the lock if no search is running"
-
-
-def _make_lock(url: URL, name: str) -> filelock.FileLock:
-    """Return the lock of a study beside its SQLite database, for all who may write to that; else in the temporary folder."""
-    database = Path(url.database or "").absolute()
-    if url.get_backend_name() != "sqlite" or not database.name or database.name == ":memory:":
-        return filelock.FileLock(Path(tempfile.gettempdir(), f"signdigits-{_digest(f'{url}{name}')}.lock"))
-    file = database.with_name(f"{database.name}-{_digest(name)}.lock")
-    return (
-        filelock.FileLock(file, mode=database.stat().st_mode & 0o777) if database.exists() else filelock.FileLock(file)
-    )
 
 
 def _digest(text: str) -> str:
@@ -148,9 +134,8 @@ def _digest(text: str) -> str:
 
 
 def _unusable_storage(storage: str, error: Exception) -> UsageError:
-    if isinstance(error, ImportError):  # the driver is missing
-        return UsageError(f"storage={storage}: {first_line(error)}; {install_hint('cluster')}")
-    return UsageError(f"storage={storage}: {first_line(error)}")
+    remedy = f"; {install_hint('cluster')}" if isinstance(error, ImportError) else ""  # the driver is missing
+    return UsageError(f"storage={storage}: {first_line(error)}{remedy}")
 
 
 def first_line(error: Exception) -> str:

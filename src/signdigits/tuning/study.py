@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits.config import StudyParameters
+from signdigits.config import Hyperparameters, StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import UsageError
@@ -26,6 +27,32 @@ WARM_START_TRIALS = 5
 MIN_COMPLETE_TRIALS = 3  # before the pruner may prune
 MAX_RETRIES = 3  # retries of an interrupted trial: its parameters may be what kills the process
 PERCENTILE = 75.0  # lenient, because early accuracies predict late ones poorly
+
+
+@dataclass(frozen=True)
+class Search:
+    """An open study and what its trials share."""
+
+    study: optuna.Study
+    run_id: str  # run of the study, in which the runs of the trials are nested
+    data: Data
+    space: Space
+    parameters: StudyParameters
+
+    @property
+    def best(self) -> FrozenTrial:
+        """The best complete trial. Raises UsageError if there is none."""
+        trials = rank_trials(self.study)
+        if not trials:
+            raise UsageError(
+                f"study {self.study.study_name}: no complete trial (or its run was deleted in the UI); raise --timeout or "
+                "--n_trials"
+            )
+        return trials[0]
+
+    @property
+    def best_hyperparameters(self) -> Hyperparameters:
+        return self.space.complete(self.best.params)
 
 
 def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
