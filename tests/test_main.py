@@ -36,10 +36,23 @@ ONE, TWO = RefitParameters(n_seeds=1), RefitParameters(n_seeds=2)
 
 @pytest.fixture(scope="module")
 def finished_job(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Path:
-    """The folder of the stores of a finished job with two refits."""
+    """The folder of the stores of a finished job with two refits.
+
+    It was interrupted once, between the first refit's training and its evaluation.
+    """
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
     folder = tmp_path_factory.mktemp("job")
     with store_like(empty_store, folder):
-        main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(main.evaluate, "score_model", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+        assert Counter(run.info.status for run in runs()) == {"FINISHED": 2, "KILLED": 2}
+        decision = main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+        assert (decision.version, decision.alias) == ("1", "champion")
     return folder
 
 
@@ -54,20 +67,14 @@ def runs() -> list[Run]:
     return list(mlflow.search_runs(search_all_experiments=True, output_format="list"))
 
 
-def test_interrupted_job_is_resumed(store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interruption comes between the refit's training and its evaluation."""
+def refits() -> dict[str, Run]:
+    """The refits that were not killed, by seed."""
+    return {
+        run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit" and run.info.status != "KILLED"
+    }
 
-    def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(main.evaluate, "score_model", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
-    assert Counter(run.info.status for run in runs()) == {"FINISHED": 2, "KILLED": 2}
-
-    decision = main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
-    assert (decision.version, decision.alias) == ("1", "champion")
+def test_interrupted_job_is_resumed(job: str) -> None:
     roles = Counter((run.data.tags["role"], run.info.status) for run in runs())
     assert roles == {
         ("study", "FINISHED"): 1,
@@ -78,7 +85,7 @@ def test_interrupted_job_is_resumed(store: str, loaded: loading.Data, monkeypatc
 
 
 def test_refit_uses_training_and_validation(job: str, loaded: loading.Data) -> None:
-    (refit,) = [run for run in runs() if run.data.tags["role"] == "refit" and run.data.tags["seed"] == "1337"]
+    refit = refits()["1337"]
     used = [item for item in refit.inputs.dataset_inputs if item.dataset.name == "bars"]
     inputs = {tag.value: item.dataset.digest for item in used for tag in item.tags}
     assert inputs == {
@@ -93,9 +100,8 @@ def test_refit_uses_training_and_validation(job: str, loaded: loading.Data) -> N
 
 
 def test_first_seed_is_registered(job: str) -> None:
-    refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
-    assert set(refits) == {"1337", "1338"}
-    accuracies = [run.data.metrics["test_accuracy"] for run in refits.values()]
+    assert set(refits()) == {"1337", "1338"}
+    accuracies = [run.data.metrics["test_accuracy"] for run in refits().values()]
     (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
     assert study.data.metrics["test_accuracy_mean"] == pytest.approx(np.mean(accuracies))
     assert study.data.metrics["test_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
@@ -105,7 +111,7 @@ def test_first_seed_is_registered(job: str) -> None:
 
 
 def test_second_start_keeps_rollback(job: str, loaded: loading.Data) -> None:
-    other = dataclasses.replace(STUDY, study_name="other")
+    other = dataclasses.replace(STUDY, n_trials=1, study_name="other")
     assert main.main(loaded, SPACE, other, ONE, RegistryParameters(force=True)).version == "2"
     register.register(ModelParameters(), VersionParameters(version=1))
     again = main.main(loaded, SPACE, other, ONE, RegistryParameters(force=True))
@@ -132,20 +138,20 @@ def test_deleted_alias_names_remedy(
 
 
 def test_refit_that_learns_nothing_is_skipped(
-    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    job: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def collapse(original: Callable[..., training.Fit]) -> Callable[..., training.Fit]:
         def fit(network: Any, images: Any, validation: Any, hyperparameters: Any, **options: Any) -> training.Fit:
             fitted = original(network, images, validation, hyperparameters, **options)
-            if validation is None and hyperparameters.seed == 1337:
+            if validation is None and hyperparameters.seed == 1339:
                 fitted.history["accuracy"][-1] = 0.0
             return fitted
 
         return fit
 
     monkeypatch.setattr(training, "fit_network", collapse(training.fit_network))
-    main.main(loaded, SPACE, dataclasses.replace(STUDY, n_trials=1), ONE, RegistryParameters())
-    refits = {run.data.tags["seed"]: run for run in runs() if run.data.tags["role"] == "refit"}
-    assert (refits["1337"].info.status, refits["1338"].info.status) == ("FAILED", "FINISHED")
-    assert refits["1337"].data.tags["failure_reason"].startswith("TrainingDiverged: training accuracy 0.0000")
-    assert "refit with seed 1337 skipped" in caplog.text
+    main.main(loaded, SPACE, STUDY, RefitParameters(n_seeds=3), RegistryParameters())
+    statuses = {seed: run.info.status for seed, run in refits().items()}
+    assert statuses == {"1337": "FINISHED", "1338": "FINISHED", "1339": "FAILED", "1340": "FINISHED"}
+    assert refits()["1339"].data.tags["failure_reason"].startswith("TrainingDiverged: training accuracy 0.0000")
+    assert "refit with seed 1339 skipped" in caplog.text

@@ -1,9 +1,10 @@
-import sqlite3
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection, create_engine, event, text
 
 from signdigits.errors import StorageError, UsageError
 from signdigits.tuning import storage
@@ -53,34 +54,29 @@ def test_memory_has_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert not list(tmp_path.iterdir())
 
 
-class Dialect:
-    """A dialect as SQLAlchemy passes it to `do_connect`, of a database that is down for some attempts."""
-
-    loaded_dbapi = sqlite3
-
-    def __init__(self, *answers: Exception | str) -> None:
-        self.answers = list(answers)
-
-    def connect(self, *arguments: object, **options: object) -> str:
-        answer = self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+def connect(database: Path, **options: object) -> Connection:
+    """Connect as to a shared storage. Without its folder, SQLite says that it cannot open the file."""
+    engine = create_engine(f"sqlite:///{database}", connect_args=options)
+    event.listen(engine, "do_connect", storage.connect_with_retries)
+    return engine.connect()
 
 
-def test_connection_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
-    away = sqlite3.OperationalError("server closed the connection")
-    assert storage.connect_with_retries(Dialect(away, away, "here again"), None, [], {}) == "here again"
+def test_connection_is_retried(tmp_path: Path) -> None:
+    database = tmp_path / "later" / "optuna.db"
+    timer = threading.Timer(0.5, database.parent.mkdir)
+    timer.start()
+    with connect(database) as connection:
+        assert connection.scalar(text("SELECT 1")) == 1
+    timer.join()
 
 
-def test_other_errors_are_not_retried() -> None:
-    with pytest.raises(sqlite3.IntegrityError):
-        storage.connect_with_retries(Dialect(sqlite3.IntegrityError("twice")), None, [], {})
-
-
-def test_retries_end_after_max_downtime(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_end_after_max_downtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "MAX_DOWNTIME", -1.0)
-    away = sqlite3.OperationalError("server closed the connection")
-    with pytest.raises(StorageError, match=r"down for -1 s .*server closed.*run the same command to continue"):
-        storage.connect_with_retries(Dialect(away), None, [], {})
+    message = r"down for -1 s .*unable to open database file.*run the same command to continue"
+    with pytest.raises(StorageError, match=message):
+        connect(tmp_path / "never" / "optuna.db")
+
+
+def test_other_errors_are_not_retried(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="sslmode"):
+        connect(tmp_path / "optuna.db", sslmode="require")
