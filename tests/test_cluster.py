@@ -192,6 +192,7 @@ def test_killed_worker_loses_no_trial(cluster: Cluster, settings: dict[str, str]
     search = Search("killed-worker", photographs, settings)
     driver = search.start()
     try:
+        wait_for_work(search, driver, seconds=300)
         kill_worker(search, cluster, driver)
         output, _ = driver.communicate(timeout=300)
     finally:
