@@ -13,7 +13,7 @@ import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel
 
-from signdigits import evaluate, prepare, register, search
+from signdigits import evaluate, prepare, register
 from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
@@ -21,6 +21,7 @@ from signdigits.errors import TrainingDiverged
 from signdigits.model import training
 from signdigits.model.calibration import Calibration
 from signdigits.packaging import package
+from signdigits.search import open_study, optimize_study
 from signdigits.tracking import registry, runs, urls
 from signdigits.tuning.space import Space, format_value
 from signdigits.tuning.study import Search
@@ -35,34 +36,34 @@ def main(
 
     After an interruption the same call continues; when everything is done, it changes nothing.
     """
-    with search.open_study(data, space, study) as opened:
+    with open_study(data, space, study) as search:
         runs.log_params(asdict(refits) | asdict(promotion))
         prepare.log_report(data)
-        search.optimize_study(opened)
-        models = _refit_seeds(opened, refits.n_seeds)
+        optimize_study(search)
+        models = _refit_seeds(search, refits.n_seeds)
         _log_refit_scores(models)
         decision = register.previous_decision(promotion.model_name, models[0]) or register.promote_model(
             models[0], promotion
         )
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
-    for line in _summarize_job(opened, models, decision):
+    for line in _summarize_job(search, models, decision):
         log.info("%s", line)
     return decision
 
 
-def _refit_seeds(opened: Search, n_seeds: int) -> list[LoggedModel]:
+def _refit_seeds(search: Search, n_seeds: int) -> list[LoggedModel]:
     """Refit the best trial with successive seeds; a seed whose training diverges is skipped.
 
     Raises TrainingDiverged if more than `n_seeds` seeds diverge.
     """
     models: list[LoggedModel] = []
-    first = opened.best_hyperparameters.seed
+    first = search.best_hyperparameters.seed
     for seed in range(first, first + 2 * n_seeds):
-        model = _find_refit(opened, seed)
+        model = _find_refit(search, seed)
         try:
             if not model:
-                log.info("refit %d/%d of trial %d, with seed %d", len(models) + 1, n_seeds, opened.best.number, seed)
-                model = _refit_best(opened, seed)
+                log.info("refit %d/%d of trial %d, with seed %d", len(models) + 1, n_seeds, search.best.number, seed)
+                model = _refit_best(search, seed)
             models.append(model)
         except TrainingDiverged as error:
             log.warning("refit with seed %d skipped: %s", seed, error)
@@ -73,31 +74,38 @@ def _refit_seeds(opened: Search, n_seeds: int) -> list[LoggedModel]:
     return models
 
 
-def _find_refit(opened: Search, seed: int) -> LoggedModel | None:
+def _find_refit(search: Search, seed: int) -> LoggedModel | None:
     """Return the model of the best trial's finished and evaluated refit with `seed`, if there is one."""
-    tags = {"role": "refit", "trial": str(opened.best.number), "seed": str(seed)}
-    for run in runs.nested_runs(opened.run_id, "refit"):
+    tags = {"role": "refit", "trial": str(search.best.number), "seed": str(seed)}
+    for run in runs.nested_runs(search.run_id, "refit"):
         if tags.items() <= run.data.tags.items() and run.info.status == "FINISHED":
             return registry.find_model(run.info.run_id, "")
     return None
 
 
-def _refit_best(opened: Search, seed: int) -> LoggedModel:
+def _refit_best(search: Search, seed: int) -> LoggedModel:
     """Fit the best trial's hyperparameters on training and validation images together, and score the test images.
 
     The validation images chose the hyperparameters and cannot report on them; the test images, unseen so far, do so once
-    per seed. Temperature and outlier threshold are the trial's, because no images are left to fit them on.
+    per seed. Temperature and outlier threshold are the trial's, because no images are left to fit them on. Raises
+    TrainingDiverged if the training accuracy is less than half of the trial's.
     """
-    data, best = opened.data, opened.best
-    hyperparameters = replace(opened.best_hyperparameters, seed=seed)
-    facts = {"study": opened.study.study_name, "trial": best.number, "seed": seed}
+    data, best = search.data, search.best
+    hyperparameters = replace(search.best_hyperparameters, seed=seed)
+    facts = {"study": search.study.study_name, "trial": best.number, "seed": seed}
     with runs.start_run("refit", f"refit, seed {seed}"):
         mlflow.set_tags(facts)
         runs.log_params(asdict(hyperparameters))
         lineage.log_data(data, parts=("fitting",))
         network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.fitting, None, hyperparameters)
-        _check_learned(fitted, opened.best.user_attrs.get("accuracy", 0.0))
+        # At high learning rates some seeds end with dead ReLUs and learn nothing. The training images show it.
+        accuracy, trial_accuracy = fitted.last("accuracy"), best.user_attrs.get("accuracy", 0.0)
+        if accuracy < trial_accuracy / 2:
+            raise TrainingDiverged(
+                f"training accuracy {accuracy:.4f}, but {trial_accuracy:.4f} in the trial; lower "
+                f"initial_learning_rate={hyperparameters.initial_learning_rate:g}"
+            )
         training.log_curves(fitted)
         runs.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
         facts |= {"val_accuracy": best.user_attrs["val_accuracy"]}
@@ -106,19 +114,6 @@ def _refit_best(opened: Search, seed: int) -> LoggedModel:
         info = package.log_model(fitted.in_float32(), calibration, data, facts)
         evaluate.score_model(mlflow.get_logged_model(info.model_id), data.dataset, data.split)
         return mlflow.get_logged_model(info.model_id)
-
-
-def _check_learned(fitted: training.Fit, trial_accuracy: float) -> None:
-    """Raise TrainingDiverged if the training accuracy is less than half of the trial's.
-
-    At high learning rates some seeds end with dead ReLUs and learn nothing. The training images show it: the test images are
-    not involved.
-    """
-    if fitted.last("accuracy") < trial_accuracy / 2:
-        raise TrainingDiverged(
-            f"training accuracy {fitted.last('accuracy'):.4f}, but {trial_accuracy:.4f} in the trial; lower "
-            f"initial_learning_rate={fitted.hyperparameters.initial_learning_rate:g}"
-        )
 
 
 def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
@@ -139,15 +134,15 @@ def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
     models[0].tags.update({name: str(value) for name, value in metrics.items()})
 
 
-def _summarize_job(opened: Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
+def _summarize_job(search: Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
     """Return the lines of the summary: the results, and the next commands."""
     tags = models[0].tags
     mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])
     rows = {
-        "study": opened.study.study_name,
-        "best": f"trial {opened.best.number}",
-        **{name: format_value(value) for name, value in opened.best.params.items()},
-        "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(opened.data.validation)} images",
+        "study": search.study.study_name,
+        "best": f"trial {search.best.number}",
+        **{name: format_value(value) for name, value in search.best.params.items()},
+        "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(search.data.validation)} images",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
         f"over {len(models)} seeds": f"{mean:.4f} +/- {std:.4f}",
         "robust accuracy": f"{float(tags['robust_accuracy']):.4f}, worst {float(tags['worst_accuracy']):.4f}: {tags['worst_corruption']}",
@@ -156,21 +151,18 @@ def _summarize_job(opened: Search, models: Sequence[LoggedModel], decision: regi
         "because": decision.reason,
     }
     width = max(map(len, rows))
-    link = urls.compare_url(urls.ui_url(), runs.find_run(opened.run_id))
+    link = urls.compare_url(urls.ui_url(), runs.find_run(search.run_id))
+    stock = f"mlflow models serve -m models:/{shlex.quote(decision.model_name)}@champion"
+    serving = [f"  serve it     {stock} --env-manager uv"]
+    if urls.is_checkout():
+        serving = [
+            f"  serve it     scripts/serve{registry.name_option(decision.model_name)}, or: {stock}",
+            "  ask it       scripts/ask PHOTOGRAPH...",
+        ]
     return [
         "",
         *(f"  {name:{width}}  {value}" for name, value in rows.items()),
         "",
         f"  see it       {urls.ui_command()}, then {link}",
-        *_list_serving_commands(decision.model_name),
-    ]
-
-
-def _list_serving_commands(model_name: str) -> list[str]:
-    stock = f"mlflow models serve -m models:/{shlex.quote(model_name)}@champion"
-    if not urls.is_checkout():
-        return [f"  serve it     {stock} --env-manager uv"]
-    return [
-        f"  serve it     scripts/serve{registry.name_option(model_name)}, or: {stock}",
-        "  ask it       scripts/ask PHOTOGRAPH...",
+        *serving,
     ]

@@ -6,6 +6,8 @@
 The same command continues the same study after an interruption: the name is derived from the data and the settings.
 """
 
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from signdigits.model import architecture
 from signdigits.tracking import runs, urls
 from signdigits.tuning import executors, storage
 from signdigits.tuning.space import Space, format_value
-from signdigits.tuning.study import Search, automatic_name, count_finished, load_study, reconcile_stores, study_settings
+from signdigits.tuning.study import Search, count_finished, load_study, reconcile_stores, study_settings
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,9 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     # Fail before the search, not in the middle of it.
     architecture.check_blocks(space.ends("conv_blocks")[1], data.image_size)
     settings = study_settings(data, space, parameters)
-    name = parameters.study_name if parameters.study_name != "auto" else automatic_name(data, settings)
+    name = parameters.study_name
+    if name == "auto":
+        name = f"{data.dataset.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     executors.check_stores(parameters)
     with storage.lock_study(parameters.storage, name):
         study = load_study(name, settings, space, parameters)
@@ -78,25 +82,25 @@ def _study_run(study: optuna.Study) -> Iterator[str]:
                 mlflow.MlflowClient().log_metric(launched, "trials_added", added)
 
 
-def optimize_study(opened: Search) -> None:
+def optimize_study(search: Search) -> None:
     """Run trials until the study has `n_trials` finished ones or the timeout, and log the results."""
-    run_missing_trials(opened)
-    _log_study(opened)
+    run_missing_trials(search)
+    _log_study(search)
 
 
-def run_missing_trials(opened: Search) -> None:
+def run_missing_trials(search: Search) -> None:
     """Run the missing trials, and leave none RUNNING in either store, also after an error."""
     try:
-        executors.run_trials(opened)
+        executors.run_trials(search)
     except StorageInternalError as error:  # nothing can be recorded; the next start reconciles the stores
         raise StorageError(
-            f"study {opened.study.study_name}: {storage.first_line(error)}; once the database is back, run the same "
+            f"study {search.study.study_name}: {storage.first_line(error)}; once the database is back, run the same "
             "command to continue"
         ) from error
     except BaseException:
-        reconcile_stores(opened.study)
+        reconcile_stores(search.study)
         raise
-    reconcile_stores(opened.study)  # a worker that lost its heartbeat may have continued for a while
+    reconcile_stores(search.study)  # a worker that lost its heartbeat may have continued for a while
 
 
 def param_importances(study: optuna.Study) -> dict[str, float]:
@@ -113,18 +117,18 @@ def param_importances(study: optuna.Study) -> dict[str, float]:
     return {f"importance_{name}": value for name, value in importances.items()}
 
 
-def _describe_study(opened: Search) -> None:
+def _describe_study(search: Search) -> None:
     """Log the study's parameters, search space and data to its run, with a description."""
-    data, space, parameters = opened.data, opened.space, opened.parameters
+    data, space, parameters = search.data, search.space, search.parameters
     ranges = {name: str(r) for name, r in space.ranges.items()}
     runs.log_params(asdict(data.parameters) | ranges | dict(space.fixed) | asdict(parameters))
     mlflow.log_dict(ranges | dict(space.fixed), "study/space.json")
     lineage.log_data(data, parts=("training", "validation"))
     if data.parameters.log_data:
-        lineage.log_photographs(data.dataset, opened.run_id)
+        lineage.log_photographs(data.dataset, search.run_id)
     runs.log_versions()
     # Tags, because a continued study may have more trials or another timeout, and MLflow's parameters cannot change.
-    mlflow.set_tags({"study": opened.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})
+    mlflow.set_tags({"study": search.study.study_name, "n_trials": parameters.n_trials, "timeout": parameters.timeout})
     rows = runs.markdown_table(
         [
             ("searched", "from"),
@@ -142,9 +146,9 @@ def _describe_study(opened: Search) -> None:
     )
 
 
-def _log_study(opened: Search) -> None:
+def _log_study(search: Search) -> None:
     """Log the best trial, the counts, the importances and Optuna's plots to the study's run."""
-    study, metric, best = opened.study, opened.parameters.metric, opened.best
+    study, metric, best = search.study, search.parameters.metric, search.best
     trials = study.get_trials(deepcopy=False)
     for state in TrialState:
         mlflow.log_metric(f"trials_{state.name.lower()}", sum(trial.state == state for trial in trials))

@@ -245,27 +245,18 @@ class WorkerPool:
         return True
 
     def collect_result(self, worker: Worker, number: int | None, error: str) -> None:
-        """Make a worker idle that has started or ended a trial, unless its host fails too often."""
+        """Give the worker another trial, unless its host fails too often: then all its workers end."""
         failures, host = self.progress.failures, worker.host
         if number is not None:
             self.progress(self.study, self.study.get_trials(deepcopy=False)[number], host)
         elif error:
             failures[host] = MAX_FAILURES
-        if host not in self.excluded and failures[host] < MAX_FAILURES:
+        if failures[host] >= MAX_FAILURES and host not in self.excluded:
+            log.warning("host %s is excluded: %s", host, error)
+            self.excluded[host] = error
+            self.idle = [idle for idle in self.idle if idle.host != host]  # Ray ends an actor that nothing refers to
+        if host not in self.excluded:
             self.idle.append(worker)
-        elif host not in self.excluded:
-            self.exclude_host(host, error)
-
-    def exclude_host(self, host: str, reason: str) -> None:
-        """Start no more workers and trials on a host, and kill its workers."""
-        import ray
-
-        log.warning("host %s is excluded: %s", host, reason)
-        self.excluded[host] = reason
-        for worker in self.busy:  # whose references then raise RayActorError
-            if worker.host == host:
-                ray.kill(worker.actor)
-        self.idle = [worker for worker in self.idle if worker.host != host]  # Ray ends an actor without a handle
 
     def replace_worker(self, worker: Worker) -> None:
         """Retry the trial of a dead worker, and start another worker unless the host is excluded."""

@@ -1,7 +1,5 @@
 """The Optuna study: its name, sampler, pruner and first trials, and the recovery of interrupted trials."""
 
-import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +64,6 @@ def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dic
         "objective": parameters.metric,
         "pruner": parameters.pruner,
     }
-
-
-def automatic_name(data: Data, settings: dict[str, Any]) -> str:
-    """Return the data set's name with eight hexadecimal digits of the digest of `settings`."""
-    return f"{data.dataset.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
 
 def load_study(name: str, settings: dict[str, Any], space: Space, parameters: StudyParameters) -> optuna.Study:
@@ -149,11 +142,6 @@ def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def _is_interrupted(trial: FrozenTrial) -> bool:
-    """Tell a trial whose process was killed from one that failed with an error."""
-    return trial.state == TrialState.FAIL and FAILURE_REASON not in trial.user_attrs
-
-
 def reconcile_stores(study: optuna.Study) -> None:
     """Fail the trials that a killed process left RUNNING, end their MLflow runs, and enqueue their parameters again.
 
@@ -173,7 +161,8 @@ def retry_interrupted(study: optuna.Study) -> None:
     A process that is killed between its writes to the two stores leaves a FINISHED run of a failed trial.
     """
     trials = study.get_trials(deepcopy=False)
-    interrupted = {trial.number: trial for trial in trials if _is_interrupted(trial)}
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    interrupted = {trial.number: trial for trial in failed if FAILURE_REASON not in trial.user_attrs}
     retried = {trial.user_attrs.get("retry_of") for trial in trials}
     for number, trial in interrupted.items():
         retries = trial.user_attrs.get("retries", 0)
