@@ -81,7 +81,7 @@ def test_deleted_study_ends_search(
         mlflow.MlflowClient().restore_experiment(study.info.experiment_id)
     again = search.search(loaded, SPACE, STUDY)
     assert again.run_id == study.info.run_id
-    assert [trial.state.name for trial in again.study.trials] == ["FAIL", "COMPLETE"]
+    assert [trial.state.name for trial in again.study.trials].count("COMPLETE") == 1
 
 
 def test_deleted_trial_fails_alone(store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,6 @@ def fit_network(
     hyperparameters: Hyperparameters,
     *,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-    title: str = "",
 ) -> Fit:
     """Train a new network, autologged to the active run.
 
@@ -90,7 +89,7 @@ def fit_network(
         # The pipeline shuffles and batches; autolog records these two, and would record a batch_size of None.
         shuffle=False,
         batch_size=batch_size,
-        callbacks=[keras.callbacks.TerminateOnNaN(), *averaging, *validating, *callbacks, ProgressBar(title)],
+        callbacks=[keras.callbacks.TerminateOnNaN(), *averaging, *validating, *callbacks, ProgressBar()],
         verbose=0,
     ).history
     for name in sorted(
@@ -183,19 +182,12 @@ class RobustAccuracy(keras.callbacks.Callback):
 
 
 class ProgressBar(keras.callbacks.Callback):
-    """Show the epoch, its metrics and the time left: a bar on a terminal, a line an epoch elsewhere.
-
-    With a title the bar vanishes at the end and no lines are printed: the search prints one line a trial.
-    """
-
-    def __init__(self, title: str) -> None:
-        super().__init__()
-        self.title = title
+    """Show the epoch, its metrics and the time left: a bar on a terminal, a line an epoch elsewhere."""
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self.started = time.monotonic()
         total = self.params["epochs"] * self.params["steps"]
-        self.bar = tqdm(total=total, desc=self.title, unit="step", leave=not self.title, disable=None)
+        self.bar = tqdm(total=total, unit="step", disable=None)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self.bar.update()
@@ -203,9 +195,9 @@ class ProgressBar(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         done, epochs = epoch + 1, self.params["epochs"]
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in (logs or {}).items())
-        self.bar.set_description(f"{self.title} epoch {done}/{epochs}".strip())
+        self.bar.set_description(f"epoch {done}/{epochs}")
         self.bar.set_postfix_str(metrics)
-        if not self.title and not sys.stderr.isatty():
+        if not sys.stderr.isatty():
             left = (time.monotonic() - self.started) / done * (epochs - done)
             log.info("epoch %*d/%d  %s  %.0f s left", len(str(epochs)), done, epochs, metrics, left)
 
