@@ -7,7 +7,6 @@ mlflow run . -e predict -P images=TABLE.csv -P workers=8 -P ray_address=auto
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def _score_job(output: Output, photographs: BatchInput, model: LoggedModel, para
         source = LocalArtifactDatasetSource(str(photographs.folder))
         mlflow.log_input(MetaDataset(source, photographs.name, job.digest), "prediction")
         started = time.monotonic()
-        scored = score_missing(output, split_into_chunks(photographs), model, parameters)
+        scored = _score_missing(output, photographs, model, parameters)
         seconds = time.monotonic() - started
         output.write_csv()
         _log_summary(output, photographs, scored, seconds)
@@ -73,20 +72,17 @@ def _score_job(output: Output, photographs: BatchInput, model: LoggedModel, para
     return output
 
 
-def split_into_chunks(photographs: BatchInput) -> list[Chunk]:
-    starts = range(0, len(photographs.paths), CHUNK_SIZE)
-    return [
-        Chunk(number, str(photographs.folder), photographs.paths[start : start + CHUNK_SIZE])
-        for number, start in enumerate(starts)
-    ]
-
-
-def score_missing(output: Output, chunks: Sequence[Chunk], model: LoggedModel, parameters: PredictParameters) -> int:
+def _score_missing(output: Output, photographs: BatchInput, model: LoggedModel, parameters: PredictParameters) -> int:
     """Score the chunks without a part file, and return the number of their photographs."""
+    paths = photographs.paths
+    chunks = [
+        Chunk(number, str(photographs.folder), paths[start : start + CHUNK_SIZE])
+        for number, start in enumerate(range(0, len(paths), CHUNK_SIZE))
+    ]
     missing = [chunk for chunk in chunks if not output.part(chunk.number).exists()]
     if not missing:
         return 0
-    n_total, n_missing = (sum(len(chunk.paths) for chunk in some) for some in (chunks, missing))
+    n_total, n_missing = len(paths), sum(len(chunk.paths) for chunk in missing)
     model_folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
     logged = started = time.monotonic()
     with tqdm(total=n_total, initial=n_total - n_missing, unit=" images", disable=None) as bar:
