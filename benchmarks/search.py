@@ -40,7 +40,7 @@ def rows(photographs: str) -> list[Row]:
     for name, peer, target in (("plain", "a plain Optuna loop", 8.0), ("hyperband", "Keras Tuner's Hyperband", 2.0)):
         ratio = statistics.median(one[name] / one["ours"] for one in seconds)
         ours, theirs = (", ".join(f"{one[key]:.0f}" for one in seconds) for key in ("ours", name))
-        what = f"time to within {TOLERANCE:.1%} of the best of {TRIALS} trials, median of {len(SEEDS)} seeds"
+        what = f"time to within {100 * TOLERANCE:g} points of the best of {TRIALS} trials, median of {len(SEEDS)} seeds"
         table.append(Row(what, peer, ratio, target, True, f"{ours} s against {theirs} s"))
     return table
 
