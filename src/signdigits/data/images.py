@@ -146,7 +146,13 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     try:
         transform = _find_transform(image)
         mode = "RGB" if color_mode == "rgb" or transform else "L"
-        resized = _resize(_convert(_flatten_on_white(_apply_orientation(image)), mode), image_size).convert(mode)
+        transposition = TRANSPOSITIONS.get(read_orientation(image))
+        flat = _flatten_on_white(image if transposition is None else image.transpose(transposition))
+        if flat.mode != "L":  # gray stays gray, with a third of the memory: resized, its channels are the same
+            flat = flat.convert(mode)
+        scale = image_size / max(flat.size)
+        width, height = (max(1, round(scale * side)) for side in flat.size)
+        resized = flat.resize((width, height), Image.Resampling.BILINEAR).convert(mode)
         if transform:
             resized = transform.apply(resized)
     except ImageError:
@@ -156,18 +162,6 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     if color_mode == "rgb":
         return _pad_to_square(np.array(resized))
     return (1 - _pad_to_square(np.array(resized.convert("L"))).astype(np.float32) / 255)[..., np.newaxis]
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to be resized; gray stays gray, with a third of the memory: resized, its channels are the same."""
-    return image if image.mode == "L" else image.convert(mode)
-
-
-def _resize(image: Image.Image, image_size: int) -> Image.Image:
-    """Resize the longer side to `image_size` pixels, and keep the proportions."""
-    scale = image_size / max(image.size)
-    width, height = (max(1, round(scale * side)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _pad_to_square(pixels: np.ndarray) -> np.ndarray:
@@ -202,11 +196,6 @@ def build_transform(icc_profile: bytes) -> ImageCms.ImageCmsTransform | None:
     if is_srgb or profile.profile.xcolor_space.strip() != "RGB":
         return None
     return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
-
-
-def _apply_orientation(image: Image.Image) -> Image.Image:
-    transposition = TRANSPOSITIONS.get(read_orientation(image))
-    return image if transposition is None else image.transpose(transposition)
 
 
 def _flatten_on_white(image: Image.Image) -> Image.Image:

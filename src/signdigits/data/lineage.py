@@ -55,7 +55,9 @@ def log_photographs(dataset: Dataset, run_id: str) -> None:
     The URI of their zip file, the digest and the name of the data set become tags of the run.
     """
     digest = _archive_digest(dataset)
-    uri = _find_archive(digest) or _upload_archive(dataset, run_id)
+    logged = runs.search_runs(f"tags.{PHOTOGRAPHS_DIGEST} = '{digest}' and tags.{PHOTOGRAPHS} LIKE 'runs:/%'")
+    uris = [run.data.tags[PHOTOGRAPHS] for run in logged if run.info.run_id in run.data.tags[PHOTOGRAPHS]]
+    uri = uris[0] if uris else _upload_archive(dataset, run_id)  # not that of a run which was deleted
     for tag, value in {"dataset": dataset.name, PHOTOGRAPHS_DIGEST: digest, PHOTOGRAPHS: uri}.items():
         mlflow.MlflowClient().set_tag(run_id, tag, value)
 
@@ -66,15 +68,6 @@ def _archive_digest(dataset: Dataset) -> str:
     if (file := dataset.folder / GROUPS).is_file():
         entries.append((GROUPS, hashlib.sha256(file.read_bytes()).hexdigest()))
     return compute_digest(entries)
-
-
-def _find_archive(digest: str) -> str | None:
-    """Return the URI of an archive with this digest that a run, not deleted, holds itself."""
-    for run in runs.search_runs(f"tags.{PHOTOGRAPHS_DIGEST} = '{digest}' and tags.{PHOTOGRAPHS} LIKE 'runs:/%'"):
-        uri: str = run.data.tags[PHOTOGRAPHS]
-        if uri == f"runs:/{run.info.run_id}/{ARCHIVE}":
-            return uri
-    return None
 
 
 def _upload_archive(dataset: Dataset, run_id: str) -> str:

@@ -66,7 +66,9 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
     is_added = np.array([photograph.is_added for photograph in dataset.photographs])
     original, added = np.flatnonzero(~is_added), np.flatnonzero(is_added)
     first = replace(dataset, name=dataset.origin, photographs=tuple(dataset.photographs[i] for i in original))
-    name = _choose_split(first) if name == "auto" else name
+    if name == "auto":  # random for the named data sets, wherever they lie
+        is_named = first.name == sources.HANDWRITTEN_DIGITS or first.digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
+        name = "random" if is_named else "stratified"
     training, validation, testing = (
         np.concatenate([original[indices], more])
         for indices, more in zip(_split_first(first, name), _split_added(dataset, added), strict=True)
@@ -118,12 +120,6 @@ def repeat_split(dataset: Dataset, data: str, tags: Mapping[str, str]) -> Split:
             f"{parts.digest}; pass --data the photographs that the model was trained on"
         )
     return parts
-
-
-def _choose_split(dataset: Dataset) -> str:
-    """Return `random` for the named data sets, wherever they lie, and `stratified` for other folders."""
-    is_named = dataset.name == sources.HANDWRITTEN_DIGITS or dataset.digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
-    return "random" if is_named else "stratified"
 
 
 def _split_as_keras(n: int) -> tuple[np.ndarray, np.ndarray]:
