@@ -43,9 +43,12 @@ def test_tracking_server_is_the_ui(monkeypatch: pytest.MonkeyPatch, store: str) 
     mlflow.set_tracking_uri(store)
 
 
-def test_links_import_no_tensorflow() -> None:
+def test_quick_commands_import_little() -> None:
+    """Neither TensorFlow, nor, for a rollback, what compares versions."""
     code = (
-        "import sys, signdigits.cli as cli, signdigits.links, signdigits.register, signdigits.prepare\n"
-        "sys.exit('tensorflow' in sys.modules)"
+        "import sys, signdigits.cli, signdigits.links, signdigits.register\n"
+        "assert 'signdigits.promotion' not in sys.modules\n"
+        "import signdigits.prepare\n"
+        "assert 'tensorflow' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
 
-TOKEN = (
-    "SIGN_DIGITS_NOTIFY_TOKEN"  # sent as bearer token; not an option, since options are seen in the list of processes
-)
+# Sent as bearer token; not an option, since options are seen in the list of processes.
+TOKEN = "SIGN_DIGITS_NOTIFY_TOKEN"
 ATTEMPTS, TIMEOUT = 3, 10.0  # seconds
 
 

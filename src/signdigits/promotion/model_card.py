@@ -57,7 +57,7 @@ def render_card(version: ModelVersion, model: LoggedModel) -> str:
     environment.filters["cell"] = runs.escape_cell
     environment.filters["decimals"] = lambda value, digits: f"{float(value):.{digits}f}"
     environment.filters["names"] = _quote_names
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         version=version,
         tags=model.tags,
         licence="; ".join(dict.fromkeys(LICENCES.get(root, "not recorded") for root in model.tags["data"].split(","))),
