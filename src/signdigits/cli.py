@@ -97,8 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run_command(**parse_arguments(arguments))
     except SignDigitsError as error:
-        if "MLFLOW_RUN_ID" in os.environ:
-            _record_failure(error)
+        if "MLFLOW_RUN_ID" in os.environ:  # MLflow itself only marks the run FAILED
+            with contextlib.suppress(Exception):  # the store itself may be what failed
+                from signdigits.tracking import runs
+
+                runs.note_failure(error)
         print(f"{program}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -137,14 +140,6 @@ def _describe_unexpected(error: Exception) -> str:
 
         run = f"; its run: {urls.last_run_url()}"
     return escape_undecodable(f"{type(error).__name__}: {first}; the traceback is in {file.name}{run}")
-
-
-def _record_failure(error: SignDigitsError) -> None:
-    """Record the reason on the run that `mlflow run` created; MLflow itself only marks it FAILED."""
-    with contextlib.suppress(Exception):  # the store itself may be what failed; the message is printed either way
-        from signdigits.tracking import runs
-
-        runs.note_failure(error)
 
 
 def _raise_interrupt(signum: int, frame: object) -> NoReturn:
@@ -231,9 +226,14 @@ def _parse_boolean(text: str) -> bool:
 def _run_command(command: str, **values: Any) -> None:
     """Check the parameters, open the experiment, load the photographs, and call the command's function."""
     declared = COMMANDS[command]
-    groups = [_make_group(group, values) for group in declared.parameters]
+    groups: list[Any] = []
+    for group in declared.parameters:
+        chosen = {field.name: values[field.name] for field in _list_fields(group)}
+        groups.append(Space.of(values["space"], **chosen) if group is Space else group(**chosen))
     if declared.needs_tensorflow:  # its import, and MLflow's, take seconds
-        log.info("%s: %s", command, _describe_changes(command, values))
+        defaults = parse_arguments([command])
+        changed = [f"{option}={value}" for option, value in values.items() if value != defaults[option]]
+        log.info("%s: %s", command, ", ".join(changed) or "all parameters have their defaults")
     from signdigits import startup
 
     startup.configure_mlflow()
@@ -245,27 +245,11 @@ def _run_command(command: str, **values: Any) -> None:
         runs.open_experiment(command)
     elif not values.get("model_uri"):  # a model in a folder needs no store
         store.connect_store()
-    arguments = [_load(group) if isinstance(group, config.DataParameters) else group for group in groups]
+    if isinstance(groups[0], config.DataParameters):  # before TensorFlow: an unusable folder is reported at once
+        from signdigits.data import loading
+
+        groups[0] = loading.load_data(groups[0])
     if declared.needs_tensorflow:
         startup.import_tensorflow()
     module, _, function = (declared.function or f"{command}:{command}").partition(":")
-    getattr(importlib.import_module(f"signdigits.{module}"), function)(*arguments)
-
-
-def _describe_changes(command: str, values: dict[str, Any]) -> str:
-    """Return the values that differ from the command's defaults, in words."""
-    defaults = parse_arguments([command])
-    changed = [f"{option}={value}" for option, value in values.items() if value != defaults[option]]
-    return ", ".join(changed) or "all parameters have their defaults"
-
-
-def _make_group(group: type, values: dict[str, Any]) -> Any:
-    chosen = {declared.name: values[declared.name] for declared in _list_fields(group)}
-    return Space.of(values["space"], **chosen) if group is Space else group(**chosen)
-
-
-def _load(parameters: config.DataParameters) -> Any:
-    """Load the photographs before TensorFlow is imported, so that an unusable folder is reported at once."""
-    from signdigits.data import loading
-
-    return loading.load_data(parameters)
+    getattr(importlib.import_module(f"signdigits.{module}"), function)(*groups)
