@@ -22,6 +22,10 @@ class Drift:
     distances: Mapping[str, float]
     thresholds: Mapping[str, float]
 
+    def __str__(self) -> str:
+        names = ", ".join(self.drifted) or "none"
+        return f"{len(self.drifted)} of {len(self.distances)} columns have drifted ({names})"
+
     @property
     def drifted(self) -> list[str]:
         return [name for name, distance in self.distances.items() if distance >= self.thresholds[name]]

@@ -51,31 +51,24 @@ def monitor(parameters: MonitorParameters) -> Drift | None:
     if parameters.shadow:
         _compare_with_shadow(folder, version, parameters)
         return None
-    logged = _read_reference(model)
+    tested = _read_reference(model)
     window = _read_window(folder, version, parameters)
-    reference, recent = _select_columns(logged), _select_columns(_to_table(window, logged.columns))
+    reference, recent = _select_columns(tested), _select_columns(_to_table(window, tested.columns))
     tags = {"model_id": model.model_id, "model_version": version}
     with runs.start_run("monitor", f"monitor version {version}", tags=tags):
         runs.log_params(asdict(parameters))
         drift = measure_drift(reference, recent, parameters)
         outliers = sum(record["is_outlier"] for record in window) / len(window)
         outcome = (
-            f"{len(drift.drifted)} of {len(drift.distances)} columns have drifted ({', '.join(drift.drifted) or 'none'}), "
-            f"from the test images of version {version} to its {len(window)} predictions from {window[0]['time']} to "
-            f"{window[-1]['time']}"
+            f"{drift}, from the test images of version {version} to its {len(window)} predictions "
+            f"from {window[0]['time']} to {window[-1]['time']}"
         )
         rates = f"{outliers:.1%} of the predictions are outliers ({float(model.tags['outliers_in_test']):.1%} of the test images)"
         has_drifted = drift.share >= parameters.drift_share
         mlflow.set_tag("outcome", "drift" if has_drifted else "no drift")
         mlflow.log_metrics({f"drift_{name}": distance for name, distance in drift.distances.items()})
-        mlflow.log_metrics(
-            {
-                "predictions": len(window),
-                "drifted_columns": len(drift.drifted),
-                "drifted_share": drift.share,
-                "outlier_share": outliers,
-            }
-        )
+        mlflow.log_metrics({"drifted_columns": len(drift.drifted), "drifted_share": drift.share})
+        mlflow.log_metrics({"predictions": len(window), "outlier_share": outliers})
         runs.log_figure("drift.png", lambda: plots.plot_drift(reference, recent, drift))
         runs.set_description(f"{outcome}; {rates}.\n\n{_drift_table(reference, recent, drift)}")
     if has_drifted:
