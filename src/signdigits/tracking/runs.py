@@ -69,22 +69,20 @@ def start_run(
     try:
         yield active
     except KeyboardInterrupt:
-        end_run(active, "KILLED", "interrupted")  # if `mlflow run` launched it, MLflow makes it FAILED
+        _end_run(active, "KILLED", "interrupted")  # if `mlflow run` launched it, MLflow makes it FAILED
         raise
     except BaseException as error:
-        end_run(active, "FAILED", f"{type(error).__name__}: {error}")
+        _end_run(active, "FAILED", f"{type(error).__name__}: {error}")
         if isinstance(error, MlflowException) and is_deleted(active.info.run_id):
             raise deleted_error(active.info.run_id) from error
         raise
-    end_run(active, "FINISHED")
+    _end_run(active, "FINISHED")
 
 
-def end_run(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
+def _end_run(active: mlflow.ActiveRun, status: str, reason: str = "") -> None:
     """End the active run. Raises UsageError for a run that should be FINISHED and was deleted in the meantime."""
-    if reason:
-        with contextlib.suppress(
-            MlflowException
-        ):  # such as that the run was deleted; the command prints the reason, too
+    with contextlib.suppress(MlflowException):  # of a run that was deleted
+        if reason:
             mlflow.set_tag("failure_reason", reason[:5000])
     try:
         mlflow.end_run(status)
@@ -278,9 +276,7 @@ def set_description(text: str) -> None:
 
 def log_params(params: Mapping[str, Any]) -> None:
     """Log `params` to the active run, without those that `mlflow run` has logged."""
-    active = mlflow.active_run()
-    assert active is not None
-    logged = mlflow.get_run(active.info.run_id).data.params
+    logged = mlflow.get_run(mlflow.active_run().info.run_id).data.params
     mlflow.log_params({name: value for name, value in params.items() if name not in logged})
 
 
@@ -289,9 +285,7 @@ def check_recorded(params: Mapping[str, Any], metric: str, steps: int) -> None:
 
     Some of MLflow's settings, such as asynchronous logging, can lose them silently.
     """
-    active = mlflow.active_run()
-    assert active is not None
-    run_id = active.info.run_id
+    run_id = mlflow.active_run().info.run_id
     missing = sorted(params.keys() - mlflow.get_run(run_id).data.params.keys())
     recorded = len(mlflow.MlflowClient().get_metric_history(run_id, metric))
     if missing or recorded < steps:
