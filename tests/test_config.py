@@ -1,4 +1,4 @@
-from dataclasses import asdict, fields
+from dataclasses import FrozenInstanceError, asdict, fields
 from typing import Any
 
 import optuna
@@ -40,6 +40,92 @@ def test_invalid_value_is_refused(group: type, values: dict[str, Any], message: 
 def test_defaults_have_the_declared_type(group: type) -> None:
     """The command line reads a parameter by the type of its default."""
     assert all(type(declared.default) is declared.type for declared in fields(group))
+
+
+# What each parameter accepts, and the nearest that it refuses.
+LIMITS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
+    hp.DataParameters: {"image_size": ([0, 8, 1024], [-1, 7, 1025]), "memory_budget": ([0], [-1])},
+    hp.Hyperparameters: {
+        "initial_learning_rate": ([1e-9, 1.0], [0.0, 1.1]),
+        "decay_rate": ([1e-9, 1.0], [0.0, 1.1]),
+        "decay_steps": ([1], [0]),
+        "epochs": ([1, 10_000], [0, 10_001]),
+        "batch_size": ([1, 65_536], [0, 65_537]),
+        "augmentation": ([0.0, 3.0], [-0.1, 3.1]),
+        "horizontal_flip": ([0.0, 1.0], [-0.1, 1.1]),
+        "photometric": ([0.0, 3.0], [-0.1, 3.1]),
+        "dropout": ([0.0, 0.9], [-0.1, 0.91]),
+        "conv_blocks": ([1, 8], [0, 9]),
+        "filters": ([1, 256], [0, 257]),
+        "ema_momentum": ([0.0, 0.9999], [-0.1, 1.0]),
+        "seed": ([0, 2_147_483_647], [-1, 2_147_483_648]),
+    },
+    hp.StudyParameters: {
+        "n_trials": ([1], [0]),
+        "timeout": ([0.0], [-0.1]),
+        "study_name": (["a", "a" * 200], ["", "a" * 201]),
+        "warm_start": (["", "a" * 200], ["a" * 201]),
+        "workers": ([1], [0]),
+        "cpus_per_trial": ([0], [-1]),
+        "gpus_per_trial": ([0.0, 0.5], [-0.1]),
+    },
+    hp.RefitParameters: {"n_seeds": ([1, 100], [0, 101])},
+    hp.VersionParameters: {
+        "model_name": (["a", "a" * 200], ["", "a" * 201, "a/b"]),
+        "significance_level": ([1e-9, 1.0], [0.0, 1.1]),
+        "margin": ([1e-9, 0.5], [0.0, 0.51]),
+        "version": ([0, 1], [-1]),
+    },
+    hp.PredictParameters: {"images": (["photographs"], [""]), "output": (["a"], [""]), "workers": ([1], [0])},
+    hp.MonitorParameters: {
+        "max_predictions": ([1, 1_000_000], [0, 1_000_001]),
+        "window_hours": ([0.0], [-0.1]),
+        "min_predictions": ([2], [1]),
+        "drift_distance": ([1e-9], [0.0]),
+        "drift_labels": ([1e-9, 1.0], [0.0, 1.1]),
+        "drift_share": ([1e-9, 1.0], [0.0, 1.1]),
+        "notify": (["", "https://example.org"], ["example.org"]),
+    },
+    hp.LinkParameters: {"port": ([1, 65_535], [0, 65_536])},
+}
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, limits in LIMITS.items() for name in limits])
+def test_limits_of_parameters(group: type, name: str) -> None:
+    needed = {"images": "photographs"} if group is hp.PredictParameters else {}
+    allowed, refused = LIMITS[group][name]
+    for value in allowed:
+        assert getattr(group(**{**needed, name: value}), name) == value
+    for value in refused:
+        with pytest.raises(UsageError, match=f"^{name}="):
+            group(**{**needed, name: value})
+
+
+@pytest.mark.parametrize("group", [*LIMITS, hp.SourceParameters, hp.RegistryParameters, hp.ReviewParameters])
+def test_checked_values_cannot_change(group: type) -> None:
+    made = group(images="photographs") if group is hp.PredictParameters else group()
+    with pytest.raises(FrozenInstanceError):
+        setattr(made, fields(group)[0].name, None)
+
+
+def test_all_is_for_one_decision() -> None:
+    hp.ReviewParameters(accept="all", drop="b")
+    hp.ReviewParameters(accept="b", drop="all")
+    with pytest.raises(UsageError, match="pass all to one of the two"):
+        hp.ReviewParameters(accept="all", drop="all")
+
+
+@pytest.mark.parametrize(
+    ("space", "objective", "metric"),
+    [
+        ("extended", "auto", "robust_accuracy"),
+        ("notebook", "auto", "val_accuracy"),
+        ("extended", "val_loss", "val_loss"),
+        ("notebook", "robust_accuracy", "robust_accuracy"),
+    ],
+)
+def test_space_decides_the_metric(space: str, objective: str, metric: str) -> None:
+    assert hp.StudyParameters(space=space, objective=objective).metric == metric
 
 
 def test_int_is_accepted_as_float() -> None:
