@@ -1,0 +1,127 @@
+from dataclasses import fields
+from typing import Any
+
+import optuna
+import pytest
+
+from signdigits.config import Hyperparameters
+from signdigits.errors import UsageError
+from signdigits.tuning.space import SPACES, Range, Space, is_logarithmic
+
+
+def draw(space: Space, number: int = 1) -> list[optuna.Trial]:
+    """Draw from the space, seeded, and return the trials."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trials = [study.ask() for _ in range(number)]
+    for trial in trials:
+        space.suggest(trial)
+    return trials
+
+
+@pytest.mark.parametrize(
+    ("name", "data_set", "first"),
+    [
+        ("notebook", "bars", {"initial_learning_rate": 0.001, "decay_rate": 0.96, "epochs": 20}),
+        (
+            "extended",
+            "bars",
+            {
+                "initial_learning_rate": 0.002,
+                "decay_rate": 0.02,
+                "decay_steps": 2200,
+                "epochs": 60,
+                "batch_size": 32,
+                "augmentation": 1.6,
+                "photometric": 1.0,
+                "dropout": 0.2,
+                "conv_blocks": 5,
+            },
+        ),
+        (
+            "extended",
+            "handwritten-digits",
+            {
+                "initial_learning_rate": 0.002,
+                "decay_rate": 0.02,
+                "decay_steps": 800,
+                "epochs": 20,
+                "batch_size": 32,
+                "augmentation": 1.6,
+                "photometric": 1.0,
+                "dropout": 0.2,
+                "conv_blocks": 5,
+            },
+        ),
+    ],
+)
+def test_first_trial_of_each_space(name: str, data_set: str, first: dict[str, Any]) -> None:
+    assert Space.of(name).for_data_set(data_set).baseline() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "logarithmic"),
+    [
+        ("notebook", {"initial_learning_rate"}),
+        ("extended", {"initial_learning_rate", "decay_rate", "decay_steps", "batch_size"}),
+    ],
+)
+def test_rates_are_drawn_logarithmically(name: str, logarithmic: set[str]) -> None:
+    for data_set in ("bars", "handwritten-digits"):
+        (trial,) = draw(Space.of(name).for_data_set(data_set))
+        drawn = {searched for searched, distribution in trial.distributions.items() if distribution.log}  # type: ignore[attr-defined]
+        assert drawn == logarithmic
+
+
+def test_given_range_is_drawn_like_the_spaces() -> None:
+    """A range on the command line says no more than its ends."""
+    logarithmic = {declared.name for declared in fields(Hyperparameters) if is_logarithmic(declared.name)}
+    assert logarithmic == {"initial_learning_rate", "decay_rate", "decay_steps", "batch_size"}
+
+
+def test_ends_of_a_range_are_drawn() -> None:
+    space = Space.of("extended", epochs=Range(4, 6))
+    assert {trial.params["epochs"] for trial in draw(space, 30)} == {4, 5, 6}
+    assert {trial.params["conv_blocks"] for trial in draw(space, 30)} == {4, 5}
+    assert all(4e-3 >= trial.params["initial_learning_rate"] >= 1e-3 for trial in draw(space, 30))
+    assert space.ends("epochs") == (4, 6)
+    assert Space.of("extended", epochs=4).ends("epochs") == (4, 4)
+
+
+def test_range_may_be_one_value() -> None:
+    (trial,) = draw(Space.of("notebook", epochs=Range(3, 3)))
+    assert trial.params["epochs"] == 3
+
+
+def test_given_value_holds_for_every_data_set() -> None:
+    space = Space.of("extended", epochs=Range(50, 55), decay_steps="auto").for_data_set("handwritten-digits")
+    assert space.ranges["epochs"] == Range(50, 55)
+    assert str(space.ranges["decay_steps"]) == "500:1200"
+    assert space.fixed["ema_momentum"] == 0.99
+
+
+@pytest.mark.parametrize(
+    ("flip", "mirrors"), [("auto", True), (0.0, False), (Range(0.0, 0.5), True), (Range(0.0, 0.0), False)]
+)
+def test_probability_decides_the_mirror_images(flip: Any, mirrors: bool) -> None:
+    assert Space.of("extended", horizontal_flip=flip).includes_mirror_images() is mirrors
+
+
+def test_values_move_to_the_nearest_end() -> None:
+    """Trials of another study may lie outside."""
+    space = Space.of("notebook")
+    assert space.clip({"epochs": 9, "decay_rate": 0.05}) == {"epochs": 10, "decay_rate": 0.1}
+    assert space.clip({"epochs": 41, "decay_rate": 0.5}) == {"epochs": 40, "decay_rate": 0.5}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_values_of_a_trial_complete_the_space(name: str) -> None:
+    space = Space.of(name, filters=8)
+    completed = space.complete({"epochs": 45})
+    assert (completed.epochs, completed.filters) == (45, 8)
+    assert completed.normalization == {"notebook": "none", "extended": "batch"}[name]
+
+
+@pytest.mark.parametrize("values", [{"dropout": Range(0.5, 0.95)}, {"seed": -1}, {"conv_blocks": Range(0, 3)}])
+def test_values_are_checked(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(values))):
+        Space.of("extended", **values)
