@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -9,7 +10,7 @@ import pytest
 from signdigits.config import DataParameters, SourceParameters
 from signdigits.data import loading, sources, split
 from signdigits.data.dataset import Dataset, scan_dataset
-from signdigits.errors import DataError
+from signdigits.errors import DataError, ModelError
 
 from .conftest import SIZE, write_photographs
 
@@ -145,4 +146,67 @@ def test_unusable_groups_are_refused(tmp_path: Path, content: str | None, messag
     if content is not None:
         (folder / split.GROUPS).write_text(content)
     with pytest.raises(DataError, match=message):
+        split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")
+
+
+def test_added_photographs_are_divided_by_checksum(photographs: Path) -> None:
+    """A fifth of the possible checksums is for the test, and a fifth of the others for validation."""
+    alone = scan_dataset(SourceParameters(data=str(photographs)))
+    found = {
+        "00000000": "testing", "33333333": "testing", "33333334": "validation",
+        "5c28f5c2": "validation", "5c28f5c3": "training", "ffffffff": "training",
+    }  # fmt: skip
+    added = [
+        replace(alone.photographs[0], path=f"0/+more/{checksum}.jpeg", checksum=checksum.ljust(64, "0"))
+        for checksum in found
+    ]
+    joined = replace(alone, name="bars+more", photographs=(*alone.photographs, *added))
+    made = split.split_dataset(joined, "stratified")
+    parts = {
+        part: {path[-13:-5] for path in paths(joined, indices) if "+" in path} for part, indices in made.parts.items()
+    }
+    assert parts == {part: {c for c, where in found.items() if where == part} for part in made.parts}
+    for part, indices in split.split_dataset(alone, "stratified").parts.items():
+        assert [path for path in paths(joined, made.parts[part]) if "+" not in path] == paths(alone, indices)
+
+
+def test_split_of_a_model_is_repeated(photographs: Path) -> None:
+    dataset = scan_dataset(SourceParameters(data=str(photographs)))
+    made = {name: split.split_dataset(dataset, name) for name in ("random", "stratified")}
+    tags = {"split": "stratified", "dataset_digest": made["stratified"].digest}
+    assert paths(dataset, split.repeat_split(dataset, "bars", tags).testing) == paths(
+        dataset, made["stratified"].testing
+    )
+    assert split.repeat_split(dataset, "bars", {"dataset_digest": made["random"].digest}).name == "random"
+    for other in ("0" * 32, "f" * 32, made["random"].digest):
+        with pytest.raises(ModelError, match="pass --data the photographs that the model was trained on"):
+            split.repeat_split(dataset, "bars", tags | {"dataset_digest": other})
+
+
+def test_class_is_cut_by_a_fifth_twice(tmp_path: Path) -> None:
+    """Of 13, 3 are for the test; of the 10 others, 2 for validation."""
+    dataset = scan_dataset(SourceParameters(data=str(write_photographs(tmp_path / "bars", each=13))))
+    made = split.split_dataset(dataset, "stratified")
+    counts = {part: np.bincount(dataset.labels[indices]).tolist() for part, indices in made.parts.items()}
+    assert counts == {"training": [8] * 3, "validation": [2] * 3, "testing": [3] * 3}
+    assert paths(dataset, made.fitting) == paths(dataset, made.training) + paths(dataset, made.validation)
+    for indices in made.parts.values():
+        assert list(dataset.labels[indices]) != sorted(dataset.labels[indices]), "not class by class"
+
+
+def test_odd_count_is_split_as_keras(tmp_path: Path) -> None:
+    """A fifth of 42 is 8.4; one image of class 0 is enough for the test, and none is not."""
+    made = check_split_is_that_of_keras(write_photographs(tmp_path / "bars", each=14))
+    assert (len(made.training), len(made.validation), len(made.testing)) == (27, 7, 8)
+    dataset = scan_dataset(SourceParameters(data=str(write_photographs(tmp_path / "few" / "bars", each=12))))
+    with pytest.raises(
+        DataError, match="bars/0: too few photographs to split: 12 in the class leave 0 for test; add more"
+    ):
+        split.split_dataset(dataset, "random")
+
+
+def test_groups_of_few_are_refused(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars", each=4)
+    write_groups(folder, 1)
+    with pytest.raises(DataError, match="bars: too few photographs to split"):
         split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")
