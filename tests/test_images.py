@@ -1,6 +1,8 @@
 import io
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pillow_heif
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from signdigits.data import images
-from signdigits.data.images import ImageError, count_pixels, decode_image, load_image, open_image, to_array
+from signdigits.data.images import ImageError, count_pixels, decode_image, load_image, open_image, read_file, to_array
 
 pillow_heif.register_heif_opener()
 
@@ -108,8 +110,36 @@ def test_large_images_are_refused_undecoded() -> None:
         open_image(encode(Image.new("1", (20_000, 20_000))))
 
 
+def test_limits_of_a_file(tmp_path: Path) -> None:
+    """40 million bytes and 120 million pixels are allowed; of a larger file no more is read than shows that it is."""
+    with pytest.raises(ImageError, match="not an image"):
+        open_image(bytes(40_000_000))
+    large = tmp_path / "large.jpg"
+    with large.open("wb") as file:
+        file.truncate(41_000_000)
+    content = read_file(large)
+    assert len(content) == 40_000_001
+    with pytest.raises(ImageError, match="more than the 40,000,000 bytes allowed"):
+        open_image(content)
+    assert open_image(encode(Image.new("1", (12_000, 10_000)))).size == (12_000, 10_000)
+
+
+def test_cancelled_decoding_stops() -> None:
+    cancelled = Event()
+    content = encode(half_black(size=(400, 400)), "JPEG")
+    load_image(open_image(content, cancelled.is_set), 20)
+    image = open_image(content, cancelled.is_set)
+    cancelled.set()
+    with pytest.raises(ImageError, match="cancelled"):
+        load_image(image, 20)
+    with pytest.raises(ImageError, match="cancelled"):
+        open_image(content, cancelled.is_set)
+
+
 def test_damaged_metadata_is_ignored() -> None:
-    whole = encode(half_black())
+    picture = half_black()
+    picture.paste("red", (0, 0, 10, 40))
+    whole = encode(picture)
     chunk = b"eXIf" + b"junk that is no EXIF"
     exif = len(chunk[4:]).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
     after_header = 33
@@ -154,6 +184,13 @@ def test_every_mode_is_handled(mode: str) -> None:
     array = to_array(image, 20, "rgb")
     assert array[:9].max() < 20
     assert array[11:].min() > 235
+
+
+def test_transparency_outside_the_palette_is_refused() -> None:
+    image = half_black("P")
+    image.info["transparency"] = bytes(300)
+    with pytest.raises(ImageError, match="cannot be converted"):
+        to_array(image, 20, "rgb")
 
 
 @pytest.mark.parametrize("format_", ["AVIF", "HEIF", "JPEG", "WEBP"])
