@@ -21,12 +21,17 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PythonModelContext
 from PIL import Image
 
+from signdigits import startup
 from signdigits.config import MODEL_NAME
-from signdigits.data import loading
+from signdigits.data import images, loading
+from signdigits.model import outliers
 from signdigits.packaging import prediction_log
+from signdigits.packaging.pyfunc_model import SignDigits, softmax, to_bytes
 from signdigits.packaging.reply import FIELDS
+from signdigits.serving.invocation import Invocation
 from signdigits.tracking import registry
 
 from .conftest import serving, store_like
@@ -322,3 +327,151 @@ def test_client_prints_a_table(served: Served, tmp_path: Path) -> None:
     assert "start scripts/serve" in nobody.stderr
     nonsense = ask(str(bad), "--url", "localhost")
     assert (nonsense.returncode, "Traceback" in nonsense.stderr) == (2, False)
+
+
+@pytest.fixture(scope="module")
+def pinpoint(tmp_path_factory: pytest.TempPathFactory) -> SignDigits:
+    """A loaded model of gray photographs of 20 x 20; each of its three classes has a hundredth of one pixel as logit."""
+    folder = tmp_path_factory.mktemp("pinpoint")
+    network = keras.Sequential([keras.Input((20, 20, 1)), keras.layers.Flatten(), keras.layers.Dense(5)])
+    weights = np.zeros((400, 5), np.float32)
+    weights[[20 * row + column for row, column in PINPOINTS], [0, 1, 2]] = 1
+    network.set_weights([weights, np.array([0, 0, 0, 1, 0], np.float32)])  # the last two are the features
+    with startup.filtered_stderr():
+        network.export(folder / "network.tflite", format="litert", verbose=False)
+    outliers.Detector(np.array([[0, 1]], np.float32), threshold=2**0.5).save(folder / "detector.npz")
+    settings = {"class_names": list("abc"), "image_size": 20, "color_mode": "grayscale", "temperature": 0.5}
+    (folder / "settings.json").write_text(json.dumps(settings | {"logged_fields": ["label"]}))
+    artifacts = {
+        "network": str(folder / "network.tflite"),
+        "settings": str(folder / "settings.json"),
+        "detector": str(folder / "detector.npz"),
+        "images": images.__file__,
+        "outliers": outliers.__file__,
+        "prediction_log": prediction_log.__file__,
+    }
+    model = SignDigits()
+    model.load_context(PythonModelContext(artifacts, {}))
+    return model
+
+
+PINPOINTS = [(0, 0), (5, 12), (19, 19)]
+
+
+def dotted(*points: tuple[int, int]) -> bytes:
+    """A white photograph with black pixels at rows and columns."""
+    pixels = np.full((20, 20), 255, np.uint8)
+    for point in points:
+        pixels[point] = 0
+    return encode(Image.fromarray(pixels), "PNG")
+
+
+def ask(model: SignDigits, *photographs: bytes, **params: Any) -> Any:
+    """The rows of the reply to a request in this process."""
+    table = pd.DataFrame({"image": list(photographs)})
+    return model.predict(None, table, params).to_dict("records")
+
+
+def test_probabilities_are_a_softmax(pinpoint: SignDigits) -> None:
+    """With the temperature 0.5 a logit of 1 counts twice; the photograph without black has none."""
+    found = ask(pinpoint, dotted((5, 12)), dotted((0, 0), (19, 19)), dotted())
+    e = np.e**2
+    assert list(found[0]["probabilities"].values()) == pytest.approx([1 / (e + 2), e / (e + 2), 1 / (e + 2)])
+    assert list(found[1]["probabilities"].values()) == pytest.approx(
+        [e / (1 + 2 * e), 1 / (1 + 2 * e), e / (1 + 2 * e)]
+    )
+    assert list(found[2]["probabilities"].values()) == pytest.approx([1 / 3] * 3)
+    assert (found[0]["label"], found[0]["probability"]) == ("b", pytest.approx(e / (e + 2)))
+    assert softmax(np.array([[1000.0, 1000.0], [0.0, -1000.0]])).tolist() == [[0.5, 0.5], [1, 0]]
+
+
+def test_score_of_1_is_no_outlier(pinpoint: SignDigits) -> None:
+    (found,) = ask(pinpoint, dotted())
+    assert found["outlier_score"] == pytest.approx(1)
+    assert not found["is_outlier"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pinpoint, "detector", pinpoint.detector.with_threshold(1.3))
+        assert ask(pinpoint, dotted())[0]["is_outlier"], "1.09"
+
+
+@pytest.mark.parametrize(
+    ("label", "rows", "columns"), [(0, [0], [0]), (1, [2, 3], [5, 6]), (2, [9], [9])], ids=["corner", "inside", "last"]
+)
+def test_explanation_is_where_the_pixel_is(
+    pinpoint: SignDigits, label: int, rows: list[int], columns: list[int]
+) -> None:
+    """A patch covers four twentieths of the side, from one before its cell of two to one behind it."""
+    (found,) = ask(pinpoint, dotted(PINPOINTS[label]), explain=True)
+    assert found["label"] == "abc"[label]
+    lost = np.array(found["explanation"])
+    expected = np.zeros((10, 10), bool)
+    expected[np.ix_(rows, columns)] = True
+    np.testing.assert_array_equal(lost > 1, expected)
+    mean = 1 / 400
+    np.testing.assert_allclose(lost[expected], (1 - mean) / 0.5, atol=1e-3)
+    assert np.abs(lost[~expected]).max() < 0.01
+
+
+def test_sixteen_rows_can_be_explained(pinpoint: SignDigits) -> None:
+    assert len(ask(pinpoint, *[dotted((0, 0))] * 16, explain=True)) == 16
+    with pytest.raises(MlflowException, match="17 rows are more than the 16 allowed"):
+        ask(pinpoint, *[dotted((0, 0))] * 17, explain=True)
+
+
+@pytest.mark.parametrize(("bad", "is_cut"), [(10, False), (11, True)])
+def test_ten_reasons_are_given(pinpoint: SignDigits, bad: int, is_cut: bool) -> None:
+    with pytest.raises(MlflowException) as raised:
+        ask(pinpoint, dotted(), *[b"five fingers"] * bad)
+    reasons = raised.value.message.split("; ")
+    assert reasons[:10] == [f"row {row}: not an image" for row in range(1, 11)]
+    assert reasons[10:] == ["..."] * is_cut
+
+
+def test_one_large_request_at_a_time(pinpoint: SignDigits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where a request has a time limit, as in a server; others are answered meanwhile."""
+    large, small = base64.b64decode(blank(4001, 4000)), base64.b64decode(blank(4000, 4000))
+    with pinpoint.large_request:
+        assert len(ask(pinpoint, large)) == 1, "without a limit"
+        monkeypatch.setattr(pinpoint, "timeout", 600.0)
+        assert len(ask(pinpoint, small)) == 1
+        with pytest.raises(MlflowException, match="busy with other large photographs; try again"):
+            ask(pinpoint, large)
+    assert len(ask(pinpoint, large)) == 1
+    assert not pinpoint.large_request.locked()
+
+
+def test_log_has_the_duration(pinpoint: SignDigits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = prediction_log.PredictionLog.from_environ({prediction_log.FOLDER: str(tmp_path)})
+    monkeypatch.setattr(pinpoint, "prediction_log", log)
+    ask(pinpoint, dotted((5, 12)), dotted())
+    (file,) = tmp_path.iterdir()
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert (first["label"], first["row"], second["row"]) == ("b", 0, 1)
+    assert 0 < first["seconds"] < 10
+    assert first["request_id"] == ""
+
+
+def test_late_request_is_given_up(pinpoint: SignDigits, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Invocation("seven")
+    token = pinpoint.request.set(request)
+    try:
+        assert len(ask(pinpoint, dotted())) == 1
+        assert not pinpoint.start_timer()()
+        request.cancelled.set()
+        assert pinpoint.start_timer()()
+        with pytest.raises(MlflowException, match="cancelled"):
+            ask(pinpoint, dotted())
+    finally:
+        pinpoint.request.reset(token)
+    monkeypatch.setattr(pinpoint, "timeout", 0.0)
+    with pytest.raises(MlflowException, match="cancelled"):
+        ask(pinpoint, dotted())
+    opened = pinpoint.open(dotted(), lambda: False)
+    assert pinpoint.infer(opened, lambda: True) == "no time left"
+
+
+@pytest.mark.parametrize(
+    ("value", "content"), [("data:image/png;base64,aGFuZA==", b"hand"), (" aGFu\nZA==\n", b"hand"), (b"hand", b"hand")]
+)
+def test_base64_in_any_form_is_read(value: str | bytes, content: bytes) -> None:
+    assert to_bytes(value) == content
