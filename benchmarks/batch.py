@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from ai_edge_litert.interpreter import Interpreter
 
-from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
+from benchmarks.measure import Row, in_turns, temporary_store
+from benchmarks.servers import log_untrained
 from signdigits import predict
 from signdigits.config import DataParameters, PredictParameters
 from signdigits.data import images, loading

@@ -10,14 +10,8 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
 import mlflow
-from mlflow.models.model import ModelInfo
 
 from signdigits import startup
-from signdigits.config import Hyperparameters
-from signdigits.data import loading
-from signdigits.model import training
-from signdigits.packaging import package
-from signdigits.tracking import runs
 
 
 @dataclass(frozen=True)
@@ -59,15 +53,6 @@ def temporary_store(experiment: str) -> Iterator[str]:
         mlflow.create_experiment(experiment, artifact_location=f"file://{folder}/artifacts")
         mlflow.set_experiment(experiment)
         yield folder
-
-
-def log_untrained(loaded: loading.Data) -> ModelInfo:
-    """Log the notebook's network with its initial weights, for measurements of speed."""
-    with runs.start_run("train", "train"):
-        network = training.new_network(loaded.image_shape, loaded.n_classes, Hyperparameters())
-        fitted = training.Fit(network, {}, Hyperparameters())
-        calibration = training.calibrate_network(fitted, loaded.training, loaded.validation)
-        return package.log_model(network, calibration, loaded, {})
 
 
 def measure_part(name: str, photographs: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Servers to measure: `mlflow models serve`, `python -m signdigits serve`, and clients for both."""
+"""Models and servers to measure: `mlflow models serve`, `python -m signdigits serve`, and clients for both."""
 
 import base64
 import contextlib
@@ -18,10 +18,13 @@ from typing import Any, TypeVar
 
 import mlflow
 import psutil
+from mlflow.models.model import ModelInfo
 
-from benchmarks.measure import log_untrained
-from signdigits.config import MODEL_NAME
+from signdigits.config import MODEL_NAME, Hyperparameters
 from signdigits.data import loading
+from signdigits.model import training
+from signdigits.packaging import package
+from signdigits.tracking import runs
 
 T = TypeVar("T")
 LONGEST = 300.0  # seconds that any step may take
@@ -110,6 +113,15 @@ def serve(folder: Path, *options: str, port: int = 0) -> Iterator[Server]:
     line = [sys.executable, "-m", "signdigits", "serve", "--port", str(port), *options]
     with run_server(line, port, folder / f"serve-{port}.log") as process:
         yield Server(process, port)
+
+
+def log_untrained(loaded: loading.Data) -> ModelInfo:
+    """Log the notebook's network with its initial weights, for measurements of speed."""
+    with runs.start_run("train", "train"):
+        network = training.new_network(loaded.image_shape, loaded.n_classes, Hyperparameters())
+        fitted = training.Fit(network, {}, Hyperparameters())
+        calibration = training.calibrate_network(fitted, loaded.training, loaded.validation)
+        return package.log_model(network, calibration, loaded, {})
 
 
 def register_versions(loaded: loading.Data) -> None:

@@ -12,8 +12,8 @@ import tensorflow as tf
 from PIL import Image
 
 from benchmarks import servers
-from benchmarks.measure import Row, in_turns, log_untrained, temporary_store
-from benchmarks.servers import make_client, make_request
+from benchmarks.measure import Row, in_turns, temporary_store
+from benchmarks.servers import log_untrained, make_client, make_request
 from signdigits.config import DataParameters
 from signdigits.data import loading
 from signdigits.model import architecture
