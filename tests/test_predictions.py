@@ -116,6 +116,6 @@ def test_refused_photograph_is_a_mistake(champion: str, photographs: Path) -> No
     dataset = scan_dataset(DataParameters(data=str(photographs)))
     table = pd.DataFrame({"path": [photograph.path for photograph in dataset.photographs[:3]], "label": "0"})
     contents = dict(zip(table["path"], [b"no image", *map(dataset.read, dataset.photographs[1:3])], strict=True))
-    asked = predictions._ask_champion(predictions._load_scorer(find_champion()), table, contents.__getitem__)
-    assert asked["prediction"].isna().tolist() == [True, False, False]
-    assert np.allclose(asked.filter(regex=r"^p\(").to_numpy()[0], 1 / 3)
+    predicted = predictions._predict_images(predictions._load_scorer(find_champion()), table, contents.__getitem__)
+    assert predicted["prediction"].isna().tolist() == [True, False, False]
+    assert np.allclose(predicted.filter(regex=r"^p\(").to_numpy()[0], 1 / 3)

@@ -118,15 +118,13 @@ def _challenge(
     result = comparison.compare_predictions(collected.challenger, collected.champion, rules)
     mlflow.log_text(files.to_csv(collected.to_table()), "gate/predictions.csv")
     mlflow.set_tag("champion_trained_on", collected.n_known)
-    table, mine, theirs = result.contingency_table, version.tags, champion.tags
+    table, new, old = result.contingency_table, version.tags, champion.tags
     reason = (
         f"test accuracy {table.accuracy:.4f} against {table.champion_accuracy:.4f} of version {champion.version} on "
         f"{collected.description}; {result}"
     )
-    if mine["test_digest"] == theirs.get("test_digest") and "robust_accuracy" in mine.keys() & theirs.keys():
-        reason += (
-            f"; robust accuracy {float(mine['robust_accuracy']):.4f} against {float(theirs['robust_accuracy']):.4f}"
-        )
+    if new["test_digest"] == old.get("test_digest") and "robust_accuracy" in new.keys() & old.keys():
+        reason += f"; robust accuracy {float(new['robust_accuracy']):.4f} against {float(old['robust_accuracy']):.4f}"
     return result.passes, reason, result
 
 

@@ -70,8 +70,8 @@ def collect_predictions(version: ModelVersion, champion: ModelVersion) -> Predic
             "--force true assigns the alias anyway"
         )
     photographs = {photograph.path: photograph for photograph in dataset.photographs}
-    theirs = _ask_champion(scorer, unseen, lambda path: dataset.read(photographs[path]))
-    return Predictions(unseen, theirs, _describe_images(champion, unseen, known), known)
+    predicted = _predict_images(scorer, unseen, lambda path: dataset.read(photographs[path]))
+    return Predictions(unseen, predicted, _describe_images(champion, unseen, known), known)
 
 
 def read_predictions(version: ModelVersion) -> pd.DataFrame:
@@ -155,7 +155,7 @@ def _scan_photographs(version: ModelVersion, paths: set[str]) -> Dataset:
     return chosen
 
 
-def _ask_champion(scorer: Scorer, challenger: pd.DataFrame, read: Callable[[str], bytes]) -> pd.DataFrame:
+def _predict_images(scorer: Scorer, challenger: pd.DataFrame, read: Callable[[str], bytes]) -> pd.DataFrame:
     """Return the champion's predictions; a photograph that it refuses is wrong, and all its classes equally probable."""
     log.info("predicting %d test images of the challenger with the champion", len(challenger))
     table = scorer.score_photographs(list(challenger["path"]), read)
