@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,11 +21,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits import evaluate, register, startup, train
-from signdigits.config import DataParameters, Hyperparameters, ModelParameters, VersionParameters
+from signdigits import startup
+from signdigits.config import (
+    DataParameters,
+    Hyperparameters,
+    ModelParameters,
+    RefitParameters,
+    RegistryParameters,
+    StudyParameters,
+    VersionParameters,
+)
 from signdigits.data import loading
 from signdigits.packaging import package
 from signdigits.tracking import runs
+from signdigits.tuning.space import Range, Space
 
 if TYPE_CHECKING:
     import keras
@@ -34,6 +44,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PROJECT = Path(__file__).parents[1]
 SIZE = 16  # pixels: the smallest network that still has its three poolings
+# Of `finished_job`.
+SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
+STUDY = StudyParameters(n_trials=2, pruner="none", space="notebook")
+TWO = RefitParameters(n_seeds=2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -167,6 +181,12 @@ def store(tmp_path: Path, empty_store: Path) -> Iterator[str]:
 def champion_store(fill_once: Callable[..., Path], loaded: loading.Data, empty_store: Path) -> Path:
     """An MLflow database, to copy, with a trained, evaluated and registered model."""
 
+    from signdigits import (
+        evaluate,
+        register,
+        train,
+    )  # they import TensorFlow, which pytest-xdist's main process never needs
+
     def create(folder: Path) -> None:
         shutil.copy(empty_store, folder / "mlflow.db")
         with use_store(folder):
@@ -183,6 +203,31 @@ def champion(tmp_path: Path, champion_store: Path) -> Iterator[str]:
     """Yield a store with version 1 of the registered model as the champion."""
     with store_like(champion_store, tmp_path) as uri:
         yield uri
+
+
+@pytest.fixture(scope="session")
+def finished_job(fill_once: Callable[..., Path], loaded: loading.Data, empty_store: Path) -> Path:
+    """The folder of the stores, to copy, of a job with two trials and two refits.
+
+    It was interrupted once, between the first refit's training and its evaluation.
+    """
+    from signdigits import main
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    def run(folder: Path) -> None:
+        with store_like(empty_store, folder):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(main.evaluate, "score_model", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+            statuses = Counter(run.info.status for run in runs.search_runs(""))
+            assert statuses == {"FINISHED": 2, "KILLED": 2}
+            decision = main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
+            assert (decision.version, decision.alias) == ("1", "champion")
+
+    return fill_once("job", run)
 
 
 def calibrate(network: "keras.Sequential", loaded: loading.Data, temperature: float = 1.0) -> "Calibration":

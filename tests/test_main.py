@@ -17,43 +17,17 @@ from signdigits.config import (
     ModelParameters,
     RefitParameters,
     RegistryParameters,
-    StudyParameters,
     VersionParameters,
 )
 from signdigits.data import loading
 from signdigits.model import training
 from signdigits.tracking import registry
-from signdigits.tuning.space import Range, Space
 
-from .conftest import copy_stores, store_like
+from .conftest import SPACE, STUDY, TWO, copy_stores
 
 pytestmark = pytest.mark.slow
 
-SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
-STUDY = StudyParameters(n_trials=2, pruner="none", space="notebook")
-ONE, TWO = RefitParameters(n_seeds=1), RefitParameters(n_seeds=2)
-
-
-@pytest.fixture(scope="module")
-def finished_job(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Path:
-    """The folder of the stores of a finished job with two refits.
-
-    It was interrupted once, between the first refit's training and its evaluation.
-    """
-
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    folder = tmp_path_factory.mktemp("job")
-    with store_like(empty_store, folder):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(main.evaluate, "score_model", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
-        assert Counter(run.info.status for run in runs()) == {"FINISHED": 2, "KILLED": 2}
-        decision = main.main(loaded, SPACE, STUDY, TWO, RegistryParameters())
-        assert (decision.version, decision.alias) == ("1", "champion")
-    return folder
+ONE = RefitParameters(n_seeds=1)
 
 
 @pytest.fixture

@@ -12,12 +12,10 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from signdigits import links, main
-from signdigits.config import LinkParameters, RefitParameters, RegistryParameters, StudyParameters
-from signdigits.data import loading
-from signdigits.tuning.space import Range, Space
+from signdigits import links
+from signdigits.config import LinkParameters
 
-from .conftest import answers, free_port, store_like, wait_until
+from .conftest import answers, copy_stores, free_port, wait_until
 
 pytest.importorskip("playwright", reason="needs the extra .[browser]")
 
@@ -28,8 +26,6 @@ from . import browser
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Chromium")]
 
 SEARCHED = {"decay_rate", "initial_learning_rate", "epochs"}
-SPACE = Space.of("notebook", epochs=Range(1, 4), batch_size=16, initial_learning_rate=Range(1e-4, 1e-3, log=True))
-STUDY = StudyParameters(n_trials=4, pruner="none", space="notebook")
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,10 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, empty_store: Path) -> Iterator[Finished]:
+def finished(tmp_path_factory: pytest.TempPathFactory, finished_job: Path) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("ui")
     port = free_port()
-    with store_like(empty_store, folder) as store:
-        mlflow.set_experiment("sign-digits")
-        main.main(loaded, SPACE, STUDY, RefitParameters(n_seeds=1), RegistryParameters())
+    with copy_stores(finished_job, folder) as store:
         found = mlflow.search_runs(filter_string="tags.role = 'study'", output_format="list")[0]
         kept = [item.path for item in mlflow.MlflowClient().list_artifacts(found.info.run_id, "study")]
         pictures = [Path(path).name for path in kept if path.endswith(".png")]
@@ -74,7 +68,7 @@ def window() -> Iterator[Browser]:
 
 
 def test_trials_are_nested_under_study(window: Browser, finished: Finished) -> None:
-    nested = ["refit, seed 1337", "trial-003", "trial-002", "trial-001", "trial-000"]
+    nested = ["refit, seed 1338", "refit, seed 1337", "refit, seed 1337", "trial-001", "trial-000"]
     study = finished.study.info.run_name
     with browser.opened(window, finished.runs) as page:
         names = page.locator('[role="gridcell"] a[href*="/runs/"]')
@@ -85,7 +79,7 @@ def test_trials_are_nested_under_study(window: Browser, finished: Finished) -> N
 
 def test_compare_view_plots_searched_parameters(window: Browser, finished: Finished) -> None:
     with browser.opened(window, finished.trials) as page:
-        expect(page.get_by_role("heading", name="Comparing 4 Runs from 1 Experiment")).to_be_visible()
+        expect(page.get_by_role("heading", name="Comparing 2 Runs from 1 Experiment")).to_be_visible()
         axes = browser.plot(page, "val_accuracy", sorted(SEARCHED))
         assert {*SEARCHED, "val_accuracy"} == set(axes.all_text_contents())
 
