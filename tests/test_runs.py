@@ -153,3 +153,16 @@ def test_run_without_model_is_reported(store: str, tmp_path: Path) -> None:
         pass
     with pytest.raises(ModelError, match="the run has no model; pass a run with the role train or refit"):
         registry.find_model(run.info.run_id, "")
+
+
+@pytest.mark.parametrize("name", ["sam's hands", 'the "best" hands'])
+def test_name_may_hold_a_quotation_mark(store: str, tmp_path: Path, name: str) -> None:
+    client = mlflow.MlflowClient()
+    client.create_registered_model(name)
+    version = client.create_model_version(name, str(tmp_path))
+    client.set_registered_model_alias(name, registry.CHAMPION, version.version)
+    assert [found.version for found in registry.list_versions(name)] == [version.version]
+    found = registry.find_alias(name, registry.CHAMPION)
+    assert found is not None
+    assert found.version == version.version
+    assert "none of its 1 versions has it" in registry.missing_alias(name, "other")

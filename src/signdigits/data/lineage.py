@@ -5,8 +5,10 @@ They are kept as a zip file, once per digest; `data=runs:/RUN` reads them again 
 
 import hashlib
 import logging
+import platform
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -14,10 +16,12 @@ import numpy as np
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
 
+from signdigits.config import DataParameters
 from signdigits.data.dataset import Dataset
-from signdigits.data.loading import Data
-from signdigits.data.sources import ARCHIVE, PHOTOGRAPHS, PHOTOGRAPHS_DIGEST
+from signdigits.data.loading import Data, load_data
+from signdigits.data.sources import ARCHIVE, HANDWRITTEN_DIGITS, PHOTOGRAPHS, PHOTOGRAPHS_DIGEST, split_source
 from signdigits.data.split import GROUPS, Split
+from signdigits.errors import DataError
 from signdigits.files import compute_digest
 from signdigits.tracking import runs
 
@@ -83,3 +87,25 @@ def _upload_archive(dataset: Dataset, run_id: str) -> str:
     uri = f"runs:/{run_id}/{ARCHIVE}"
     log.info("%d photographs logged as %s", len(dataset.photographs), uri)
     return uri
+
+
+def upload_photographs(loaded: Data, run_id: str) -> None:
+    """Log the photographs of a study to its run, for workers on other machines, unless they are logged or embedded."""
+    if loaded.parameters.data != HANDWRITTEN_DIGITS:
+        log_photographs(loaded.dataset, run_id)
+
+
+def load_study_data(parameters: DataParameters, digest: str, run_id: str) -> Data:
+    """Load the photographs of the study `run_id` on this machine: from the same path, or from the study's run.
+
+    Raises DataError if their digest differs from the study's.
+    """
+    is_here = all(part == HANDWRITTEN_DIGITS or Path(part).is_dir() for part in split_source(parameters.data))
+    source = parameters if is_here else replace(parameters, data=f"runs:/{run_id}")
+    loaded = load_data(source)
+    if loaded.split.digest != digest:
+        raise DataError(
+            f"{platform.node()}: {source.data} differs from the study's photographs (digest {loaded.split.digest}, "
+            f"not {digest}); copy the same photographs to every machine, or remove that folder to download them"
+        )
+    return loaded

@@ -52,9 +52,13 @@ LICENCES = {
 
 
 def resolve_source(data: str, home: Path = Path("data")) -> tuple[Path, ...]:
-    """Return the folder that `data` names, or several, if it has commas and there is no path of that name."""
-    parts = data.split(",") if "," in data and not Path(data).exists() else [data]
-    return tuple(_resolve_folder(part, home) for part in parts)
+    """Return the folder, or the folders, that `data` names."""
+    return tuple(_resolve_folder(part, home) for part in split_source(data))
+
+
+def split_source(data: str) -> list[str]:
+    """Return the parts of `data`: several if it has commas, unless there is a path of that name."""
+    return [data] if Path(data).exists() else data.split(",")
 
 
 def _resolve_folder(data: str, home: Path) -> Path:

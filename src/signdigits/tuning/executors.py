@@ -16,11 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from signdigits import startup
 from signdigits.config import DataParameters, StudyParameters
-from signdigits.data import sources
+from signdigits.data import lineage, sources
 from signdigits.errors import UsageError
 from signdigits.ray_cluster import connect_ray, describe_cluster, is_distributed
 from signdigits.tracking import runs
-from signdigits.tuning import dataset_transfer, storage
+from signdigits.tuning import storage
 from signdigits.tuning.space import Space, format_value
 from signdigits.tuning.study import (
     FAILURE_REASON,
@@ -139,7 +139,7 @@ def _run_on_workers(search: Search, progress: Progress) -> None:
     cpus = parameters.cpus_per_trial or max(1, (os.cpu_count() or 1) // parameters.workers)
     with connect_ray(parameters, cpus):
         if parameters.ray_address:
-            dataset_transfer.upload_photographs(search.data, search.run_id)
+            lineage.upload_photographs(search.data, search.run_id)
         if data.data != sources.HANDWRITTEN_DIGITS:
             data = replace(data, data=search.data.dataset.source)
         config = WorkerConfig(
@@ -311,7 +311,7 @@ class TrialWorker:
         startup.configure_mlflow()
         mlflow.set_tracking_uri(config.tracking_uri)
         mlflow.set_experiment(experiment_id=mlflow.get_run(config.run_id).info.experiment_id)
-        data = dataset_transfer.load_study_data(config.data, config.digest, config.run_id)
+        data = lineage.load_study_data(config.data, config.digest, config.run_id)
         startup.import_tensorflow(threads=config.cpus)
         return Search(study, config.run_id, data, config.space, config.parameters)
 

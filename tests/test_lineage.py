@@ -3,11 +3,12 @@ import shutil
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 
 from signdigits import prepare
 from signdigits.config import DataParameters, ReportParameters
-from signdigits.data import loading, sources
+from signdigits.data import lineage, loading, sources
 from signdigits.data.loading import Data
 from signdigits.errors import DataError, DownloadError, ModelError
 
@@ -79,3 +80,28 @@ def test_run_without_photographs_is_refused(loaded: Data, store: str) -> None:
         loading.load_data(DataParameters(data="runs:/none"))
     with pytest.raises(ModelError, match="no such run"):
         loading.load_data(DataParameters(data=f"runs:/{'0' * 32}"))
+
+
+def test_missing_photographs_are_downloaded_once(mine: Data) -> None:
+    with mlflow.start_run() as run:
+        lineage.upload_photographs(mine, run.info.run_id)
+    shutil.rmtree(mine.dataset.folder)
+    for _ in range(2):
+        sent = lineage.load_study_data(mine.parameters, mine.split.digest, run.info.run_id)
+        assert sent.dataset.name == mine.dataset.name
+        np.testing.assert_array_equal(sent.fitting.x, mine.fitting.x)
+        shutil.rmtree(run.info.artifact_uri.removeprefix("file://"), ignore_errors=True)  # not downloaded a second time
+
+
+def test_local_photographs_are_preferred(mine: Data, photographs: Path) -> None:
+    more = shutil.copytree(photographs, mine.dataset.folder.with_name("more"))
+    joined = loading.load_data(dataclasses.replace(mine.parameters, data=f"{mine.dataset.source},{more}"))
+    for data in (mine, joined):
+        there = lineage.load_study_data(data.parameters, data.split.digest, "no run")
+        assert there.split.digest == data.split.digest
+
+
+def test_different_photographs_are_refused(mine: Data) -> None:
+    next(mine.dataset.folder.rglob("*.JPG")).unlink()
+    with pytest.raises(DataError, match="differs from the study's photographs"):
+        lineage.load_study_data(mine.parameters, mine.split.digest, "no run")
