@@ -194,6 +194,13 @@ def test_every_mode_is_handled(mode: str) -> None:
     assert array[11:].min() > 235
 
 
+@pytest.mark.parametrize("mode", ["P", "CMYK", "YCbCr"])
+def test_detail_is_averaged_in_every_mode(mode: str) -> None:
+    """Resizing numbers of a palette would mix colours that are not beside each other."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)).convert(mode)
+    np.testing.assert_array_equal(to_array(noise, 20, "rgb"), to_array(noise.convert("RGB"), 20, "rgb"))
+
+
 def test_transparency_outside_the_palette_is_refused() -> None:
     image = half_black("P")
     image.info["transparency"] = bytes(300)

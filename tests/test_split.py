@@ -210,3 +210,65 @@ def test_groups_of_few_are_refused(tmp_path: Path) -> None:
     write_groups(folder, 1)
     with pytest.raises(DataError, match="bars: too few photographs to split"):
         split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")
+
+
+@pytest.fixture
+def students(tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """Six photographs that count as the sign language digits, whose file names tell the order in which they were taken."""
+    folder = tmp_path / "digits"
+    for number, label in enumerate("012022", start=8):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photographs / label / f"IMG_{number:04d}.JPG", folder / label / f"IMG_{number}.JPG")
+    dataset = scan_dataset(SourceParameters(data=str(folder)))
+    monkeypatch.setattr(sources, "SIGN_LANGUAGE_DIGITS_DIGEST", dataset.digest)
+    return dataset
+
+
+def test_students_are_inferred(students: Dataset) -> None:
+    """The label rises from one photograph of a student to the next: 0, 1, 2 are of the first, 0, 2 and 2 of others."""
+    groups = dict(zip(paths(students, np.arange(6)), split.read_groups(students), strict=True))
+    assert groups == {
+        "0/IMG_8.JPG": "student 000", "1/IMG_9.JPG": "student 000", "2/IMG_10.JPG": "student 000",
+        "0/IMG_11.JPG": "student 001", "2/IMG_12.JPG": "student 001", "2/IMG_13.JPG": "student 002",
+    }  # fmt: skip
+    assert not (students.folder / split.GROUPS).exists()
+
+
+def test_inferred_students_are_written_once(students: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    inferred = split.read_groups(students).tolist()
+    split.write_groups(students)
+    assert "3 groups, written for --split grouped" in caplog.text
+    assert split.read_groups(students).tolist() == inferred
+    file = students.folder / split.GROUPS
+    assert len(file.read_text().splitlines()) == 7
+    file.write_text(file.read_text().replace("student 002", "student 001"))
+    split.write_groups(students)
+    assert set(split.read_groups(students)) == {"student 000", "student 001"}, "as edited"
+
+
+def test_other_groups_are_not_inferred(students: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SIGN_LANGUAGE_DIGITS_DIGEST", "0" * 32)
+    split.write_groups(students)
+    assert not (students.folder / split.GROUPS).exists()
+    with pytest.raises(DataError, match=r"groups\.csv: needed by split=grouped"):
+        split.read_groups(students)
+
+
+def test_read_only_folder_stays_unchanged(students: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    """Even by root, who could write there."""
+    caplog.set_level("INFO")
+    students.folder.chmod(0o555)
+    split.write_groups(students)
+    assert "not written (the folder is read-only)" in caplog.text
+    assert not (students.folder / split.GROUPS).exists()
+    assert len(set(split.read_groups(students))) == 3
+
+
+def test_photograph_without_group_is_named(photographs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(photographs, tmp_path / "bars"))
+    write_groups(folder, 2)
+    file = folder / split.GROUPS
+    file.write_text(file.read_text().replace("2/IMG_0019.JPG,signer 9", "2/IMG_0019.JPG,"))
+    with pytest.raises(DataError, match=r"no group for 1 photographs, the first of them 2/IMG_0019\.JPG"):
+        split.read_groups(scan_dataset(SourceParameters(data=str(folder))))
