@@ -181,17 +181,13 @@ def test_unrecorded_metrics_fail_the_run(store: str, params: dict[str, float], s
             runs.check_recorded(params, "val_accuracy", steps)
 
 
-@pytest.mark.parametrize("arguments", [["links"], ["prepare"]])
-def test_closed_pipe_is_ignored(store: str, photographs: Path, arguments: list[str]) -> None:
-    if arguments == ["prepare"]:
-        arguments = ["prepare", "--data", str(photographs), "--image_size", "16"]
-    line = " ".join([sys.executable, "-u", "-m", "signdigits", *arguments])
-    done = subprocess.run(["bash", "-c", f"{line} | true"], text=True, capture_output=True, timeout=120)
+def test_closed_pipe_is_ignored(store: str, photographs: Path) -> None:
+    line = f"{sys.executable} -u -m signdigits prepare --data {photographs} --image_size 16 | true"
+    done = subprocess.run(["bash", "-c", line], text=True, capture_output=True, timeout=120)
     assert "Logging error" not in done.stderr
     assert "Traceback" not in done.stderr
-    if arguments[0] == "prepare":
-        (run,) = find_runs("prepare")
-        assert run.info.status == "FINISHED"
+    (run,) = find_runs("prepare")
+    assert run.info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("six\nfingers"), MlflowException("no such table")])
