@@ -167,7 +167,9 @@ def kill_node(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -
 def kill_driver(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
     driver.kill()
     driver.wait()
-    return search.start()
+    again = search.start()
+    wait_until(lambda: not search.at_work(), seconds=120, interval=INTERVAL)  # it ends the runs that were left RUNNING
+    return again
 
 
 def restart_database(search: Search, cluster: Cluster, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
