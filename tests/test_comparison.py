@@ -62,6 +62,7 @@ def test_permutation_is_seeded() -> None:
     first, second = (comparison.apply_permutation_test(differences) for _ in range(2))
     assert first == second
     assert 0.05 < first < 0.5
+    assert first * 10_000 == pytest.approx(round(first * 10_000)), "9,999 resamples and the observed one"
 
 
 def test_flawless_models_are_not_worse() -> None:

@@ -26,6 +26,9 @@ from signdigits.errors import UsageError
             "objective='accuracy': must be one of auto, val_accuracy, val_loss, robust_accuracy",
         ),
         (hp.StudyParameters, {"timeout": -1.0}, "timeout=-1.0: must be 0 or more"),
+        (hp.Hyperparameters, {"dropout": True}, "dropout=True: must be of type float"),
+        (hp.Hyperparameters, {"dropout": float("inf")}, "dropout=inf: must be a finite number"),
+        (hp.StudyParameters, {"study_name": "\udcff"}, "must be UTF-8 text"),
     ],
 )
 def test_invalid_value_is_refused(group: type, values: dict[str, Any], message: str) -> None:
@@ -42,7 +45,7 @@ def test_defaults_have_the_declared_type(group: type) -> None:
 
 # What each parameter accepts, and the nearest that it refuses.
 LIMITS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
-    hp.DataParameters: {"image_size": ([0, 8, 1024], [-1, 7, 1025]), "memory_budget": ([0], [-1])},
+    hp.DataParameters: {"image_size": ([0, 8, 1024], [-1, 1, 7, 1025]), "memory_budget": ([0], [-1])},
     hp.Hyperparameters: {
         "initial_learning_rate": ([1e-9, 1.0], [0.0, 1.1]),
         "decay_rate": ([1e-9, 1.0], [0.0, 1.1]),

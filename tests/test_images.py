@@ -319,6 +319,12 @@ def test_photograph_is_centred_on_a_square(size: tuple[int, int], color_mode: st
     assert (np.diff(pixels[10, left : left + inside]) != 0).all()
 
 
+def test_thin_photograph_is_one_line() -> None:
+    stripes = np.repeat(np.array([[0], [120], [240]], np.uint8), 400, axis=1)
+    array = to_array(Image.fromarray(stripes), 20, "rgb")
+    np.testing.assert_array_equal(array, np.full((20, 20, 3), 120))
+
+
 def test_rotated_photograph_is_centred_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
