@@ -60,9 +60,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that have slow tests: at the end, the others keep every process busy."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Begin with the second stage, then the files with slow tests: at the end, the others keep every process busy."""
+    paths = [{item.path for item in items if item.get_closest_marker(name)} for name in ("image", "outage", "slow")]
+    items.sort(key=lambda item: [item.path not in marked for marked in paths])
 
 
 @pytest.fixture(scope="session", autouse=True)

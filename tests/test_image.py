@@ -32,6 +32,7 @@ def can_mount() -> bool:
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.image,
     pytest.mark.skipif(
         not (shutil.which("buildah") and shutil.which("mmdebstrap")), reason="needs buildah and mmdebstrap"
     ),
