@@ -113,6 +113,7 @@ def test_damaged_file_is_replaced(folder: Path, parameters: DataParameters, dama
         assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_killed_scan_is_continued(folder: Path, tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photographs", each=150)
     line = [sys.executable, "-c", READ, str(photographs)]
@@ -128,6 +129,7 @@ def test_killed_scan_is_continued(folder: Path, tmp_path: Path) -> None:
     assert int(again) == loading.load_data(DataParameters(data=str(photographs), image_size=64)).fitting.x[:].sum()
 
 
+@pytest.mark.slow
 def test_two_processes_share_cache(folder: Path, photographs: Path) -> None:
     line = [sys.executable, "-c", READ, str(photographs)]
     both = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
