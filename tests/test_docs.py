@@ -30,6 +30,15 @@ def test_mkdocs_builds_without_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
 
 
+def test_readme_shows_the_objective() -> None:
+    def read_body(text: str) -> list[str]:
+        code = text.partition("def objective(")[2].partition("fitted.last(metric)")[0]
+        return [line.partition("  #")[0] for line in code.splitlines() if '"""' not in line]
+
+    source = (PROJECT / "src" / "signdigits" / "tuning" / "objective.py").read_text()
+    assert read_body((PROJECT / "README.md").read_text()) == read_body(source)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
