@@ -42,15 +42,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), re
 
 # Models that must not be served: one raises, one cannot be loaded by a server.
 RAISES = """
-from contextvars import ContextVar
-
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 class Raises(PythonModel):
-    def load_context(self, context):
-        self.request = ContextVar("request", default=None)
-
     def predict(self, context, model_input, params=None):
         raise ValueError("six fingers")
 

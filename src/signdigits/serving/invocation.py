@@ -27,5 +27,5 @@ class Invocation:
 
 
 def invocation_variable(model: PyFuncModel) -> ContextVar[Any]:
-    """Return the variable in which the model looks for its request."""
-    return model.unwrap_python_model().request
+    """Return the variable in which the model looks for its request; a model of another kind looks for none."""
+    return getattr(model.unwrap_python_model(), "request", ContextVar("request"))
