@@ -28,7 +28,7 @@ from signdigits import startup
 from signdigits.config import MODEL_NAME
 from signdigits.data import images, loading
 from signdigits.model import outliers
-from signdigits.packaging import prediction_log
+from signdigits.packaging import prediction_log, pyfunc_model
 from signdigits.packaging.pyfunc_model import SignDigits, softmax, to_bytes
 from signdigits.packaging.reply import FIELDS
 from signdigits.serving.invocation import Invocation
@@ -416,6 +416,13 @@ def test_sixteen_rows_can_be_explained(pinpoint: SignDigits) -> None:
     assert len(ask(pinpoint, *[dotted((0, 0))] * 16, explain=True)) == 16
     with pytest.raises(MlflowException, match="17 rows are more than the 16 allowed"):
         ask(pinpoint, *[dotted((0, 0))] * 17, explain=True)
+
+
+def test_pixels_of_a_request_are_limited(pinpoint: SignDigits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyfunc_model, "MAX_REQUEST_PIXELS", 800)
+    assert len(ask(pinpoint, dotted(), dotted())) == 2
+    with pytest.raises(MlflowException, match="1,200 pixels in 3 rows are more than the 800 allowed"):
+        ask(pinpoint, dotted(), dotted(), dotted())
 
 
 @pytest.mark.parametrize(("bad", "is_cut"), [(10, False), (11, True)])
