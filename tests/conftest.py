@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlflow
 import numpy as np
 import pytest
+from mlflow.models.model import ModelInfo
 from PIL import Image
 
 from signdigits import startup
@@ -254,15 +255,19 @@ def model_files(fill_once: Callable[..., Path], loaded: loading.Data) -> Callabl
     return lambda temperature: fill_once(f"model-{temperature}", lambda folder: write(folder, temperature))
 
 
+def log_untrained(files: Path, loaded: loading.Data, **facts: Any) -> ModelInfo:
+    """Log a model with `files`, those of an untrained network, in a run of its own; `facts` become its tags."""
+    with runs.start_run("train", "train"):
+        return package.log_files(files, loaded, facts)
+
+
 @pytest.fixture
 def log_model(store: str, loaded: loading.Data, model_files: Callable[[float], Path]) -> Callable[..., Any]:
     """Return a function that logs an untrained network with its arguments as tags, and returns the logged model."""
 
     def log(temperature: float = 1.0, **tags: str) -> Any:
         facts = {"val_accuracy": 0.5, "temperature": temperature, **tags}
-        with runs.start_run("train", "train"):
-            info = package.log_files(model_files(temperature), loaded, facts)
-        return mlflow.get_logged_model(info.model_id)
+        return mlflow.get_logged_model(log_untrained(model_files(temperature), loaded, **facts).model_id)
 
     return log
 

@@ -8,7 +8,6 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.entities import Run
-from mlflow.models.model import ModelInfo
 from PIL import Image
 
 from signdigits import evaluate
@@ -17,10 +16,8 @@ from signdigits.config import DataParameters, ModelParameters
 from signdigits.data import loading
 from signdigits.data.corruptions import CORRUPTIONS
 from signdigits.errors import ModelError
-from signdigits.packaging import package
-from signdigits.tracking import runs
 
-from .conftest import store_like, write_photographs
+from .conftest import log_untrained, store_like, write_photographs
 
 pytestmark = pytest.mark.slow
 
@@ -54,16 +51,12 @@ def evaluation(
 ) -> Evaluation:
     folder = tmp_path_factory.mktemp("evaluated")
     with store_like(empty_store, folder):
-        version = mlflow.register_model(log_network(model_files, loaded, temperature=3.0).model_uri, "bars")
+        logged = log_untrained(model_files(3.0), loaded, temperature=3.0)
+        version = mlflow.register_model(logged.model_uri, "bars")
         scores = evaluate.evaluate(loaded.parameters, ModelParameters(model_uri=version.source))
         run = mlflow.last_active_run()
         assert run is not None
         return Evaluation(version.source.removeprefix("models:/"), scores, run.info.run_id, folder / "mlflow.db")
-
-
-def log_network(model_files: Callable[[float], Path], loaded: loading.Data, temperature: float) -> ModelInfo:
-    with runs.start_run("train", "train"):
-        return package.log_files(model_files(temperature), loaded, {"temperature": temperature})
 
 
 @pytest.fixture
@@ -149,7 +142,7 @@ def test_uncalibrated_error_is_logged(
     evaluated: Evaluation, loaded: loading.Data, model_files: Callable[[float], Path]
 ) -> None:
     """The same network at a temperature of 1 and of 3."""
-    scorer = Scorer(log_network(model_files, loaded, temperature=1.0).model_uri)
+    scorer = Scorer(log_untrained(model_files(1.0), loaded, temperature=1.0).model_uri)
     table = evaluate._predict_photographs(scorer, loaded.dataset, loaded.split.testing)
     plain, cooled = evaluate.compute_scores(table, loaded.dataset.class_names, 1.0), evaluated.scores
     assert plain.test_ece == pytest.approx(plain.test_ece_uncalibrated, abs=1e-6)

@@ -19,11 +19,10 @@ from signdigits.config import MonitorParameters
 from signdigits.data import loading
 from signdigits.errors import ModelError
 from signdigits.monitor import monitor
-from signdigits.packaging import package, prediction_log
+from signdigits.packaging import prediction_log
 from signdigits.packaging.reply import COMPARED
-from signdigits.tracking import runs
 
-from .conftest import command, store_like
+from .conftest import command, log_untrained, store_like
 
 pytestmark = pytest.mark.slow
 
@@ -172,8 +171,7 @@ def test_other_entries_are_ignored(champion: str, logs: Path, tmp_path: Path) ->
 def test_missing_reference_names_remedy(
     champion: str, logs: Path, loaded: loading.Data, model_files: Callable[[float], Path]
 ) -> None:
-    with runs.start_run("train", "train"):
-        untested = package.log_files(model_files(1.0), loaded, {}).model_uri
+    untested = log_untrained(model_files(1.0), loaded).model_uri
     with pytest.raises(ModelError, match="not evaluated; run `python -m signdigits evaluate --model_uri"):
         monitor(MonitorParameters(prediction_log=str(logs / "same"), model_uri=untested))
 

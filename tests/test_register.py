@@ -14,10 +14,9 @@ from signdigits import register
 from signdigits.config import MODEL_NAME, ModelParameters, NameParameters, RegistryParameters, VersionParameters
 from signdigits.data import lineage, loading
 from signdigits.errors import ModelError, UsageError
-from signdigits.packaging import package
 from signdigits.tracking import runs
 
-from .conftest import store_like
+from .conftest import log_untrained, store_like
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +34,7 @@ def two_models(
     folder = tmp_path_factory.mktemp("models")
     with store_like(empty_store, folder):
         for _ in range(2):
-            with runs.start_run("train", "train"):
-                package.log_files(model_files(1.0), loaded, {"val_accuracy": 0.5, "temperature": 1.0})
+            log_untrained(model_files(1.0), loaded, val_accuracy=0.5, temperature=1.0)
     return folder / "mlflow.db"
 
 

@@ -29,13 +29,11 @@ from mlflow.types.schema import ColSpec, DataType, Schema
 from signdigits import cli, serve
 from signdigits.config import MODEL_NAME
 from signdigits.data import loading
-from signdigits.packaging import package
 from signdigits.packaging.reply import FIELDS
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.supervisor import REASON, STATE, is_listening
-from signdigits.tracking import runs
 
-from .conftest import free_port, serve_command, store_like, wait_until
+from .conftest import free_port, log_untrained, serve_command, store_like, wait_until
 from .load import JSON, Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
@@ -84,9 +82,7 @@ def registry(
     folder = tmp_path_factory.mktemp("serve")
     with store_like(empty_store, folder) as store:
         for _ in range(2):
-            with runs.start_run("train", "train"):
-                uri = package.log_files(model_files(1.0), loaded, {}).model_uri
-            mlflow.register_model(uri, MODEL_NAME)
+            mlflow.register_model(log_untrained(model_files(1.0), loaded).model_uri, MODEL_NAME)
         for code in (RAISES, DOES_NOT_START):
             register_broken(folder, code)
         photograph = next(loaded.dataset.folder.rglob("*.JPG")).read_bytes()
