@@ -146,7 +146,7 @@ def _run_on_workers(search: Search, progress: Progress) -> None:
             search.study.study_name, search.run_id, mlflow.get_tracking_uri(), data, search.data.split.digest, search.space,
             parameters, cpus,
         )  # fmt: skip
-        WorkerPool(search.study, config, progress).run()
+        TrialScheduler(search.study, config, progress).run()
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class WorkerConfig:
 
 
 @dataclass
-class Worker:
+class WorkerHandle:
     """A Ray actor, its name, its host once it is ready, and the start of its present trial."""
 
     name: str
@@ -173,7 +173,7 @@ class Worker:
     started: float = 0.0
 
 
-class WorkerPool:
+class TrialScheduler:
     """Runs one trial at a time on each worker, and never more than are missing.
 
     Replaces workers that die or fall silent, and excludes hosts with MAX_FAILURES consecutive failed trials. Ray's own
@@ -186,8 +186,10 @@ class WorkerPool:
         self.study, self.config, self.progress = study, config, progress
         self.resources = {"num_cpus": config.cpus, "num_gpus": config.parameters.gpus_per_trial}
         self.worker_class = ray.remote(TrialWorker)
-        self.pending: dict[Any, Worker] = {}  # workers that start or run a trial, by the Ray reference to the result
-        self.idle: list[Worker] = []
+        self.pending: dict[
+            Any, WorkerHandle
+        ] = {}  # workers that start or run a trial, by the Ray reference to the result
+        self.idle: list[WorkerHandle] = []
         self.excluded: dict[str, str] = {}  # the reason, by host
         self.n_started = 0
         self.seed = int(config.space.fixed.get("seed", 0)) + len(study.get_trials(deepcopy=False))
@@ -220,7 +222,7 @@ class WorkerPool:
                 checked = time.monotonic()
 
     @property
-    def busy(self) -> list[Worker]:
+    def busy(self) -> list[WorkerHandle]:
         return [worker for worker in self.pending.values() if worker.host]
 
     def start_worker(self) -> None:
@@ -228,7 +230,7 @@ class WorkerPool:
         self.n_started += 1
         name = f"worker-{self.n_started}"
         hosts = {"label_selector": {"ray.io/node-id": f"!in({','.join(self.excluded)})"}} if self.excluded else {}
-        worker = Worker(name, self.worker_class.options(**self.resources, **hosts).remote(self.config, name))
+        worker = WorkerHandle(name, self.worker_class.options(**self.resources, **hosts).remote(self.config, name))
         self.pending[worker.actor.prepare.remote()] = worker
 
     def start_trials(self) -> bool:
@@ -244,7 +246,7 @@ class WorkerPool:
         del self.idle[:missing]
         return True
 
-    def collect_result(self, worker: Worker, number: int | None, error: str) -> None:
+    def collect_result(self, worker: WorkerHandle, number: int | None, error: str) -> None:
         """Give the worker another trial, unless its host fails too often: then all its workers end."""
         failures, host = self.progress.failures, worker.host
         if number is not None:
@@ -258,7 +260,7 @@ class WorkerPool:
         if host not in self.excluded:
             self.idle.append(worker)
 
-    def replace_worker(self, worker: Worker) -> None:
+    def replace_worker(self, worker: WorkerHandle) -> None:
         """Retry the trial of a dead worker, and start another worker unless the host is excluded."""
         log.warning("%s died", worker.name)
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
