@@ -46,8 +46,8 @@ def search(data: Data, space: Space, parameters: StudyParameters) -> Search:
 def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterator[Search]:
     """Create or continue the study of these data and settings, inside its MLflow run.
 
-    Raises UsageError if the images are too small for the space, and UsageError if the storage cannot be used, if
-    another process is searching the same study, or if a study of that name was created with other data or settings.
+    Raises UsageError if the images are too small for the space, if the storage cannot be used, if another process is
+    searching the same study, or if a study of that name was created with other data or settings.
     """
     space = space.for_data_set(data.dataset.origin)
     # Fail before the search, not in the middle of it.
