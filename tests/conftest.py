@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROJECT = Path(__file__).parents[1]
+PATIENCE = 600.0  # seconds: a busy machine is slow, and a failure is rare
 SIZE = 16  # pixels: the smallest network that still has its three poolings
 # Of `finished_job`.
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
@@ -300,7 +301,7 @@ def serving(model_uri: str, log: Path) -> Iterator[str]:
             [*line, "--port", url.rpartition(":")[2]], stdout=file, stderr=file, env=environment, start_new_session=True
         )
     try:
-        wait_until(lambda: answers(f"{url}/ping") or server.poll() is not None, seconds=120)
+        wait_until(lambda: answers(f"{url}/ping") or server.poll() is not None)
         assert server.poll() is None, log.read_text()
         yield url
     finally:
@@ -317,7 +318,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], T], seconds: float, interval: float = 0.1) -> T:
+def wait_until(condition: Callable[[], T], seconds: float = PATIENCE, interval: float = 0.1) -> T:
     """Poll until `condition` holds, and return its value; fail the test if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

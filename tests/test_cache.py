@@ -118,7 +118,7 @@ def test_killed_scan_is_continued(folder: Path, tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photographs", each=150)
     line = [sys.executable, "-c", READ, str(photographs)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-    wait_until(lambda: cached(folder) or process.poll() is not None, seconds=60)
+    wait_until(lambda: cached(folder) or process.poll() is not None)
     process.kill()
     process.wait()
     before = cached(folder)

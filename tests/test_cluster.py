@@ -147,7 +147,7 @@ def signal_worker(
     number: int, seconds: float, search: Search, cluster: Cluster, driver: subprocess.Popen[str]
 ) -> subprocess.Popen[str]:
     """Send a signal to the worker whose trial began last, which does not end before."""
-    victim = max(wait_until(search.at_work, seconds=60, interval=INTERVAL), key=lambda run: run.info.start_time)
+    victim = max(wait_until(search.at_work, interval=INTERVAL), key=lambda run: run.info.start_time)
     process = int(victim.data.tags["process"].split(":")[1])
     os.kill(process, number)
     wait_until(lambda: mlflow.get_run(victim.info.run_id).info.status == "KILLED", seconds=seconds, interval=INTERVAL)
@@ -168,7 +168,7 @@ def kill_driver(search: Search, cluster: Cluster, driver: subprocess.Popen[str])
     driver.kill()
     driver.wait()
     again = search.start()
-    wait_until(lambda: not search.at_work(), seconds=120, interval=INTERVAL)  # it ends the runs that were left RUNNING
+    wait_until(lambda: not search.at_work(), interval=INTERVAL)  # it ends the runs that were left RUNNING
     return again
 
 
@@ -185,8 +185,8 @@ def stop_tracking(search: Search, cluster: Cluster, driver: subprocess.Popen[str
     return driver
 
 
-def wait_for_work(search: Search, driver: subprocess.Popen[str], seconds: float) -> None:
-    wait_until(lambda: search.at_work() or driver.poll() is not None, seconds=seconds, interval=INTERVAL)
+def wait_for_work(search: Search, driver: subprocess.Popen[str]) -> None:
+    wait_until(lambda: search.at_work() or driver.poll() is not None, interval=INTERVAL)
     assert driver.poll() is None, "the search ended before the fault"
 
 
@@ -194,7 +194,7 @@ def test_killed_worker_loses_no_trial(cluster: Cluster, settings: dict[str, str]
     search = Search("killed-worker", photographs, settings)
     driver = search.start()
     try:
-        wait_for_work(search, driver, seconds=300)
+        wait_for_work(search, driver)
         kill_worker(search, cluster, driver)
         output, _ = driver.communicate(timeout=300)
     finally:
@@ -224,9 +224,9 @@ def test_faults_lose_no_finished_trial(
     driver = search.start()
     try:
         for fault in faults:
-            wait_for_work(search, driver, seconds=600)
+            wait_for_work(search, driver)
             time.sleep(delays.uniform(0, LATEST))
-            wait_for_work(search, driver, seconds=120)
+            wait_for_work(search, driver)
             driver = fault(search, cluster, driver)
         output, _ = driver.communicate(timeout=600)
     finally:

@@ -69,7 +69,7 @@ class Home:
         with (self.folder / "serve.log").open("w") as log:
             server = subprocess.Popen(line, cwd=self.folder, env=environment, stdout=log, stderr=log)
         try:
-            wait_until(lambda: answers(f"{url}/ping") or server.poll() is not None, seconds=120)
+            wait_until(lambda: answers(f"{url}/ping") or server.poll() is not None)
             assert server.poll() is None, (self.folder / "serve.log").read_text()
             yield url
         finally:
@@ -170,7 +170,7 @@ def test_loop_closes(url: str, home: Home, photographs: Path, tmp_path: Path) ->
         filter_string="tags.role = 'study'", search_all_experiments=True, output_format="list"
     )
     assert study.data.tags["champion_trained_on"] == "0", "the test images are still those of before, and more"
-    wait_until(lambda: read(url, new) == "1", seconds=60)
+    wait_until(lambda: read(url, new) == "1")
 
     before = len(mlflow.search_runs(search_all_experiments=True))
     assert cli.main(["main", "--data", version.tags["data"], *SMALLEST]) == 0, "what the loop calls the next time"

@@ -145,7 +145,7 @@ def test_killed_start_leaves_no_partial_store(tmp_path: Path, number: int) -> No
     environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
     line = [sys.executable, "-m", "signdigits", "show"]
     first = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-    wait_until(lambda: list(tmp_path.glob(".mlflow.db-*/mlflow.db")) or first.poll() is not None, seconds=60)
+    wait_until(lambda: list(tmp_path.glob(".mlflow.db-*/mlflow.db")) or first.poll() is not None)
     first.send_signal(number)
     first.wait()
     done = command("show", cwd=tmp_path, env=environment)

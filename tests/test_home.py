@@ -94,7 +94,7 @@ def repository(tmp_path: Path) -> Iterator[str]:
     daemon = subprocess.Popen(line, start_new_session=True, stderr=subprocess.DEVNULL)
     url = f"git://127.0.0.1:{port}/project"
     try:
-        wait_until(lambda: not subprocess.run(["git", "ls-remote", url], capture_output=True).returncode, seconds=30)
+        wait_until(lambda: not subprocess.run(["git", "ls-remote", url], capture_output=True).returncode)
         yield url
     finally:
         os.killpg(daemon.pid, signal.SIGTERM)
@@ -119,7 +119,7 @@ def test_git_address_continues_after_kill(tmp_path: Path, repository: str, monke
     line += [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
 
     first = subprocess.Popen(line, cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL)
-    wait_until(lambda: count_trials(folder)["RUNNING"] == 1 and count_trials(folder).total() == 2, seconds=300)
+    wait_until(lambda: count_trials(folder)["RUNNING"] == 1 and count_trials(folder).total() == 2)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     cached = {path: path.stat().st_mtime_ns for path in (folder / "data").rglob("*") if path.is_file()}

@@ -74,7 +74,7 @@ class Container:
                 stdout=file, stderr=file, env=os.environ | ENVIRONMENT,
             )  # fmt: skip
         try:
-            wait_until(lambda: "ready after" in log.read_text() or process.poll() is not None, seconds=240)
+            wait_until(lambda: "ready after" in log.read_text() or process.poll() is not None)
             assert process.poll() is None, log.read_text()
             yield Endpoint(process, port)
         finally:
@@ -137,7 +137,7 @@ def tracking(
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: answers(f"{url}/health") or server.poll() is not None, seconds=120)
+        wait_until(lambda: answers(f"{url}/health") or server.poll() is not None)
         with use_store(folder), pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_TRACKING_URI", url)
             mlflow.set_tracking_uri(url)
@@ -208,4 +208,4 @@ def test_image_follows_alias(container: Container, tmp_path: Path) -> None:
     with container.started(tmp_path / "log", *following, MLFLOW_TRACKING_URI=container.tracking) as endpoint:
         assert endpoint.ask("POST", "/invocations", container.request)[:2] == (200, "1")
         promote(2)
-        wait_until(lambda: endpoint.ask("POST", "/invocations", container.request)[1] == "2", seconds=120)
+        wait_until(lambda: endpoint.ask("POST", "/invocations", container.request)[1] == "2")

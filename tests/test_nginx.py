@@ -74,12 +74,12 @@ class Model:
         (self.home / "nginx.conf").write_text(nginx.render_configuration(chosen, self.home, token))
         front = Process("nginx", ["nginx", "-p", str(self.home), "-c", str(self.home / "nginx.conf")])
         try:
-            wait_until(lambda: supervisor.is_listening(chosen) or not front.running, seconds=30)
+            wait_until(lambda: supervisor.is_listening(chosen) or not front.running)
             assert front.running, front.exit_reason()
             yield Front(chosen.port)
         finally:
             front.signal(signal.SIGTERM)
-            wait_until(front.has_exited, seconds=30)
+            wait_until(front.has_exited)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champi
         copy = Path(mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder)))
         answering = WorkerPool("blue", version, copy, ServeParameters(), Path(home))
         try:
-            wait_until(answering.is_ready, seconds=240)
+            wait_until(answering.is_ready)
             answering.check_health()
             nginx.point_live(Path(home), "blue")
             photograph = next(loaded.dataset.folder.rglob("*.JPG"))
@@ -100,7 +100,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champi
             yield Model(Path(home), answering, request, photograph)
         finally:
             answering.signal(signal.SIGTERM)
-            wait_until(answering.have_exited, seconds=60)
+            wait_until(answering.have_exited)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_connection_limit_returns_429(model: Model) -> None:
         head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(model.request)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", found.port), timeout=30) as first:
             first.sendall(head.encode())
-            wait_until(lambda: found.post(model.request)[0] == 429, seconds=30)
+            wait_until(lambda: found.post(model.request)[0] == 429)
             first.sendall(model.request)
             assert b" 200 " in first.recv(100)
 
@@ -293,7 +293,7 @@ def test_hung_worker_is_restarted(model: Model) -> None:
             time.sleep(0.1)
         status, headers, reply = found.post(model.request)
         assert (status, headers["Retry-After"], reply["error_code"]) == (503, "1", "TEMPORARILY_UNAVAILABLE")
-        wait_until(lambda: found.post(model.request)[0] == 200, seconds=120)
+        wait_until(lambda: found.post(model.request)[0] == 200)
 
 
 def test_live_link_moves_atomically(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def front(made: Made, *options: str) -> Iterator[Front]:
     with log.open("w") as output:
         supervisor = subprocess.Popen(line, cwd=made.folder, env=environment, stdout=output, stderr=output)
     try:
-        wait_until(lambda: answers(f"{url}/ping") or supervisor.poll() is not None, seconds=180)
+        wait_until(lambda: answers(f"{url}/ping") or supervisor.poll() is not None)
         assert supervisor.poll() is None, log.read_text()
         yield Front(url, supervisor.pid)
     finally:
@@ -329,7 +329,7 @@ def open_camera(page: Page) -> None:
 def wait_for_the_camera(page: Page) -> None:
     """Wait for some frames: Chromium's first one may be blank. The page's policy allows no wait inside the page."""
     frames = "document.querySelector('video').getVideoPlaybackQuality().totalVideoFrames"
-    wait_until(lambda: page.evaluate(frames) >= 3, seconds=60)
+    wait_until(lambda: page.evaluate(frames) >= 3)
 
 
 def test_camera_sends_the_framed_square(page: Page) -> None:
@@ -368,7 +368,7 @@ def test_live_reading_asks_one_question_at_a_time(page: Page) -> None:
 
     page.route("**/invocations", count)
     open_camera(page)
-    wait_until(lambda: page.evaluate("1") and len(counts) >= 6, seconds=60)
+    wait_until(lambda: page.evaluate("1") and len(counts) >= 6)
     page.unroute_all(behavior="wait")
     assert set(counts) == {1}
 
@@ -512,7 +512,7 @@ def test_limits_are_reported(window: Browser, made: Made) -> None:
         choose(page, file("noise.jpg", os.urandom(2_000_000)))
         expect_trouble(page, "The photograph is too large for this server.")
         page.evaluate("() => { window.flood = setInterval(() => fetch('invocations', {method: 'POST'}), 200) }")
-        wait_until(lambda: refused_as_too_many(page, made.photographs / "1" / "IMG_0000.JPG"), seconds=60)
+        wait_until(lambda: refused_as_too_many(page, made.photographs / "1" / "IMG_0000.JPG"))
         page.evaluate("clearInterval(flood)")
         send_again(page)
         expect_answer(page, "1")

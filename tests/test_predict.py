@@ -279,7 +279,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, photographs: Path, champion
         line = [sys.executable, "-X", "importtime", "-m", "signdigits", "predict", "--images", str(images)]
         with Path("printed").open("w") as file:
             process = subprocess.Popen([*line, "--output", "out"], stdout=file, stderr=file)
-            wait_until(lambda: list(Path("out", "parts").glob("0*.parquet")) or process.poll() is not None, seconds=120)
+            wait_until(lambda: list(Path("out", "parts").glob("0*.parquet")) or process.poll() is not None)
             process.send_signal(signal.SIGKILL)
             process.wait()
         read(images, "straight")
@@ -328,7 +328,7 @@ def test_workers_give_same_tables(resumable: KilledJob) -> None:
 
 def kill_a_worker(parts: Path) -> None:
     """Kill one of the processes that Ray started for this one, once there is a part."""
-    wait_until(lambda: any(parts.glob("0*.parquet")), seconds=120, interval=0.01)
+    wait_until(lambda: any(parts.glob("0*.parquet")), interval=0.01)
     for status in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             is_worker = status.read_bytes().startswith(b"ray::ScoringWorker")

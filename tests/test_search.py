@@ -265,7 +265,7 @@ def test_killed_search_completes_n_trials(store: str, loaded: loading.Data, phot
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": dict(os.environ)}
 
     process = subprocess.Popen(line, **options)
-    wait_until(lambda: running_after_a_finished_one() or process.poll() is not None, seconds=300)
+    wait_until(lambda: running_after_a_finished_one() or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert running_after_a_finished_one(), "killed in the middle of a trial"

@@ -157,7 +157,7 @@ def started(registry: Registry, log: Path, *options: str, **environment: str) ->
         )
     server = Server(process, port, log)
     try:
-        wait_until(lambda: "ready after" in server.said() or process.poll() is not None, seconds=600)
+        wait_until(lambda: "ready after" in server.said() or process.poll() is not None)
         assert process.poll() is None, server.said()
         yield server
     finally:
@@ -182,8 +182,8 @@ def first(server: Server, registry: Registry) -> Server:
 def promote(server: Server, registry: Registry, version: int) -> None:
     """Move the alias and wait until its version answers and the one before has ended."""
     move(version)
-    wait_until(lambda: server.version(registry.request) == str(version), seconds=600)
-    wait_until(lambda: len(server.processes("serving.worker")) == 2, seconds=90)
+    wait_until(lambda: server.version(registry.request) == str(version))
+    wait_until(lambda: len(server.processes("serving.worker")) == 2)
 
 
 def command_line(pid: int) -> str:
@@ -232,14 +232,14 @@ def test_shadow_gets_copies(registry: Registry, tmp_path: Path, caplog: pytest.L
     with started(
         registry, tmp_path / "server.log", *shadow, SIGN_DIGITS_PREDICTION_LOG=str(tmp_path / "log")
     ) as server:
-        wait_until(lambda: "version 2 gets 100 % of the requests" in server.said(), seconds=60)
+        wait_until(lambda: "version 2 gets 100 % of the requests" in server.said())
 
         def both_answered() -> bool:
             assert server.version(registry.request) == "1"
             lines = [json.loads(line) for file in tmp_path.glob("log/*") for line in file.read_text().splitlines()]
             return {line["version"] for line in lines} == {"1", "2"}
 
-        wait_until(both_answered, seconds=60)
+        wait_until(both_answered)
         for _ in range(3):
             server.version(registry.request)
         (worker,) = [pid for pid in server.processes("serving.worker") if "--shadow" in command_line(pid)]
@@ -255,14 +255,14 @@ def test_shadow_gets_copies(registry: Registry, tmp_path: Path, caplog: pytest.L
 def test_killed_supervisor_leaves_no_orphans(registry: Registry, tmp_path: Path) -> None:
     move(2)
     with started(registry, tmp_path / "killed.log") as server:
-        wait_until(lambda: tags(2).get(STATE) == "live", seconds=30)
+        wait_until(lambda: tags(2).get(STATE) == "live")
         # nginx, its worker process (which a reload replaces), and ours
-        wait_until(lambda: len(descendants(server.process.pid)) >= 3, seconds=30)
+        wait_until(lambda: len(descendants(server.process.pid)) >= 3)
         below = descendants(server.process.pid)
         (master,) = server.processes("nginx: master")
         home = command_line(master).partition(" -p ")[2].split()[0]
         server.process.kill()
-        wait_until(lambda: not alive(below), seconds=30)
+        wait_until(lambda: not alive(below))
         shutil.rmtree(home)  # nobody was left to do that
     move(3)
     with started(registry, tmp_path / "again.log") as server:
@@ -306,7 +306,7 @@ def test_model_is_served_without_nginx(
         serve_command(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=registry.folder, env=os.environ
     )
     try:
-        wait_until(lambda: is_listening(ServeParameters(port=port)) or alone.poll() is not None, seconds=120)
+        wait_until(lambda: is_listening(ServeParameters(port=port)) or alone.poll() is not None)
         assert Server(alone, port, tmp_path / "none").version(registry.request) == "1"
     finally:
         alone.terminate()
@@ -326,9 +326,9 @@ def test_every_reply_names_version(first: Server, registry: Registry) -> None:
 def test_broken_version_is_refused(first: Server, registry: Registry, version: int, reason: str) -> None:
     with Load(first.port, registry.request) as load:
         move(version)
-        wait_until(lambda: f"version {version} is refused" in first.said(), seconds=600)
-        wait_until(lambda: tags(version).get(STATE) == "refused", seconds=30)
-        wait_until(lambda: len(first.processes("serving.worker")) == 2, seconds=60)
+        wait_until(lambda: f"version {version} is refused" in first.said())
+        wait_until(lambda: tags(version).get(STATE) == "refused")
+        wait_until(lambda: len(first.processes("serving.worker")) == 2)
         time.sleep(2)
     assert reason in tags(version)[REASON]
     assert {reply.version for reply in load.replies} == {"1"}
@@ -353,16 +353,16 @@ def test_killed_worker_is_restarted(first: Server, registry: Registry) -> None:
         locked.execute("BEGIN EXCLUSIVE")
         time.sleep(1)  # the next poll waits
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: len(set(first.processes("serving.worker")) - {victim}) == 2, seconds=120)
-        wait_until(lambda: "does not reply" in first.said(), seconds=120)
+        wait_until(lambda: len(set(first.processes("serving.worker")) - {victim}) == 2)
+        wait_until(lambda: "does not reply" in first.said())
     assert statuses(load) == {200}
 
 
 def test_killed_nginx_is_restarted(first: Server, registry: Registry) -> None:
     (master,) = first.processes("nginx: master")
     os.kill(master, signal.SIGKILL)
-    wait_until(lambda: set(first.processes("nginx: master")) - {master}, seconds=60)
-    wait_until(lambda: is_listening(ServeParameters(port=first.port)), seconds=60)
+    wait_until(lambda: set(first.processes("nginx: master")) - {master})
+    wait_until(lambda: is_listening(ServeParameters(port=first.port)))
     assert first.version(registry.request) == "1"
 
 
@@ -412,15 +412,15 @@ def test_unreachable_model_is_waited_for(first: Server, registry: Registry) -> N
     away = artifacts.rename(artifacts.with_name("away"))
     try:
         move(2)
-        wait_until(lambda: tags(2).get(STATE) == "waiting", seconds=60)
+        wait_until(lambda: tags(2).get(STATE) == "waiting")
         assert "its model cannot be fetched" in tags(2)[REASON]
         assert first.version(registry.request) == "1"
         assert first.metrics()["signdigits_served_version"] == 1
         assert first.metrics()["signdigits_alias_served"] == 0
     finally:
         away.rename(artifacts)
-    wait_until(lambda: first.version(registry.request) == "2", seconds=120)
-    wait_until(lambda: tags(2)[STATE] == "live", seconds=30)
+    wait_until(lambda: first.version(registry.request) == "2")
+    wait_until(lambda: tags(2)[STATE] == "live")
     assert first.metrics()["signdigits_alias_served"] == 1
 
 

@@ -244,7 +244,7 @@ def test_ctrl_c_ends_mlflow_run(store: str, photographs: Path) -> None:
         line + [word for name, value in values.items() for word in ("-P", f"{name}={value}")], signal.SIGINT
     )
     assert code != 0
-    wait_until(lambda: only_run().info.status in ("KILLED", "FAILED"), seconds=60)
+    wait_until(lambda: only_run().info.status in ("KILLED", "FAILED"))
     assert only_run().data.tags["failure_reason"] == "interrupted"
 
 

@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, finished_job: Path) -> It
         log = (folder / "ui.log").open("w")
         server = subprocess.Popen([*line, "--port", str(port)], stdout=log, stderr=log, start_new_session=True)
         try:
-            wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), seconds=120)
+            wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"))
             yield Finished(found, pictures, *addresses)
         finally:
             os.killpg(server.pid, signal.SIGTERM)

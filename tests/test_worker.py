@@ -77,12 +77,22 @@ def working(folder: Path, socket_path: Path, **parameters: int) -> Iterator[Path
     command = worker_command("3", folder, ServeParameters(**parameters))  # type: ignore[arg-type]
     process = Process("worker", [*command, "--uds", str(socket_path)], worker_environment("3"))
     try:
-        wait_until(lambda: socket_path.exists() or not process.running, seconds=60)
+        wait_until(lambda: accepts(socket_path) or not process.running)
         assert process.running, process.exit_reason()
         yield socket_path
     finally:
         process.signal(signal.SIGKILL)
-        wait_until(process.has_exited, seconds=30)
+        wait_until(process.has_exited)
+
+
+def accepts(path: Path) -> bool:
+    """Tell whether a server listens at the socket, which exists before that."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +166,8 @@ def test_lost_client_cancels_request(shared: Path, tmp_path: Path) -> None:
     client = open_request(shared, body, len(body))
     time.sleep(0.5)
     client.close()
-    wait_until((tmp_path / "cancelled").exists, seconds=10)
-    wait_until(lambda: (tmp_path / "cancelled").read_text() == "seven", seconds=10)
+    wait_until((tmp_path / "cancelled").exists)
+    wait_until(lambda: (tmp_path / "cancelled").read_text() == "seven")
 
 
 def test_metrics_count_rows(shared: Path) -> None:
@@ -209,7 +219,7 @@ def test_full_queue_returns_503(folder: Path, tmp_path: Path) -> None:
         body = records("five")
         for _ in range(admission.SMALL_REQUESTS + 2):  # these have sent no body yet
             clients.enter_context(open_request(path, b"", len(body)))
-        wait_until(lambda: read_metrics(path)["signdigits_waiting_requests"] == 2, seconds=10)
+        wait_until(lambda: read_metrics(path)["signdigits_waiting_requests"] == 2)
         reply = send_request(path, "POST", "/invocations", body)
         assert (reply.status, reply.headers["retry-after"]) == (503, "1")
         assert json.loads(reply.content)["error_code"] == "TEMPORARILY_UNAVAILABLE"
