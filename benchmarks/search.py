@@ -22,7 +22,7 @@ from benchmarks.measure import Row, temporary_store
 from signdigits import search
 from signdigits.config import DataParameters, Hyperparameters, StudyParameters
 from signdigits.data import loading
-from signdigits.model import architecture
+from signdigits.model import architecture, input_pipeline
 from signdigits.tuning.space import Range, Space
 
 SEEDS = (1337, 1338, 1339)
@@ -63,7 +63,8 @@ def compile_plain(loaded: loading.Data, hyperparameters: Hyperparameters) -> ker
     """Return the notebook's network, new."""
     keras.utils.set_random_seed(hyperparameters.seed)
     network = architecture.build_network(loaded.image_shape, loaded.n_classes)
-    architecture.compile_network(network, hyperparameters)
+    steps = hyperparameters.epochs * input_pipeline.steps_per_epoch(loaded.training, hyperparameters.batch_size)
+    architecture.compile_network(network, hyperparameters, steps)
     return network
 
 

@@ -118,7 +118,7 @@ def serve(folder: Path, *options: str, port: int = 0) -> Iterator[Server]:
 def log_untrained(loaded: loading.Data) -> ModelInfo:
     """Log the notebook's network with its initial weights, for measurements of speed."""
     with runs.start_run("train", "train"):
-        network = training.new_network(loaded.image_shape, loaded.n_classes, Hyperparameters())
+        network = training.new_network(loaded.training, loaded.n_classes, Hyperparameters())
         fitted = training.Fit(network, {}, Hyperparameters())
         calibration = training.calibrate_network(fitted, loaded.training, loaded.validation)
         return package.log_model(network, calibration, loaded, {})

@@ -83,7 +83,7 @@ def notebook_epoch(folder: Path) -> Callable[[], object]:
 def project_epoch(images: loading.Images, precision: str, augmentation: Augmentation) -> Callable[[], object]:
     """Return a function that trains this project's pipeline for an epoch."""
     network = architecture.build_network((100, 100, 3), 10, precision=precision)
-    architecture.compile_network(network, Hyperparameters())
+    architecture.compile_network(network, Hyperparameters(), steps=1)
     batches = input_pipeline.training_batches(images, BATCH, augmentation, seed=0)
     steps = input_pipeline.steps_per_epoch(images, BATCH)
     return lambda: network.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)

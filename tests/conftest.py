@@ -232,7 +232,7 @@ def finished_job(fill_once: Callable[..., Path], loaded: loading.Data, empty_sto
     return fill_once("job", run)
 
 
-def calibrate(network: "keras.Sequential", loaded: loading.Data, temperature: float = 1.0) -> "Calibration":
+def calibrate(network: "keras.Model", loaded: loading.Data, temperature: float = 1.0) -> "Calibration":
     """Return the outlier detector of a network that was not trained, with a temperature."""
     from signdigits.model import training
 
@@ -250,7 +250,7 @@ def model_files(fill_once: Callable[..., Path], loaded: loading.Data) -> Callabl
     def write(folder: Path, temperature: float) -> None:
         keras.utils.set_random_seed(0)
         network = architecture.build_network(loaded.training.shape, 3)
-        architecture.compile_network(network, Hyperparameters())
+        architecture.compile_network(network, Hyperparameters(), steps=1)
         package.write_files(network, calibrate(network, loaded, temperature), loaded, folder)
 
     return lambda temperature: fill_once(f"model-{temperature}", lambda folder: write(folder, temperature))

@@ -8,12 +8,16 @@ from signdigits.errors import UsageError
 from signdigits.model import architecture
 from signdigits.model.layers import FusedBatchNormalization
 
+EXTENDED = Hyperparameters(
+    conv_blocks=4, filters=32, stem_stride=2, pooling="average_max", normalization="batch", dropout=0.2
+)
+
 
 def test_notebook_network_has_1204650_parameters() -> None:
     network = architecture.build_network((100, 100, 3), 10)
     assert network.count_params() == 1_204_650
     assert [type(layer).__name__ for layer in network.layers] == [
-        "Rescaling", "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D",
+        "InputLayer", "Rescaling", "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D", "Conv2D", "MaxPooling2D",
         "Flatten", "Dense", "Dense",
     ]  # fmt: skip
     assert [layer.count_params() for layer in network.layers if layer.count_params()] == [
@@ -24,11 +28,11 @@ def test_notebook_network_has_1204650_parameters() -> None:
 
 def test_pixels_are_rescaled_once() -> None:
     rgb, grayscale = architecture.build_network((8, 8, 3), 2), architecture.build_network((8, 8, 1), 2)
-    assert np.allclose(rgb.layers[0](np.full((1, 8, 8, 3), 255.0)), 1)
-    assert np.allclose(grayscale.layers[0](np.full((1, 8, 8, 1), 1.0)), 1)
+    assert np.allclose(rgb.layers[1](np.full((1, 8, 8, 3), 255.0)), 1)
+    assert np.allclose(grayscale.layers[1](np.full((1, 8, 8, 1), 1.0)), 1)
 
 
-def rates(network: keras.Sequential, *steps: int) -> list[float]:
+def rates(network: keras.Model, *steps: int) -> list[float]:
     """The optimizer's learning rate at some steps."""
     found = []
     for step in steps:
@@ -39,13 +43,44 @@ def rates(network: keras.Sequential, *steps: int) -> list[float]:
 
 def test_learning_rate_decays_exponentially() -> None:
     network = architecture.build_network((8, 8, 3), 2)
-    architecture.compile_network(network, Hyperparameters(initial_learning_rate=0.01, decay_rate=0.5, decay_steps=10))
+    chosen = Hyperparameters(initial_learning_rate=0.01, decay_rate=0.5, decay_steps=10)
+    architecture.compile_network(network, chosen, steps=1000)
     assert np.allclose(rates(network, 0, 10, 20), [0.01, 0.005, 0.0025])
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "cosine"])
+@pytest.mark.parametrize("steps", [80, 800])
+def test_schedule_ends_with_the_training(schedule: str, steps: int) -> None:
+    network = architecture.build_network((8, 8, 3), 2)
+    chosen = Hyperparameters(initial_learning_rate=0.01, decay_rate=0.2, decay_steps=0, schedule=schedule)
+    architecture.compile_network(network, chosen, steps)
+    first, highest, last = rates(network, 0, steps // 8, steps)
+    assert np.allclose(last, 0.002)
+    if schedule == "cosine":
+        assert np.allclose((first, highest), (0.001, 0.01)), "a warm-up over an eighth of the steps"
+    else:
+        assert np.allclose((first, highest), (0.01, 0.01 * 0.2 ** (1 / 8)))
+
+
+def test_weight_decay_is_that_of_adamw() -> None:
+    weights = []
+    x, y = np.ones((4, 8, 8, 3), np.float32), np.zeros(4)
+    for optimizer in (None, keras.optimizers.AdamW(0.01, weight_decay=0.1)):
+        keras.utils.set_random_seed(0)
+        network = architecture.build_network((8, 8, 3), 2)
+        chosen = Hyperparameters(initial_learning_rate=0.01, decay_rate=1.0, weight_decay=0.1)
+        architecture.compile_network(network, chosen, steps=2)
+        if optimizer:
+            network.compile(optimizer, network.loss)
+        network.fit(x, y, epochs=2, verbose=0)
+        weights.append(network.get_weights())
+    for ours, adamw in zip(*weights, strict=True):
+        np.testing.assert_array_equal(ours, adamw)
 
 
 def test_decay_rate_one_is_constant() -> None:
     network = architecture.build_network((8, 8, 3), 2)
-    architecture.compile_network(network, Hyperparameters(initial_learning_rate=0.001, decay_rate=1.0))
+    architecture.compile_network(network, Hyperparameters(initial_learning_rate=0.001, decay_rate=1.0), steps=1)
     assert np.allclose(rates(network, 10_000), 0.001)
 
 
@@ -57,9 +92,19 @@ def test_blocks_and_dropout_are_configurable() -> None:
     assert network.layers[-3].rate == 0.4
 
 
+def test_stem_and_pooled_features_make_a_smaller_network() -> None:
+    network = architecture.build_network((100, 100, 3), 10, EXTENDED)
+    assert network.count_params() == 457_866
+    convolution = next(layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D))
+    assert (convolution.kernel_size, convolution.strides) == ((4, 4), (2, 2))
+    assert architecture.with_features(network).output_shape == (None, 10 + 128 + 256)
+
+
 def test_too_many_blocks_are_refused() -> None:
     with pytest.raises(UsageError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
         architecture.build_network((16, 16, 3), 3, Hyperparameters(conv_blocks=5))
+    with pytest.raises(UsageError, match="conv_blocks=4, stem_stride=2: each block halves the image, and 31 pixels"):
+        architecture.build_network((31, 31, 3), 3, EXTENDED)
 
 
 def test_bfloat16_network_matches_float32() -> None:
@@ -92,7 +137,7 @@ def test_batch_normalization_replaces_biases(precision: str) -> None:
     chosen = Hyperparameters(normalization="batch")
     network = architecture.build_network((16, 16, 3), 3, chosen, precision)
     names = [type(layer).__name__ for layer in network.layers]
-    assert names[1:5] == ["Conv2D", "MaxPooling2D", "BatchNormalization", "ReLU"]
+    assert names[2:6] == ["Conv2D", "MaxPooling2D", "BatchNormalization", "ReLU"]
     layers = [layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)]
     assert len(layers) == 4, "three blocks and the dense layer"
     assert {layer.compute_dtype for layer in layers} == {"float32"}

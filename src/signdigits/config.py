@@ -123,11 +123,24 @@ class ReportParameters(Checked):
 class Hyperparameters(Checked):
     """The hyperparameters of one training. The defaults are the notebook's; their ranges are in tuning/space.py."""
 
-    initial_learning_rate: float = parameter(1e-3, "Adam's learning rate at the first step", above=0, high=1)
-    decay_rate: float = parameter(
-        0.96, "factor of the exponential decay, applied smoothly over decay_steps steps; 1.0: constant", above=0, high=1
+    initial_learning_rate: float = parameter(
+        1e-3, "Adam's learning rate at the first step, or after the warm-up of schedule=cosine", above=0, high=1
     )
-    decay_steps: int = parameter(1500, "steps (batches) over which the learning rate falls by decay_rate", low=1)
+    decay_rate: float = parameter(
+        0.96,
+        "factor by which the learning rate falls over decay_steps steps; 1.0: constant",
+        above=0,
+        high=1,
+    )
+    decay_steps: int = parameter(
+        1500, "steps (batches) over which the learning rate falls by decay_rate; 0: all steps of the training", low=0
+    )
+    schedule: str = parameter(
+        "exponential",
+        "schedule of the learning rate: exponential (ExponentialDecay, smooth), or cosine (CosineDecay after a linear warm-up "
+        "over an eighth of the steps)",
+        choices=("exponential", "cosine"),
+    )
     epochs: int = parameter(20, "passes over the training images", low=1, high=10_000)
     batch_size: int = parameter(128, "images per step", low=1, high=65_536)
     augmentation: float = parameter(
@@ -154,6 +167,15 @@ class Hyperparameters(Checked):
     normalization: str = parameter(
         "none", "none, or batch: batch normalization of each block and of the dense layer", choices=("none", "batch")
     )
+    stem_stride: int = parameter(
+        1, "stride of the first block's convolution; 2: with a kernel of 4x4, faster for large images", low=1, high=2
+    )
+    pooling: str = parameter(
+        "flatten",
+        "how the last block becomes features: flatten (all positions), or average_max (average and maximum over the positions)",
+        choices=("flatten", "average_max"),
+    )
+    weight_decay: float = parameter(0.0, "decoupled weight decay of Adam (AdamW), such as 0.05; 0: none", low=0, high=1)
     ema_momentum: float = parameter(
         0.0,
         "momentum of the moving average of the weights (Keras' use_ema), such as 0.99; 0: no average",
@@ -176,8 +198,8 @@ class StudyParameters(Checked):
 
     space: str = parameter(
         "extended",
-        "search space: notebook (initial_learning_rate, decay_rate, epochs) or extended (also decay_steps, batch_size, "
-        "augmentation, photometric, dropout, conv_blocks)",
+        "search space: notebook (initial_learning_rate, decay_rate, epochs) or extended (also augmentation, photometric, dropout, "
+        "filters)",
         choices=("notebook", "extended"),
     )
     n_trials: int = parameter(12, "total number of finished trials", low=1)

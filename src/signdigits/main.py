@@ -97,7 +97,7 @@ def _refit_best(search: Search, seed: int) -> LoggedModel:
         mlflow.set_tags(facts)
         runs.log_params(asdict(hyperparameters))
         lineage.log_data(data, parts=("fitting",))
-        network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
+        network = training.new_network(data.fitting, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.fitting, None, hyperparameters)
         # At high learning rates some seeds end with dead ReLUs and learn nothing. The training images show it.
         accuracy, trial_accuracy = fitted.last("accuracy"), best.user_attrs.get("accuracy", 0.0)

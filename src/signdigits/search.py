@@ -51,7 +51,8 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     """
     space = space.for_data_set(data.dataset.origin)
     # Fail before the search, not in the middle of it.
-    architecture.check_blocks(space.ends("conv_blocks")[1], data.image_size)
+    deepest = space.complete({name: r.high for name, r in space.ranges.items()})
+    architecture.check_blocks(deepest, data.image_size)
     settings = study_settings(data, space, parameters)
     name = parameters.study_name
     if name == "auto":

@@ -32,7 +32,7 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
         if data.parameters.log_data:
             lineage.log_photographs(data.dataset, run.info.run_id)
         runs.log_versions()
-        network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
+        network = training.new_network(data.training, data.n_classes, hyperparameters)
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters)
         training.log_curves(fitted)
         runs.check_recorded(asdict(hyperparameters), "val_accuracy", hyperparameters.epochs)

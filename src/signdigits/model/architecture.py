@@ -1,4 +1,4 @@
-"""The notebook's network, its optimizer and its loss."""
+"""The network, its optimizer, its learning rate schedule and its loss."""
 
 import platform
 from pathlib import Path
@@ -20,25 +20,25 @@ def build_network(
     precision: str = "float32",
     *,
     for_training: bool = False,
-) -> "keras.Sequential":
-    """Build the notebook's network: images of shape (n, *image_shape) in, float32 logits of shape (n, n_classes) out.
+) -> "keras.Model":
+    """Build the network: images of shape (n, *image_shape) in, float32 logits of shape (n, n_classes) out.
 
     Three channels are RGB from 0 to 255 and are rescaled to 0 to 1; one channel is grayscale and
-    rescaled already. With 100x100 RGB images, ten classes and the default hyperparameters it has 1,204,650 parameters.
-    `precision` is the Keras dtype policy that the layers compute in. With `for_training`, TensorFlow's fused kernel normalizes
-    the blocks; without it all layers are Keras' own, to be saved. Raises UsageError if the images are too small for the
-    blocks.
+    rescaled already. With 100x100 RGB images, ten classes and the default hyperparameters it is the notebook's, with 1,204,650
+    parameters. `precision` is the Keras dtype policy that the layers compute in. With `for_training`, TensorFlow's fused kernel
+    normalizes the blocks; without it all layers are Keras' own, to be saved. Raises UsageError if the images are too small for
+    the blocks.
     """
-    from keras import Input, Sequential, layers
+    from keras import Input, Model, layers
 
     from signdigits.model.layers import FusedBatchNormalization
 
-    conv_blocks, dropout = hyperparameters.conv_blocks, hyperparameters.dropout
-    check_blocks(conv_blocks, image_shape[0])
-    network = Sequential([Input(image_shape), layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)])
+    check_blocks(hyperparameters, image_shape[0])
+    inputs = Input(image_shape)
+    x = layers.Rescaling(1 / 255 if image_shape[-1] == 3 else 1.0)(inputs)
     if hyperparameters.standardization == "image":
         # Each channel of each image gets mean 0 and variance 1: independent of brightness, contrast and white balance.
-        network.add(layers.LayerNormalization(axis=(1, 2), epsilon=1e-5, center=False, scale=False))
+        x = layers.LayerNormalization(axis=(1, 2), epsilon=1e-5, center=False, scale=False)(x)
     normalized = hyperparameters.normalization == "batch"
     block_normalization, dtype = (
         (FusedBatchNormalization, precision) if for_training else (layers.BatchNormalization, "float32")
@@ -46,28 +46,32 @@ def build_network(
     # ReLU before or after max pooling is the same function with the same gradients. The notebook has it before; in bfloat16
     # (mixed precision) it takes half the time after.
     first = "relu" if precision == "float32" and not normalized else None
-    for block in range(conv_blocks):
-        filters = hyperparameters.filters * 2**block
-        network.add(
-            layers.Conv2D(filters, 3, padding="same", activation=first, use_bias=not normalized, dtype=precision)
-        )
-        network.add(layers.MaxPooling2D(dtype=precision))
+    for block in range(hyperparameters.conv_blocks):
+        strides = hyperparameters.stem_stride if block == 0 else 1
+        x = layers.Conv2D(
+            hyperparameters.filters * 2**block, 2 + strides if strides > 1 else 3, strides, padding="same",
+            activation=first, use_bias=not normalized, dtype=precision,
+        )(x)  # fmt: skip
+        x = layers.MaxPooling2D(dtype=precision)(x)
         if normalized:
-            network.add(block_normalization(momentum=BATCH_MOMENTUM, dtype=dtype))
+            x = block_normalization(momentum=BATCH_MOMENTUM, dtype=dtype)(x)
         if first is None:
-            network.add(layers.ReLU(dtype=precision))
-    network.add(layers.Flatten(dtype=precision))
-    if dropout:
-        network.add(layers.Dropout(dropout, dtype=precision))
-    network.add(layers.Dense(128, activation=None if normalized else "relu", use_bias=not normalized, dtype=precision))
+            x = layers.ReLU(dtype=precision)(x)
+    if hyperparameters.pooling == "average_max":
+        pools = [layers.GlobalAveragePooling2D(dtype=precision)(x), layers.GlobalMaxPooling2D(dtype=precision)(x)]
+        x = layers.Concatenate(dtype=precision)(pools)
+    else:
+        x = layers.Flatten(dtype=precision)(x)
+    if hyperparameters.dropout:
+        x = layers.Dropout(hyperparameters.dropout, dtype=precision)(x)
+    x = layers.Dense(128, activation=None if normalized else "relu", use_bias=not normalized, dtype=precision)(x)
     if normalized:
-        network.add(layers.BatchNormalization(momentum=BATCH_MOMENTUM, dtype="float32"))
-        network.add(layers.ReLU(dtype=precision))
-    network.add(layers.Dense(n_classes))
-    return network
+        x = layers.BatchNormalization(momentum=BATCH_MOMENTUM, dtype="float32")(x)
+        x = layers.ReLU(dtype=precision)(x)
+    return Model(inputs, layers.Dense(n_classes)(x))
 
 
-def with_features(network: "keras.Sequential") -> "keras.Model":
+def with_features(network: "keras.Model") -> "keras.Model":
     """Return a model that shares the network's layers; output: logits and features, of shape (n, n_classes + features).
 
     The features are those in which the outlier detector measures distances: the last hidden layer, and the mean of the last
@@ -76,14 +80,14 @@ def with_features(network: "keras.Sequential") -> "keras.Model":
     from keras import Model, layers
 
     hidden, logits = network.layers[-2].output, network.layers[-1].output
-    blocks = next(layer.input for layer in network.layers if isinstance(layer, layers.Flatten))
+    blocks = next(layer.output for layer in reversed(network.layers) if len(layer.output.shape) == 4)
     parts = [
         layers.UnitNormalization(dtype="float32")(part) for part in (hidden, layers.GlobalAveragePooling2D()(blocks))
     ]
     return Model(network.inputs[0], layers.Concatenate(dtype="float32")([logits, *parts]))
 
 
-def with_probabilities(network: "keras.Sequential", temperature: float) -> "keras.Model":
+def with_probabilities(network: "keras.Model", temperature: float) -> "keras.Model":
     """Return a model that shares the network's layers; output: probabilities at `temperature`, (n, n_classes)."""
     from keras import Model, layers
 
@@ -91,26 +95,31 @@ def with_probabilities(network: "keras.Sequential", temperature: float) -> "kera
     return Model(network.inputs[0], layers.Softmax(name="probabilities")(scaled), name="sign_digits")
 
 
-def check_blocks(conv_blocks: int, image_size: int) -> None:
-    """Raise UsageError if `conv_blocks` poolings cannot halve `image_size` pixels."""
-    if image_size < 2**conv_blocks:
+def check_blocks(hyperparameters: Hyperparameters, image_size: int) -> None:
+    """Raise UsageError if the poolings and the stride of the blocks cannot halve `image_size` pixels so often."""
+    conv_blocks, stem_stride = hyperparameters.conv_blocks, hyperparameters.stem_stride
+    if image_size < stem_stride * 2**conv_blocks:
+        stride = f", stem_stride={stem_stride}" if stem_stride > 1 else ""
         raise UsageError(
-            f"conv_blocks={conv_blocks}: each block halves the image, and {image_size} pixels are too few; "
+            f"conv_blocks={conv_blocks}{stride}: each block halves the image, and {image_size} pixels are too few; "
             "choose fewer blocks, or a larger image_size"
         )
 
 
-def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameters) -> None:
-    """Compile the network with Adam, an exponentially decaying learning rate, cross-entropy from logits, and accuracy."""
-    from keras import losses, metrics, optimizers
+def compile_network(network: "keras.Model", hyperparameters: Hyperparameters, steps: int) -> None:
+    """Compile the network with Adam, a decaying learning rate, cross-entropy from logits, and accuracy.
+
+    `steps` is the number of steps of the whole training, over which the learning rate decays if `decay_steps` is 0. With a
+    weight decay, Adam is AdamW.
+    """
+    from keras import losses, metrics
 
     from signdigits.model.layers import SingleReplicaAdam
 
-    schedule = optimizers.schedules.ExponentialDecay(
-        hyperparameters.initial_learning_rate, hyperparameters.decay_steps, hyperparameters.decay_rate
-    )
     averaged = {"use_ema": True, "ema_momentum": hyperparameters.ema_momentum} if hyperparameters.ema_momentum else {}
-    optimizer = SingleReplicaAdam(schedule, **averaged)
+    optimizer = SingleReplicaAdam(
+        make_schedule(hyperparameters, steps), weight_decay=hyperparameters.weight_decay or None, **averaged
+    )
     # TensorFlow traces a training step twice if its first call creates variables, those of an optimizer that is not built or of
     # a metric that is only named: half of the time of a short training.
     optimizer.build(network.trainable_variables)
@@ -121,6 +130,21 @@ def compile_network(network: "keras.Sequential", hyperparameters: Hyperparameter
         metrics=[metrics.SparseCategoricalAccuracy(name="accuracy")],
         jit_compile=False,
     )
+
+
+def make_schedule(hyperparameters: Hyperparameters, steps: int) -> "keras.optimizers.schedules.LearningRateSchedule":
+    """Return the learning rate by step: ExponentialDecay, or a warm-up and CosineDecay.
+
+    With decay_steps=0 either ends the `steps` of the training at decay_rate times the initial learning rate.
+    """
+    from keras.optimizers import schedules
+
+    rate, decay_rate = hyperparameters.initial_learning_rate, hyperparameters.decay_rate
+    decay_steps = hyperparameters.decay_steps or steps
+    if hyperparameters.schedule == "exponential":
+        return schedules.ExponentialDecay(rate, decay_steps, decay_rate)
+    warmup = decay_steps // 8
+    return schedules.CosineDecay(rate / 10, decay_steps - warmup, decay_rate, warmup_target=rate, warmup_steps=warmup)
 
 
 def resolve_precision(precision: str) -> str:

@@ -34,14 +34,14 @@ VALIDATION_AUGMENTATION = Augmentation(geometric=1.5, photometric=1.0)
 class Fit:
     """A fitted network and its history: accuracy, loss and, with validation images, val_* of each epoch."""
 
-    network: keras.Sequential  # in its training precision
+    network: keras.Model  # in its training precision
     history: dict[str, list[float]]
     hyperparameters: Hyperparameters
 
     def last(self, metric: str) -> float:
         return self.history[metric][-1]
 
-    def in_float32(self) -> keras.Sequential:
+    def in_float32(self) -> keras.Model:
         """Return the network with float32 computation; its weights are float32 in any precision."""
         shape, n_classes = self.network.input_shape[1:], self.network.output_shape[-1]
         network = architecture.build_network(shape, n_classes, self.hyperparameters)
@@ -49,22 +49,24 @@ class Fit:
         return network
 
 
-def new_network(
-    image_shape: tuple[int, int, int], n_classes: int, hyperparameters: Hyperparameters
-) -> keras.Sequential:
-    """Build and compile a network from the seed in `hyperparameters`; its precision becomes a tag of the active run."""
+def new_network(images: Images, n_classes: int, hyperparameters: Hyperparameters) -> keras.Model:
+    """Build and compile a network for a training on `images`, from the seed in `hyperparameters`.
+
+    Its precision becomes a tag of the active run.
+    """
     precision = architecture.resolve_precision(hyperparameters.precision)
     mlflow.set_tag("precision", precision)
     # Keras and TensorFlow keep the graphs of earlier networks. Python frees them in its own time: to force it takes a second.
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
-    network = architecture.build_network(image_shape, n_classes, hyperparameters, precision, for_training=True)
-    architecture.compile_network(network, hyperparameters)
+    network = architecture.build_network(images.shape, n_classes, hyperparameters, precision, for_training=True)
+    steps = hyperparameters.epochs * input_pipeline.steps_per_epoch(images, hyperparameters.batch_size)
+    architecture.compile_network(network, hyperparameters, steps)
     return network
 
 
 def fit_network(
-    network: keras.Sequential,
+    network: keras.Model,
     training: Images,
     validation: Images | None,
     hyperparameters: Hyperparameters,

@@ -54,7 +54,7 @@ SIGNATURE = ModelSignature(
 )
 
 
-def log_model(network: "keras.Sequential", calibration: Calibration, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
+def log_model(network: "keras.Model", calibration: Calibration, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     """Log the network to the active run as a model that takes encoded photographs.
 
     The model is code (pyfunc_model.py) with the network, the decoder (images.py), the outlier detector (outliers.py), the
@@ -67,7 +67,7 @@ def log_model(network: "keras.Sequential", calibration: Calibration, data: Data,
         return log_files(Path(folder), data, {"temperature": calibration.temperature, **facts})
 
 
-def write_files(network: "keras.Sequential", calibration: Calibration, data: Data, folder: Path) -> None:
+def write_files(network: "keras.Model", calibration: Calibration, data: Data, folder: Path) -> None:
     """Write the files of the model that depend on its training: the network in both formats, the detector, the settings."""
     network.save(folder / "network.keras", include_optimizer=False)
     with startup.filtered_stderr():

@@ -21,7 +21,7 @@ def objective(trial: optuna.Trial, search: Search) -> float:
     with _trial_run(trial, search):
         hyperparameters = search.space.suggest(trial)
         mlflow.log_params(asdict(hyperparameters))
-        network = training.new_network(data.image_shape, data.n_classes, hyperparameters)
+        network = training.new_network(data.training, data.n_classes, hyperparameters)
         pruning = Pruning(trial, metric)
         callbacks = [*_measure_robustness(search), pruning]
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=callbacks)
