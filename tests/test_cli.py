@@ -40,7 +40,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["search", "--n_trials", "0"], "n_trials=0: must be 1 or more"),
         (
             ["search", "--objective", "accuracy"],
-            "objective='accuracy': must be one of auto, val_accuracy, val_loss, robust_accuracy",
+            "objective='accuracy': must be one of auto, val_accuracy, val_loss, val_brier, robust_accuracy, robust_brier",
         ),
         (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of percentile, median, hyperband, none"),
         (["search", "--timeout", "inf"], "timeout=inf: must be a finite number"),

@@ -23,7 +23,7 @@ from signdigits.errors import UsageError
         (
             hp.StudyParameters,
             {"objective": "accuracy"},
-            "objective='accuracy': must be one of auto, val_accuracy, val_loss, robust_accuracy",
+            "objective='accuracy': must be one of auto, val_accuracy, val_loss, val_brier, robust_accuracy, robust_brier",
         ),
         (hp.StudyParameters, {"timeout": -1.0}, "timeout=-1.0: must be 0 or more"),
         (hp.Hyperparameters, {"dropout": True}, "dropout=True: must be of type float"),
@@ -49,7 +49,7 @@ LIMITS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
     hp.Hyperparameters: {
         "initial_learning_rate": ([1e-9, 1.0], [0.0, 1.1]),
         "decay_rate": ([1e-9, 1.0], [0.0, 1.1]),
-        "decay_steps": ([1], [0]),
+        "decay_steps": ([0], [-1]),
         "epochs": ([1, 10_000], [0, 10_001]),
         "batch_size": ([1, 65_536], [0, 65_537]),
         "augmentation": ([0.0, 3.0], [-0.1, 3.1]),
@@ -58,6 +58,8 @@ LIMITS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "dropout": ([0.0, 0.9], [-0.1, 0.91]),
         "conv_blocks": ([1, 8], [0, 9]),
         "filters": ([1, 256], [0, 257]),
+        "stem_stride": ([1, 2], [0, 3]),
+        "weight_decay": ([0.0, 1.0], [-0.1, 1.1]),
         "ema_momentum": ([0.0, 0.9999], [-0.1, 1.0]),
         "seed": ([0, 2_147_483_647], [-1, 2_147_483_648]),
     },
@@ -119,8 +121,8 @@ def test_all_is_for_one_decision() -> None:
 @pytest.mark.parametrize(
     ("space", "objective", "metric"),
     [
-        ("extended", "auto", "robust_accuracy"),
-        ("notebook", "auto", "val_accuracy"),
+        ("extended", "auto", "robust_brier"),
+        ("notebook", "auto", "val_brier"),
         ("extended", "val_loss", "val_loss"),
         ("notebook", "robust_accuracy", "robust_accuracy"),
     ],

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import io
 import os
 import signal
 import sqlite3
@@ -13,17 +14,19 @@ from typing import Any
 import mlflow
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 from mlflow.entities import Run
 from optuna.testing.pruners import DeterministicPruner
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from signdigits import search
 from signdigits.config import StudyParameters
 from signdigits.data import loading
 from signdigits.errors import UsageError
+from signdigits.model import training
 from signdigits.tracking import runs
-from signdigits.tuning import storage, study
+from signdigits.tuning import choice, storage, study
 from signdigits.tuning.space import Range, Space
 
 from .conftest import copy_stores, store_like, use_store, wait_until
@@ -31,7 +34,7 @@ from .conftest import copy_stores, store_like, use_store, wait_until
 pytestmark = pytest.mark.slow
 
 SPACE = Space.of("notebook", epochs=Range(1, 3), batch_size=16)
-EXTENDED = Space.of("extended", epochs=Range(1, 2), batch_size=Range(8, 16), conv_blocks=Range(2, 3))
+EXTENDED = Space.of("extended", epochs=Range(1, 2), batch_size=Range(8, 16), conv_blocks=2, filters=Range(8, 9))
 ONE = StudyParameters(n_trials=1, pruner="none", space="notebook")
 SIX = dataclasses.replace(ONE, n_trials=6)
 
@@ -66,6 +69,10 @@ def trials(opened: search.Search) -> list[Run]:
     return runs.nested_runs(opened.run_id, "trial")
 
 
+def chosen(opened: search.Search) -> FrozenTrial:
+    return choice.choose_trial(opened.study, opened.parameters.metric).trial
+
+
 def artifacts(run_id: str, folder: str) -> set[str]:
     return {item.path for item in mlflow.MlflowClient().list_artifacts(run_id, folder)}
 
@@ -75,17 +82,19 @@ def test_trials_are_nested_runs(finished: search.Search) -> None:
 
 
 def test_extended_trials_are_nested_runs(store: str, loaded: loading.Data) -> None:
-    """By default their value is robust_accuracy, which counts augmented images; the notebook's space does without it."""
+    """By default their value is robust_brier, which counts changed copies; the notebook's space does without them."""
     opened = search.search(loaded, EXTENDED, StudyParameters(n_trials=2, pruner="none", space="extended"))
     check_trials(opened, EXTENDED, ["trial-000", "trial-001"])
-    run_id = opened.best.user_attrs["mlflow_run_id"]
-    accuracy, robust_accuracy = (
-        np.array([metric.value for metric in mlflow.MlflowClient().get_metric_history(run_id, name)])
-        for name in ("val_accuracy", "robust_accuracy")
-    )
-    assert opened.best.value == pytest.approx(robust_accuracy[-1])
-    augmented = (2 * robust_accuracy - accuracy) * len(loaded.validation)  # images that are classified correctly
-    np.testing.assert_allclose(augmented, np.rint(augmented), atol=1e-4)
+    run_id = chosen(opened).user_attrs["mlflow_run_id"]
+    scores = pd.read_csv(io.StringIO(mlflow.artifacts.load_text(f"runs:/{run_id}/{choice.SCORES}")))
+    assert list(scores.columns) == ["path", "class", "accuracy", "loss", "brier"]
+    assert chosen(opened).value == pytest.approx(scores["brier"].mean(), abs=1e-5)
+    metrics = mlflow.get_run(run_id).data.metrics
+    assert metrics["robust_accuracy"] == pytest.approx(scores["accuracy"].mean(), abs=1e-5)
+    copies = scores["accuracy"] * (training.COPIES + 1)
+    np.testing.assert_allclose(copies, np.rint(copies), atol=1e-4)
+    hits = metrics["val_accuracy"] * len(loaded.validation)
+    assert hits <= (scores["accuracy"] > 0).sum(), "each image is one of its copies"
 
 
 def check_trials(opened: search.Search, space: Space, names: list[str]) -> None:
@@ -103,14 +112,15 @@ def check_trials(opened: search.Search, space: Space, names: list[str]) -> None:
 
 def test_study_run_has_best_trial(finished: search.Search) -> None:
     run = mlflow.get_run(finished.run_id)
-    best = finished.best
-    assert best.value == best.user_attrs["val_accuracy"]
-    assert "robust_accuracy" not in trials(finished)[best.number].data.metrics
+    best = chosen(finished)
+    assert best.value == best.user_attrs["val_brier"]
+    assert "robust_brier" not in trials(finished)[best.number].data.metrics
     assert run.info.status == "FINISHED"
     assert run.data.metrics["best_trial"] == best.number
-    assert run.data.metrics["best_val_accuracy"] == pytest.approx(best.value)
+    assert run.data.metrics["best_val_brier"] == pytest.approx(best.value)
     assert run.data.metrics["best_initial_learning_rate"] == pytest.approx(best.params["initial_learning_rate"])
     assert run.data.metrics["trials_complete"] == 6
+    assert run.data.tags["choice"] == choice.choose_trial(finished.study, "val_brier").reason
     assert run.data.tags["best_run_id"] == trials(finished)[best.number].info.run_id
     assert "A study on" in run.data.tags["mlflow.note.content"]
     pictures = ("optimization_history", "param_importances", "parallel_coordinate", "slice", "intermediate_values")
@@ -145,11 +155,11 @@ def test_same_command_continues_study(copied: search.Search, loaded: loading.Dat
 
 
 def test_deleted_trial_is_not_best(copied: search.Search, loaded: loading.Data) -> None:
-    best = copied.best
+    best = chosen(copied)
     mlflow.delete_run(best.user_attrs["mlflow_run_id"])
     again = search.search(loaded, SPACE, SIX)
-    assert again.best.number != best.number
-    assert mlflow.get_run(again.run_id).data.tags["best_run_id"] == again.best.user_attrs["mlflow_run_id"]
+    assert chosen(again).number != best.number
+    assert mlflow.get_run(again.run_id).data.tags["best_run_id"] == chosen(again).user_attrs["mlflow_run_id"]
 
 
 def test_warm_start_enqueues_best_trials(copied: search.Search, loaded: loading.Data) -> None:
@@ -160,8 +170,8 @@ def test_warm_start_enqueues_best_trials(copied: search.Search, loaded: loading.
     best = study.rank_trials(copied.study)[: study.WARM_START_TRIALS]
     assert origins == ["baseline", *(f"{first}/{trial.number}" for trial in best)]
     started = opened.study.trials[1].params
-    assert started == copied.best.params | {"epochs": max(2, copied.best.params["epochs"])}
-    assert trials(opened)[1].data.tags["origin"] == f"{first}/{copied.best.number}"
+    assert started == best[0].params | {"epochs": max(2, best[0].params["epochs"])}
+    assert trials(opened)[1].data.tags["origin"] == f"{first}/{best[0].number}"
 
 
 def test_unknown_warm_start_is_refused(store: str, loaded: loading.Data) -> None:
@@ -170,7 +180,7 @@ def test_unknown_warm_start_is_refused(store: str, loaded: loading.Data) -> None
 
 
 def test_pruned_trials_are_no_failures(store: str, loaded: loading.Data) -> None:
-    space = Space.of("notebook", epochs=3, batch_size=16)
+    space = Space.of("notebook", epochs=5, batch_size=16)
     with search.open_study(loaded, space, dataclasses.replace(ONE, n_trials=2)) as opened:
         opened.study.pruner = DeterministicPruner(False)
         search.optimize_study(dataclasses.replace(opened, parameters=ONE))
@@ -180,7 +190,9 @@ def test_pruned_trials_are_no_failures(store: str, loaded: loading.Data) -> None
     assert opened.study.trials[1].state == TrialState.PRUNED
     assert pruned.info.status == "FINISHED"
     assert pruned.data.tags["trial_state"] == "PRUNED"
-    assert len(mlflow.MlflowClient().get_metric_history(pruned.info.run_id, "val_accuracy")) == 1
+    assert len(mlflow.MlflowClient().get_metric_history(pruned.info.run_id, "val_accuracy")) == 2, (
+        "a quarter, rounded up"
+    )
     assert mlflow.get_run(opened.run_id).data.metrics["trials_pruned"] == 1
 
 
@@ -200,7 +212,7 @@ def test_failed_trial_has_reason(store: str, loaded: loading.Data) -> None:
 
 def test_val_loss_can_be_objective(store: str, loaded: loading.Data) -> None:
     opened = search.search(loaded, SPACE, dataclasses.replace(ONE, objective="val_loss"))
-    assert opened.best.value == opened.best.user_attrs["val_loss"]
+    assert chosen(opened).value == chosen(opened).user_attrs["val_loss"]
     assert opened.study.direction == optuna.study.StudyDirection.MINIMIZE
 
 

@@ -7,7 +7,7 @@ defaults from here. The options of the server are in serving/options.py.
 import math
 import re
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from signdigits.errors import UsageError, escape_undecodable
 
@@ -192,6 +192,9 @@ class Hyperparameters(Checked):
     )
 
 
+METRICS = ("val_accuracy", "val_loss", "val_brier", "robust_accuracy", "robust_brier")
+
+
 @dataclass(frozen=True)
 class StudyParameters(Checked):
     """The search."""
@@ -212,9 +215,10 @@ class StudyParameters(Checked):
     storage: str = parameter("sqlite:///optuna.db", "Optuna's storage, an SQLAlchemy URL")
     objective: str = parameter(
         "auto",
-        "metric that the search optimizes, at the last epoch: val_accuracy, val_loss (minimized), or robust_accuracy (on the "
-        "validation images and augmented copies); auto: robust_accuracy in the extended space, else val_accuracy",
-        choices=("auto", "val_accuracy", "val_loss", "robust_accuracy"),
+        "metric that the search optimizes, at the last epoch: val_accuracy, or the minimum of val_loss or val_brier (the Brier "
+        "score); robust_accuracy and robust_brier count eight changed copies of each validation image as well; auto: "
+        "robust_brier in the extended space, else val_brier",
+        choices=("auto", *METRICS),
     )
     pruner: str = parameter(
         "percentile",
@@ -236,7 +240,12 @@ class StudyParameters(Checked):
         """The metric that the search optimizes."""
         if self.objective != "auto":
             return self.objective
-        return "robust_accuracy" if self.space == "extended" else "val_accuracy"
+        return "robust_brier" if self.space == "extended" else "val_brier"
+
+    @property
+    def direction(self) -> Literal["minimize", "maximize"]:
+        """The direction in which the metric is optimized."""
+        return "minimize" if self.metric.endswith(("loss", "brier")) else "maximize"
 
 
 @dataclass(frozen=True)

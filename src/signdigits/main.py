@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel
+from optuna.trial import FrozenTrial
 
 from signdigits import evaluate, prepare, register
 from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
@@ -23,6 +24,7 @@ from signdigits.model.calibration import Calibration
 from signdigits.packaging import package
 from signdigits.search import open_study, optimize_study
 from signdigits.tracking import registry, runs, urls
+from signdigits.tuning.choice import Choice
 from signdigits.tuning.space import Space, format_value
 from signdigits.tuning.study import Search
 
@@ -39,31 +41,31 @@ def main(
     with open_study(data, space, study) as search:
         runs.log_params(asdict(refits) | asdict(promotion))
         prepare.log_report(data)
-        optimize_study(search)
-        models = _refit_seeds(search, refits.n_seeds)
+        choice = optimize_study(search)
+        models = _refit_seeds(search, choice.trial, refits.n_seeds)
         _log_refit_scores(models)
         decision = register.previous_decision(promotion.model_name, models[0]) or register.promote_model(
             models[0], promotion
         )
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
-    for line in _summarize_job(search, models, decision):
+    for line in _summarize_job(search, choice, models, decision):
         log.info("%s", line)
     return decision
 
 
-def _refit_seeds(search: Search, n_seeds: int) -> list[LoggedModel]:
-    """Refit the best trial with successive seeds; a seed whose training diverges is skipped.
+def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int) -> list[LoggedModel]:
+    """Refit the chosen trial with successive seeds; a seed whose training diverges is skipped.
 
     Raises TrainingDiverged if more than `n_seeds` seeds diverge.
     """
     models: list[LoggedModel] = []
-    first = search.best_hyperparameters.seed
+    first = search.space.complete(best.params).seed
     for seed in range(first, first + 2 * n_seeds):
-        model = _find_refit(search, seed)
+        model = _find_refit(search, best, seed)
         try:
             if not model:
-                log.info("refit %d/%d of trial %d, with seed %d", len(models) + 1, n_seeds, search.best.number, seed)
-                model = _refit_best(search, seed)
+                log.info("refit %d/%d of trial %d, with seed %d", len(models) + 1, n_seeds, best.number, seed)
+                model = _refit_best(search, best, seed)
             models.append(model)
         except TrainingDiverged as error:
             log.warning("refit with seed %d skipped: %s", seed, error)
@@ -74,24 +76,24 @@ def _refit_seeds(search: Search, n_seeds: int) -> list[LoggedModel]:
     return models
 
 
-def _find_refit(search: Search, seed: int) -> LoggedModel | None:
-    """Return the model of the best trial's finished and evaluated refit with `seed`, if there is one."""
-    tags = {"role": "refit", "trial": str(search.best.number), "seed": str(seed)}
+def _find_refit(search: Search, best: FrozenTrial, seed: int) -> LoggedModel | None:
+    """Return the model of the chosen trial's finished and evaluated refit with `seed`, if there is one."""
+    tags = {"role": "refit", "trial": str(best.number), "seed": str(seed)}
     for run in runs.nested_runs(search.run_id, "refit"):
         if tags.items() <= run.data.tags.items() and run.info.status == "FINISHED":
             return registry.find_model(run.info.run_id, "")
     return None
 
 
-def _refit_best(search: Search, seed: int) -> LoggedModel:
-    """Fit the best trial's hyperparameters on training and validation images together, and score the test images.
+def _refit_best(search: Search, best: FrozenTrial, seed: int) -> LoggedModel:
+    """Fit the chosen trial's hyperparameters on training and validation images together, and score the test images.
 
     The validation images chose the hyperparameters and cannot report on them; the test images, unseen so far, do so once
     per seed. Temperature and outlier threshold are the trial's, because no images are left to fit them on. Raises
     TrainingDiverged if the training accuracy is less than half of the trial's.
     """
-    data, best = search.data, search.best
-    hyperparameters = replace(search.best_hyperparameters, seed=seed)
+    data = search.data
+    hyperparameters = replace(search.space.complete(best.params), seed=seed)
     facts = {"study": search.study.study_name, "trial": best.number, "seed": seed}
     with runs.start_run("refit", f"refit, seed {seed}"):
         mlflow.set_tags(facts)
@@ -134,14 +136,17 @@ def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
     models[0].tags.update({name: str(value) for name, value in metrics.items()})
 
 
-def _summarize_job(search: Search, models: Sequence[LoggedModel], decision: register.Decision) -> list[str]:
+def _summarize_job(
+    search: Search, choice: Choice, models: Sequence[LoggedModel], decision: register.Decision
+) -> list[str]:
     """Return the lines of the summary: the results, and the next commands."""
     tags = models[0].tags
     mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])
     rows = {
         "study": search.study.study_name,
-        "best": f"trial {search.best.number}",
-        **{name: format_value(value) for name, value in search.best.params.items()},
+        "chosen": f"trial {choice.trial.number}",
+        "why": choice.reason,
+        **{name: format_value(value) for name, value in choice.trial.params.items()},
         "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(search.data.validation)} images",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
         f"over {len(models)} seeds": f"{mean:.4f} +/- {std:.4f}",

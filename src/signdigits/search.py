@@ -27,6 +27,7 @@ from signdigits.errors import StorageError
 from signdigits.model import architecture
 from signdigits.tracking import runs, urls
 from signdigits.tuning import executors, storage
+from signdigits.tuning.choice import Choice, choose_trial
 from signdigits.tuning.space import Space, format_value
 from signdigits.tuning.study import Search, count_finished, load_study, reconcile_stores, study_settings
 
@@ -83,10 +84,12 @@ def _study_run(study: optuna.Study) -> Iterator[str]:
                 mlflow.MlflowClient().log_metric(launched, "trials_added", added)
 
 
-def optimize_study(search: Search) -> None:
-    """Run trials until the study has `n_trials` finished ones or the timeout, and log the results."""
+def optimize_study(search: Search) -> Choice:
+    """Run trials until the study has `n_trials` finished ones or the timeout, log the results, and choose a trial."""
     run_missing_trials(search)
-    _log_study(search)
+    choice = choose_trial(search.study, search.parameters.metric)
+    _log_study(search, choice)
+    return choice
 
 
 def run_missing_trials(search: Search) -> None:
@@ -147,13 +150,15 @@ def _describe_study(search: Search) -> None:
     )
 
 
-def _log_study(search: Search) -> None:
-    """Log the best trial, the counts, the importances and Optuna's plots to the study's run."""
-    study, metric, best = search.study, search.parameters.metric, search.best
+def _log_study(search: Search, choice: Choice) -> None:
+    """Log the chosen trial, the counts, the importances and Optuna's plots to the study's run."""
+    study, metric, best = search.study, search.parameters.metric, choice.trial
     trials = study.get_trials(deepcopy=False)
     for state in TrialState:
         mlflow.log_metric(f"trials_{state.name.lower()}", sum(trial.state == state for trial in trials))
-    mlflow.set_tags({"best_trial": best.number, "best_run_id": best.user_attrs["mlflow_run_id"]})
+    mlflow.set_tags(
+        {"best_trial": best.number, "best_run_id": best.user_attrs["mlflow_run_id"], "choice": choice.reason}
+    )
     values = {f"best_{name}": value for name, value in best.params.items()}
     mlflow.log_metrics({"best_trial": best.number, f"best_{metric}": best.value, **values})
     mlflow.log_metrics(param_importances(study))
@@ -161,6 +166,6 @@ def _log_study(search: Search) -> None:
         mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
     mlflow.log_text(files.to_csv(study.trials_dataframe()), "study/trials.csv")
     log.info(
-        "best: trial %d, %s %.4f with %s", best.number, metric, best.value,
-        ", ".join(f"{name}={format_value(value)}" for name, value in best.params.items()),
+        "chosen: trial %d, %s %.4f with %s: %s", best.number, metric, best.value,
+        ", ".join(f"{name}={format_value(value)}" for name, value in best.params.items()), choice.reason,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import keras
@@ -11,6 +11,7 @@ import mlflow
 import mlflow.tensorflow
 import numpy as np
 import tensorflow as tf
+from scipy.special import logsumexp
 from tqdm import tqdm
 
 from signdigits import plots
@@ -26,8 +27,10 @@ log = logging.getLogger(__name__)
 
 CHUNK = 128  # images in a forward pass outside of `fit`: bounds the memory
 
-# Of the validation images that robust_accuracy counts: one yardstick for all trials, whatever they train with.
+# Of the changed copies of the validation images: one yardstick for all trials, whatever they train with.
 VALIDATION_AUGMENTATION = Augmentation(geometric=1.5, photometric=1.0)
+COPIES = 8  # of each validation image
+MAX_COPIES = 3000  # of all together, or one of each: more would not tell trials apart better
 
 
 @dataclass(frozen=True)
@@ -166,21 +169,43 @@ class Validation(keras.callbacks.Callback):
         logs.update({f"val_{name}": value for name, value in metrics.items()})
 
 
-class RobustAccuracy(keras.callbacks.Callback):
-    """Measure `robust_accuracy` after each epoch: over the validation images and as many augmented ones, the same each time.
+class ValidationScores(keras.callbacks.Callback):
+    """Score the validation images after each of `epochs`, with changed copies of each if `copies`, the same each time.
 
-    With `mirrored`, half of these are mirror images. Comes after Validation, which measures val_accuracy.
+    Adds the Brier score to the logs: val_brier or, over images and copies, robust_brier, beside robust_accuracy. With `mirrored`,
+    half of the copies are mirror images. `by_image` are the scores of each image after the last of the epochs, arrays of shape
+    (images,): the mean over the image and its copies.
     """
 
-    def __init__(self, validation: Images, *, mirrored: bool) -> None:
+    def __init__(self, validation: Images, epochs: Collection[int], *, copies: bool, mirrored: bool) -> None:
         super().__init__()
-        augmentation = replace(VALIDATION_AUGMENTATION, horizontal_flip=0.5 if mirrored else 0.0)
-        self.batches = input_pipeline.validation_batches(validation, CHUNK, augmentation)
+        self.labels, self.epochs, self.is_robust = validation.y, epochs, copies
+        self.batches = input_pipeline.validation_batches(validation, CHUNK)
+        if copies:
+            n_copies = int(np.clip(MAX_COPIES // len(validation), 1, COPIES))
+            augmentation = replace(VALIDATION_AUGMENTATION, horizontal_flip=0.5 if mirrored else 0.0)
+            chosen = np.tile(np.arange(len(validation)), n_copies)
+            changed = input_pipeline.validation_batches(validation, CHUNK, augmentation, chosen)
+            self.batches = self.batches.concatenate(changed.cache())  # in memory
+        self.by_image: dict[str, np.ndarray] = {}
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert logs is not None
-        augmented = self.model.evaluate(self.batches, verbose=0, return_dict=True)["accuracy"]
-        logs["robust_accuracy"] = (logs["val_accuracy"] + augmented) / 2
+        if epoch + 1 not in self.epochs:
+            return
+        logits = self.model.predict(self.batches, verbose=0)
+        log_probabilities = logits - logsumexp(logits, axis=1, keepdims=True)
+        labels = np.tile(self.labels, len(logits) // len(self.labels))
+        expected = np.eye(logits.shape[1])[labels]
+        scores = {
+            "accuracy": logits.argmax(axis=1) == labels,
+            "loss": -(expected * log_probabilities).sum(axis=1),
+            "brier": ((np.exp(log_probabilities) - expected) ** 2).sum(axis=1),
+        }
+        self.by_image = {name: each.reshape(-1, len(self.labels)).mean(axis=0) for name, each in scores.items()}
+        if self.is_robust:
+            logs["robust_accuracy"] = float(self.by_image["accuracy"].mean())
+        logs["robust_brier" if self.is_robust else "val_brier"] = float(self.by_image["brier"].mean())
 
 
 class ProgressBar(keras.callbacks.Callback):

@@ -308,7 +308,7 @@ class TrialWorker:
         study = optuna.load_study(
             study_name=config.study_name,
             storage=storage.open_storage(config.parameters.storage),
-            pruner=make_pruner(config.parameters.pruner, config.space),
+            pruner=make_pruner(config.parameters.pruner),
         )
         startup.configure_mlflow()
         mlflow.set_tracking_uri(config.tracking_uri)

@@ -1,6 +1,7 @@
 """The objective that Optuna optimizes: a trial trains the network once, in a nested MLflow run."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -8,11 +9,13 @@ import keras
 import mlflow
 import optuna
 
+from signdigits.config import METRICS
 from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.model import training
 from signdigits.tracking import runs
-from signdigits.tuning.study import FAILURE_REASON, Search
+from signdigits.tuning.choice import log_scores
+from signdigits.tuning.study import FAILURE_REASON, RUNGS, Search
 
 
 def objective(trial: optuna.Trial, search: Search) -> float:
@@ -22,13 +25,21 @@ def objective(trial: optuna.Trial, search: Search) -> float:
         hyperparameters = search.space.suggest(trial)
         mlflow.log_params(asdict(hyperparameters))
         network = training.new_network(data.training, data.n_classes, hyperparameters)
-        pruning = Pruning(trial, metric)
-        callbacks = [*_measure_robustness(search), pruning]
-        fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=callbacks)
-        _log_result(trial, fitted, data, pruned=pruning.pruned)
+        rungs = find_rungs(hyperparameters.epochs)
+        scores = _score_validation(search, rungs)
+        pruning = Pruning(trial, metric, rungs)
+        fitted = training.fit_network(
+            network, data.training, data.validation, hyperparameters, callbacks=[scores, pruning]
+        )
+        _log_result(trial, fitted, scores, data, pruned=pruning.pruned)
     if pruning.pruned:
         raise optuna.TrialPruned
     return fitted.last(metric)
+
+
+def find_rungs(epochs: int) -> dict[int, int]:
+    """Return the percentage of the training by epoch, for the epochs after which the pruner decides, and the last."""
+    return {math.ceil(epochs * percentage / 100): percentage for percentage in RUNGS}
 
 
 @contextmanager
@@ -45,17 +56,19 @@ def _trial_run(trial: optuna.Trial, search: Search) -> Iterator[None]:
         raise
 
 
-def _measure_robustness(search: Search) -> list[keras.callbacks.Callback]:
-    """Return the callback that measures robust_accuracy, if the study optimizes it."""
-    if search.parameters.metric != "robust_accuracy":
-        return []
-    return [training.RobustAccuracy(search.data.validation, mirrored=search.space.includes_mirror_images())]
+def _score_validation(search: Search, epochs: Collection[int]) -> training.ValidationScores:
+    copies = search.parameters.metric.startswith("robust")
+    mirrored = search.space.includes_mirror_images()
+    return training.ValidationScores(search.data.validation, epochs, copies=copies, mirrored=mirrored)
 
 
-def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned: bool) -> None:
+def _log_result(
+    trial: optuna.Trial, fitted: training.Fit, scores: training.ValidationScores, data: Data, *, pruned: bool
+) -> None:
     """Log the last epoch and the calibration to the trial and its run, and check that MLflow logged the rest."""
-    for metric in fitted.history.keys() & {"accuracy", "val_accuracy", "val_loss", "robust_accuracy"}:
+    for metric in fitted.history.keys() & {"accuracy", *METRICS}:
         trial.set_user_attr(metric, fitted.last(metric))
+    log_scores(data, scores.by_image)
     if not pruned:  # a pruned trial is never refitted
         calibration = training.calibrate_network(fitted, data.training, data.validation)
         trial.set_user_attr("temperature", calibration.temperature)
@@ -67,17 +80,20 @@ def _log_result(trial: optuna.Trial, fitted: training.Fit, data: Data, *, pruned
 
 
 class Pruning(keras.callbacks.Callback):
-    """Reports each epoch to the trial, and stops the training (early stopping) if the pruner prunes it.
+    """Reports the metric at each rung to the trial, and stops the training (early stopping) if the pruner prunes it.
 
-    It does not raise TrialPruned, as optuna-integration's callback does: autologging writes its last metrics after `fit`.
+    `rungs` are the percentages of the training by epoch. It does not raise TrialPruned, as optuna-integration's callback does:
+    autologging writes its last metrics after `fit`.
     """
 
-    def __init__(self, trial: optuna.Trial, metric: str) -> None:
+    def __init__(self, trial: optuna.Trial, metric: str, rungs: Mapping[int, int]) -> None:
         super().__init__()
-        self.trial, self.metric, self.pruned = trial, metric, False
+        self.trial, self.metric, self.rungs, self.pruned = trial, metric, rungs, False
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self.trial.report((logs or {})[self.metric], step=epoch + 1)
+        if epoch + 1 not in self.rungs:
+            return
+        self.trial.report((logs or {})[self.metric], step=self.rungs[epoch + 1])
         last = epoch + 1 == self.params["epochs"]
         if not last and self.trial.should_prune():
             self.pruned = self.model.stop_training = True

@@ -8,7 +8,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits.config import Hyperparameters, StudyParameters
+from signdigits.config import StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import UsageError
@@ -19,11 +19,13 @@ from signdigits.tuning.space import Space
 log = logging.getLogger(__name__)
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+BASELINE = "baseline"  # user attribute "origin" of the first trial
 FAILURE_REASON = "failure_reason"  # user attribute of a failed trial; an interrupted one has none
 STARTUP_TRIALS = 5  # random, before TPE
 WARM_START_TRIALS = 5
 MIN_COMPLETE_TRIALS = 3  # before the pruner may prune
 MAX_RETRIES = 3  # retries of an interrupted trial: its parameters may be what kills the process
+RUNGS = (25, 50, 75, 100)  # percentages of a training after which its value is reported to the pruner
 PERCENTILE = 75.0  # lenient, because early accuracies predict late ones poorly
 
 
@@ -36,21 +38,6 @@ class Search:
     data: Data
     space: Space
     parameters: StudyParameters
-
-    @property
-    def best(self) -> FrozenTrial:
-        """The best complete trial. Raises UsageError if there is none."""
-        trials = rank_trials(self.study)
-        if not trials:
-            raise UsageError(
-                f"study {self.study.study_name}: no complete trial (or its run was deleted in the UI); raise --timeout or "
-                "--n_trials"
-            )
-        return trials[0]
-
-    @property
-    def best_hyperparameters(self) -> Hyperparameters:
-        return self.space.complete(self.best.params)
 
 
 def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
@@ -73,8 +60,8 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
     study = optuna.create_study(
         study_name=name,
         storage=backend,
-        direction="minimize" if parameters.metric == "val_loss" else "maximize",
-        pruner=make_pruner(parameters.pruner, space),
+        direction=parameters.direction,
+        pruner=make_pruner(parameters.pruner),
         load_if_exists=True,
     )
     # The storage does not hold the sampler's state: the seed grows with the study, or a second start would sample the same
@@ -83,7 +70,7 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
     known = study.user_attrs.get("settings")
     if known is None:
         study.set_user_attr("settings", settings)
-        study.enqueue_trial(space.baseline(), user_attrs={"origin": "baseline"})
+        study.enqueue_trial(space.baseline(), user_attrs={"origin": BASELINE})
     elif known != settings:
         differing = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
         changes = ", ".join(f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing)
@@ -128,17 +115,14 @@ def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
 
-def make_pruner(name: str, space: Space) -> optuna.pruners.BasePruner:
-    """Create the pruner called `name`; its steps are epochs."""
-    longest = space.ends("epochs")[1]
-    # Training with strong augmentation is slow at first: no pruning before a fifth of the longest trial.
-    warmup = max(4, longest // 5)
+def make_pruner(name: str) -> optuna.pruners.BasePruner:
+    """Create the pruner called `name`; its steps are the RUNGS."""
     if name == "percentile":
-        return optuna.pruners.PercentilePruner(PERCENTILE, n_startup_trials=MIN_COMPLETE_TRIALS, n_warmup_steps=warmup)
+        return optuna.pruners.PercentilePruner(PERCENTILE, n_startup_trials=MIN_COMPLETE_TRIALS)
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=MIN_COMPLETE_TRIALS, n_warmup_steps=warmup)
+        return optuna.pruners.MedianPruner(n_startup_trials=MIN_COMPLETE_TRIALS)
     if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=3, max_resource=max(3, longest))
+        return optuna.pruners.HyperbandPruner(min_resource=RUNGS[0], max_resource=RUNGS[-1], reduction_factor=2)
     return optuna.pruners.NopPruner()
 
 

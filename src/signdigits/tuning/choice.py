@@ -1,0 +1,81 @@
+"""The choice of the trial that is fitted again: the first, unless another is better beyond luck."""
+
+import io
+from dataclasses import dataclass
+
+import mlflow
+import numpy as np
+import optuna
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from optuna.trial import FrozenTrial
+
+from signdigits import files
+from signdigits.data.loading import Data
+from signdigits.errors import UsageError
+from signdigits.tuning.study import BASELINE, rank_trials
+
+SCORES = "validation.csv"  # artifact of a trial's run: the scores of each validation image
+STANDARD_ERRORS = 1.0  # by which another trial must be better than the first: docs/training.md
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial that is fitted again, and why."""
+
+    trial: FrozenTrial
+    reason: str
+
+
+def log_scores(data: Data, by_image: dict[str, np.ndarray]) -> None:
+    """Log a row per validation image to the active run: path, class, and the scores of the trial."""
+    photographs = [data.dataset.photographs[number] for number in data.split.validation]
+    table = pd.DataFrame({
+        "path": [photograph.path for photograph in photographs],
+        "class": [data.dataset.class_names[photograph.label] for photograph in photographs],
+        **by_image,
+    })  # fmt: skip
+    mlflow.log_text(files.to_csv(table.round(6)), SCORES)
+
+
+def choose_trial(study: optuna.Study, metric: str) -> Choice:
+    """Choose the first trial, unless the best one is better by more than a standard error of their paired difference by image.
+
+    The best of a dozen values is often the luckiest: Schneider, Bischl and Feurer, "Overtuning in hyperparameter optimization",
+    2025, arXiv:2506.19540. Raises UsageError if no trial is complete.
+    """
+    ranked = rank_trials(study)
+    if not ranked:
+        raise UsageError(
+            f"study {study.study_name}: no complete trial (or its run was deleted in the UI); raise --timeout or --n_trials"
+        )
+    best = ranked[0]
+    first = next((trial for trial in ranked if trial.user_attrs.get("origin") == BASELINE), None)
+    if first is None:
+        return Choice(best, f"the best of {len(ranked)} complete trials; the first is not one of them")
+    if best.number == first.number:
+        return Choice(first, f"the first trial is the best of {len(ranked)}")
+    values = f"{metric} {best.value:.4f} against the first trial's {first.value:.4f}"
+    try:
+        difference, error = _compare_trials(first, best, metric)
+    except MlflowException:
+        return Choice(
+            first, f"the first trial: {SCORES} is missing, which would show whether trial {best.number} is better"
+        )
+    text = f"a difference of {difference:.4f} with a standard error of {error:.4f}"
+    if difference > STANDARD_ERRORS * error:
+        return Choice(best, f"trial {best.number} is better beyond luck: {values}, {text}")
+    return Choice(first, f"no trial is better than the first beyond luck: trial {best.number} has {values}, {text}")
+
+
+def _compare_trials(first: FrozenTrial, best: FrozenTrial, metric: str) -> tuple[float, float]:
+    """Return by how much `best` is better than `first` in the mean over the validation images, and the standard error of that."""
+    score = metric.rpartition("_")[2]
+    scores = [_read_scores(trial)[score].to_numpy() for trial in (first, best)]
+    gains = scores[1] - scores[0] if score == "accuracy" else scores[0] - scores[1]
+    return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
+
+
+def _read_scores(trial: FrozenTrial) -> pd.DataFrame:
+    run_id = trial.user_attrs["mlflow_run_id"]
+    return pd.read_csv(io.StringIO(mlflow.artifacts.load_text(f"runs:/{run_id}/{SCORES}")))
