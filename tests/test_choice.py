@@ -61,7 +61,7 @@ def better(first: np.ndarray, standard_errors: float) -> np.ndarray:
 
 def test_best_trial_beyond_luck_is_chosen(recorded: Recorded, first: np.ndarray) -> None:
     recorded.add(first, origin=BASELINE)
-    recorded.add(better(first, 1.1))
+    recorded.add(better(first, 1.5))
     recorded.add(better(first, 2.1))
     choice = choose_trial(recorded.study, "val_brier")
     assert choice.trial.number == 2
@@ -71,7 +71,7 @@ def test_best_trial_beyond_luck_is_chosen(recorded: Recorded, first: np.ndarray)
 
 
 def test_first_trial_is_kept_otherwise(recorded: Recorded, first: np.ndarray) -> None:
-    recorded.add(better(first, 0.9))
+    recorded.add(better(first, 1.9))
     recorded.add(first, origin=BASELINE)
     choice = choose_trial(recorded.study, "val_brier")
     assert choice.trial.number == 1

@@ -245,7 +245,9 @@ def test_different_settings_are_refused(finished: search.Search, loaded: loading
 
 
 def test_too_small_images_are_refused(store: str, loaded: loading.Data) -> None:
-    with pytest.raises(UsageError, match="conv_blocks=5: each block halves the image, and 16 pixels are too few"):
+    with pytest.raises(
+        UsageError, match="conv_blocks=4, stem_stride=2: each block halves the image, and 16 pixels are too few"
+    ):
         search.search(loaded, Space.of("extended"), ONE)
     assert not Path("optuna.db").exists()
 

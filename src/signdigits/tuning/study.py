@@ -1,6 +1,7 @@
 """The Optuna study: its name, sampler, pruner and first trials, and the recovery of interrupted trials."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,15 +70,30 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
     study.sampler = make_sampler(int(space.fixed.get("seed", 0)) + len(study.get_trials(deepcopy=False)))
     known = study.user_attrs.get("settings")
     if known is None:
+        _explain_new_study(name, settings, backend)
         study.set_user_attr("settings", settings)
         study.enqueue_trial(space.baseline(), user_attrs={"origin": BASELINE})
     elif known != settings:
-        differing = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
-        changes = ", ".join(f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing)
+        changes = _describe_changes(known, settings)
         raise UsageError(f"study_name={name}: created with other settings ({changes}); give another --study_name")
     if parameters.warm_start:
         _enqueue_best(study, parameters.warm_start, backend, space)
     return study
+
+
+def _explain_new_study(name: str, settings: Mapping[str, Any], backend: optuna.storages.BaseStorage) -> None:
+    """Log why a study is new although the storage holds one of the same photographs, which may be of an earlier version."""
+    summaries = optuna.get_all_study_summaries(backend, include_best_trial=False)
+    known = {summary.study_name: summary.user_attrs.get("settings", {}) for summary in summaries}
+    same = [one for one, its in known.items() if its.get("dataset_digest") == settings["dataset_digest"]]
+    if same:
+        changes = _describe_changes(known[same[-1]], settings)
+        log.info("study %s is new; %s, of the same photographs, has other settings: %s", name, same[-1], changes)
+
+
+def _describe_changes(known: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    differing = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
+    return ", ".join(f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing)
 
 
 def _enqueue_best(study: optuna.Study, source: str, backend: optuna.storages.BaseStorage, space: Space) -> None:
