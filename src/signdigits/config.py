@@ -201,8 +201,7 @@ class StudyParameters(Checked):
 
     space: str = parameter(
         "extended",
-        "search space: notebook (initial_learning_rate, decay_rate, epochs) or extended (also augmentation, photometric, dropout, "
-        "filters)",
+        "search space: notebook (initial_learning_rate, decay_rate, epochs) or extended (also augmentation, dropout, filters)",
         choices=("notebook", "extended"),
     )
     n_trials: int = parameter(12, "total number of finished trials", low=1)
@@ -216,14 +215,14 @@ class StudyParameters(Checked):
     objective: str = parameter(
         "auto",
         "metric that the search optimizes, at the last epoch: val_accuracy, or the minimum of val_loss or val_brier (the Brier "
-        "score); robust_accuracy and robust_brier count eight changed copies of each validation image as well; auto: "
+        "score); robust_accuracy and robust_brier count eight changed copies of each validation image as much as the image; auto: "
         "robust_brier in the extended space, else val_brier",
         choices=("auto", *METRICS),
     )
     pruner: str = parameter(
-        "percentile",
-        "pruner: percentile (prunes below the 75th percentile), median, hyperband or none",
-        choices=("percentile", "median", "hyperband", "none"),
+        "median",
+        "pruner: median, percentile (prunes below the 75th percentile), hyperband or none",
+        choices=("median", "percentile", "hyperband", "none"),
     )
     warm_start: str = parameter(
         "",

@@ -172,9 +172,9 @@ class Validation(keras.callbacks.Callback):
 class ValidationScores(keras.callbacks.Callback):
     """Score the validation images after each of `epochs`, with changed copies of each if `copies`, the same each time.
 
-    Adds the Brier score to the logs: val_brier or, over images and copies, robust_brier, beside robust_accuracy. With `mirrored`,
-    half of the copies are mirror images. `by_image` are the scores of each image after the last of the epochs, arrays of shape
-    (images,): the mean over the image and its copies.
+    Adds the Brier score to the logs: val_brier or, where an image counts as much as its copies together, robust_brier, beside
+    robust_accuracy. With `mirrored`, half of the copies are mirror images. `by_image` are the scores of each image after the last
+    of the epochs, arrays of shape (images,).
     """
 
     def __init__(self, validation: Images, epochs: Collection[int], *, copies: bool, mirrored: bool) -> None:
@@ -202,7 +202,10 @@ class ValidationScores(keras.callbacks.Callback):
             "loss": -(expected * log_probabilities).sum(axis=1),
             "brier": ((np.exp(log_probabilities) - expected) ** 2).sum(axis=1),
         }
-        self.by_image = {name: each.reshape(-1, len(self.labels)).mean(axis=0) for name, each in scores.items()}
+        self.by_image = {}
+        for name, each in scores.items():
+            own, *copies = each.reshape(-1, len(self.labels))
+            self.by_image[name] = (own + np.mean(copies, axis=0)) / 2 if copies else own.astype(float)
         if self.is_robust:
             logs["robust_accuracy"] = float(self.by_image["accuracy"].mean())
         logs["robust_brier" if self.is_robust else "val_brier"] = float(self.by_image["brier"].mean())
