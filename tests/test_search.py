@@ -103,6 +103,7 @@ def check_trials(opened: search.Search, space: Space, names: list[str]) -> None:
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == opened.run_id
         assert run.data.tags["trial_state"] == "COMPLETE"
+        assert run.data.metrics["trial"] == trial.number, "an axis for MLflow's charts"
         assert {name: float(run.data.params[name]) for name in space.ranges} == pytest.approx(trial.params)
         assert run.data.metrics[opened.parameters.metric] == pytest.approx(trial.value)
         history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")

@@ -49,6 +49,7 @@ def _trial_run(trial: optuna.Trial, search: Search) -> Iterator[None]:
     try:
         with runs.start_run("trial", f"trial-{trial.number:03d}", parent_run_id=search.run_id, tags=tags) as run:
             trial.set_user_attr("mlflow_run_id", run.info.run_id)
+            mlflow.log_metric("trial", trial.number)  # the axes of MLflow's charts are metrics and parameters, not tags
             lineage.log_data(search.data, parts=("training", "validation"))
             yield
     except Exception as error:
