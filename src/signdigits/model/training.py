@@ -193,7 +193,8 @@ class ValidationScores(keras.callbacks.Callback):
         assert logs is not None
         if epoch + 1 not in self.epochs:
             return
-        logits = self.model.predict(self.batches, verbose=0)
+        # Not `predict`, which would trace a graph of its own for each network.
+        logits = np.concatenate([np.asarray(self.model(x, training=False)) for x, _ in self.batches])
         log_probabilities = logits - logsumexp(logits, axis=1, keepdims=True)
         labels = np.tile(self.labels, len(logits) // len(self.labels))
         expected = np.eye(logits.shape[1])[labels]
