@@ -192,7 +192,7 @@ def test_detector_knows_mirror_images_if_trained_on_them(
 def test_saved_network_has_no_augmentation(trained: dict[str, Trained]) -> None:
     files = trained["augmented"].model
     network = keras.saving.load_model(files / "artifacts" / "network.keras")
-    known = {"Rescaling", "Conv2D", "MaxPooling2D", "Flatten", "Dropout", "Dense"}
+    known = {"InputLayer", "Rescaling", "Conv2D", "MaxPooling2D", "Flatten", "Dropout", "Dense"}
     assert {type(layer).__name__ for layer in network.layers} == known
     served = mlflow.pyfunc.load_model(str(files)).unwrap_python_model()
     operations = {operation["op_name"] for operation in served.interpreters.get()._get_ops_details()}
