@@ -68,7 +68,7 @@ LIMITS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "timeout": ([0.0], [-0.1]),
         "study_name": (["a", "a" * 200], ["", "a" * 201]),
         "warm_start": (["", "a" * 200], ["a" * 201]),
-        "workers": ([1], [0]),
+        "workers": ([0, 1], [-1]),
         "cpus_per_trial": ([0], [-1]),
         "gpus_per_trial": ([0.0, 0.5], [-0.1]),
     },

@@ -1,8 +1,10 @@
 import stat
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import optuna
 import pytest
 from sqlalchemy import Connection, create_engine, event, text
 
@@ -52,6 +54,23 @@ def test_memory_has_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     with storage.lock_study("sqlite:///:memory:", "mine"):
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed to be used with Study.optimize")
+def test_enqueued_trial_runs_once(tmp_path: Path) -> None:
+    """Each process opens the storage itself, like the threads here; SQLite alone gives several the same trial."""
+    address, each = f"sqlite:///{tmp_path}/optuna.db", 5
+    study = optuna.create_study(study_name="shared", storage=storage.open_storage(address))
+    for number in range(4 * each):
+        study.enqueue_trial({"x": number})
+
+    def take_trials(_: int) -> list[int]:
+        own = optuna.load_study(study_name="shared", storage=storage.open_storage(address))
+        return [own.ask().number for _ in range(each)]
+
+    with ThreadPoolExecutor(4) as threads:
+        taken = [number for numbers in threads.map(take_trials, range(4)) for number in numbers]
+    assert sorted(taken) == list(range(4 * each))
 
 
 def connect(database: Path, **options: object) -> Connection:

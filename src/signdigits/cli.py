@@ -187,6 +187,8 @@ def _list_fields(group: type) -> tuple[Field[Any], ...]:
 def _add_option(parser: Parser, declared: Field[Any], *, searched: bool) -> None:
     kind = type(declared.default)
     read: Callable[[str], Any] = _parse_boolean if kind is bool else kind
+    if declared.metadata["auto"]:
+        read = _parse_count
     default, shown, metavar = declared.default, str(declared.default), kind.__name__.upper()
     if searched:
         default = space.AUTO
@@ -221,6 +223,13 @@ def _parse_boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
     return text.lower() == "true"
+
+
+def _parse_count(text: str) -> int:
+    return 0 if text == space.AUTO else int(text)
+
+
+_parse_count.__name__ = "int or auto"  # argparse's name for it in messages
 
 
 def _run_command(command: str, **values: Any) -> None:

@@ -32,13 +32,14 @@ def parameter(
     high: Number | None = None,
     choices: tuple[str, ...] = (),
     pattern: tuple[str, str] = (".*", ""),
+    auto: bool = False,
 ) -> Any:
     """Declare one parameter; the type of its default is its type.
 
     `low` and `high` are included in what is allowed, `above` is not. `pattern` is a regular expression that the whole
-    text must match, and the same in words.
+    text must match, and the same in words. With `auto`, the command line reads that word as 0.
     """
-    limits = {"low": low, "above": above, "high": high, "choices": choices, "pattern": pattern}
+    limits = {"low": low, "above": above, "high": high, "choices": choices, "pattern": pattern, "auto": auto}
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -229,10 +230,16 @@ class StudyParameters(Checked):
         "study in the same storage whose best trials are enqueued first; empty: none",
         pattern=(r".{0,200}", "up to 200 characters"),
     )
-    workers: int = parameter(1, "parallel trials, each in a Ray worker process; 1: this process", low=1)
+    workers: int = parameter(
+        1,
+        "parallel trials, each in a process of this machine or of the cluster; 1: no further process; auto or 0: one per CPU, at "
+        "most a third of n_trials, and 1 with a GPU",
+        low=0,
+        auto=True,
+    )
     ray_address: str = parameter("", "address of a Ray cluster, such as auto or HOST:6379; empty: this machine")
     cpus_per_trial: int = parameter(0, "CPUs per worker; 0: this machine's, divided by workers", low=0)
-    gpus_per_trial: float = parameter(0.0, "GPUs, or fraction of one, per worker", low=0)
+    gpus_per_trial: float = parameter(0.0, "GPUs, or fraction of one, per worker of a cluster", low=0)
 
     @property
     def metric(self) -> str:

@@ -58,6 +58,7 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     name = parameters.study_name
     if name == "auto":
         name = f"{data.dataset.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+    parameters = executors.count_workers(parameters)
     executors.check_stores(parameters)
     with storage.lock_study(parameters.storage, name):
         study = load_study(name, settings, space, parameters)

@@ -1,36 +1,34 @@
-"""Run the trials of a search: in this process, or on workers that Ray starts here or on a cluster."""
+"""Run the trials of a search: in this process, in others of this machine, or on a Ray cluster."""
 
 import functools
 import logging
-import os
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 
+import joblib
 import mlflow
 import optuna
 from optuna.storages import fail_stale_trials
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from signdigits import startup
-from signdigits.config import DataParameters, StudyParameters
+from signdigits.config import StudyParameters
 from signdigits.data import lineage, sources
 from signdigits.errors import UsageError
 from signdigits.ray_cluster import connect_ray, describe_cluster, is_distributed
 from signdigits.tracking import runs
 from signdigits.tuning import storage
-from signdigits.tuning.space import Space, format_value
+from signdigits.tuning.space import format_value
 from signdigits.tuning.study import (
     FAILURE_REASON,
     FINISHED,
     Search,
     count_finished,
-    make_pruner,
-    make_sampler,
     retry_interrupted,
 )
+from signdigits.tuning.workers import LocalWorker, RayWorker, Result, Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +47,45 @@ def run_trials(search: Search) -> None:
         log.info("timeout after %d of %d trials; run the same command to continue", finished, n_trials)
 
 
-def check_stores(parameters: StudyParameters) -> None:
-    """Raise UsageError unless several workers can share the stores."""
-    if not is_distributed(parameters):
-        return
-    if not storage.is_shared(parameters.storage):
+def count_workers(parameters: StudyParameters) -> StudyParameters:
+    """Return the parameters with the number of workers in place of `auto`.
+
+    Each worker has one CPU, with which it trains most images a second and CPU. A third of the trials may run at a time:
+    the sampler learns from the others. A GPU is one worker's, which is this process.
+    """
+    if parameters.workers:
+        return parameters
+    if parameters.ray_address:
         raise UsageError(
-            f"storage={parameters.storage}, {describe_cluster(parameters)}: SQLite supports one writing process; pass a PostgreSQL URL "
-            "(scripts/cluster up starts a server), or workers=1"
+            f"workers=auto, ray_address={parameters.ray_address}: pass the number of workers of the cluster"
+        )
+    import tensorflow as tf
+
+    cpus = joblib.cpu_count() // max(parameters.cpus_per_trial, 1)  # of the container, where it has fewer
+    workers = max(1, min(cpus, parameters.n_trials // 3))
+    if tf.config.list_physical_devices("GPU") or storage.is_in_memory(parameters.storage):
+        workers = 1
+    return replace(parameters, workers=workers)
+
+
+def check_stores(parameters: StudyParameters) -> None:
+    """Raise UsageError unless the workers can share the stores: on one machine files, on several only servers."""
+    cluster = describe_cluster(parameters)
+    if is_distributed(parameters) and storage.is_in_memory(parameters.storage):
+        raise UsageError(
+            f"storage={parameters.storage}, {cluster}: in one process's memory; name a file, or pass workers=1"
+        )
+    if not parameters.ray_address:
+        return
+    if not storage.is_server(parameters.storage):
+        raise UsageError(
+            f"storage={parameters.storage}, {cluster}: other machines cannot share a SQLite file; pass a PostgreSQL URL "
+            "(scripts/cluster up starts a server), or leave out ray_address"
         )
     if not mlflow.get_tracking_uri().startswith("http"):
         raise UsageError(
-            f"{mlflow.get_tracking_uri()}, {describe_cluster(parameters)}: workers log to a tracking server; set MLFLOW_TRACKING_URI to its "
-            "URL (scripts/cluster up starts one), or pass workers=1"
+            f"{mlflow.get_tracking_uri()}, {cluster}: workers on other machines log to a tracking server; set "
+            "MLFLOW_TRACKING_URI to its URL (scripts/cluster up starts one), or leave out ray_address"
         )
 
 
@@ -134,43 +158,22 @@ def _run_locally(search: Search, progress: Progress) -> None:
 
 
 def _run_on_workers(search: Search, progress: Progress) -> None:
-    """Run `workers` trials at a time. Raises UsageError if Ray cannot be reached."""
+    """Run `workers` trials at a time. Raises UsageError if the Ray cluster cannot be reached."""
     parameters, data = search.parameters, search.data.parameters
-    cpus = parameters.cpus_per_trial or max(1, (os.cpu_count() or 1) // parameters.workers)
+    cpus = parameters.cpus_per_trial or max(1, joblib.cpu_count() // parameters.workers)
+    if data.data != sources.HANDWRITTEN_DIGITS:
+        data = replace(data, data=search.data.dataset.source)
+    config = WorkerConfig(
+        search.study.study_name, search.run_id, mlflow.get_tracking_uri(), data, search.data.split.digest, search.space,
+        parameters, cpus,
+    )  # fmt: skip
+    if not parameters.ray_address:
+        log.info("starting %d workers with %d CPUs each", parameters.workers, cpus)
+        TrialScheduler(search.study, config, progress, LocalWorker).run()
+        return
     with connect_ray(parameters, cpus):
-        if parameters.ray_address:
-            lineage.upload_photographs(search.data, search.run_id)
-        if data.data != sources.HANDWRITTEN_DIGITS:
-            data = replace(data, data=search.data.dataset.source)
-        config = WorkerConfig(
-            search.study.study_name, search.run_id, mlflow.get_tracking_uri(), data, search.data.split.digest, search.space,
-            parameters, cpus,
-        )  # fmt: skip
-        TrialScheduler(search.study, config, progress).run()
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """The configuration of a worker on another machine. It holds no password; each machine has its own credentials."""
-
-    study_name: str
-    run_id: str
-    tracking_uri: str
-    data: DataParameters
-    digest: str
-    space: Space
-    parameters: StudyParameters
-    cpus: int
-
-
-@dataclass
-class WorkerHandle:
-    """A Ray actor, its name, its host once it is ready, and the start of its present trial."""
-
-    name: str
-    actor: Any
-    host: str = ""
-    started: float = 0.0
+        lineage.upload_photographs(search.data, search.run_id)
+        TrialScheduler(search.study, config, progress, RayWorker).run()
 
 
 class TrialScheduler:
@@ -180,40 +183,42 @@ class TrialScheduler:
     restarts and its ActorPool bind a trial to its worker: it would wait forever if the worker's node is gone for good.
     """
 
-    def __init__(self, study: optuna.Study, config: WorkerConfig, progress: Progress) -> None:
-        import ray
-
-        self.study, self.config, self.progress = study, config, progress
-        self.resources = {"num_cpus": config.cpus, "num_gpus": config.parameters.gpus_per_trial}
-        self.worker_class = ray.remote(TrialWorker)
-        self.pending: dict[
-            Any, WorkerHandle
-        ] = {}  # workers that start or run a trial, by the Ray reference to the result
-        self.idle: list[WorkerHandle] = []
+    def __init__(
+        self, study: optuna.Study, config: WorkerConfig, progress: Progress, worker_class: type[Worker]
+    ) -> None:
+        self.study, self.config, self.progress, self.worker_class = study, config, progress, worker_class
+        self.pending: dict[Future[Result], Worker] = {}  # workers that start or run a trial
+        self.idle: list[Worker] = []
         self.excluded: dict[str, str] = {}  # the reason, by host
         self.n_started = 0
         self.seed = int(config.space.fixed.get("seed", 0)) + len(study.get_trials(deepcopy=False))
 
     def run(self) -> None:
         """Keep the workers busy until no trial is missing. Raises UsageError if every host is excluded."""
-        import ray
-        from ray.exceptions import RayActorError
+        try:
+            self.run_missing_trials()
+        finally:
+            for worker in [*self.pending.values(), *self.idle]:
+                worker.kill()
 
-        for _ in range(self.config.parameters.workers):
+    def run_missing_trials(self) -> None:
+        """Start the workers, and give each another trial when its last one has ended."""
+        missing = self.config.parameters.n_trials - count_finished(self.study)
+        for _ in range(min(self.config.parameters.workers, missing)):
             self.start_worker()
         checked = time.monotonic()
         while self.start_trials() or self.busy:
             if not self.pending:
                 reason = list(self.excluded.values())[-1]
                 raise UsageError(f"study {self.study.study_name}: no worker is left; the last error: {reason}")
-            ended, _ = ray.wait(list(self.pending), timeout=CHECK_INTERVAL)
-            if not ended and not self.busy:
-                log.info("waiting for workers: the cluster has no free resources for %s", self.resources)
-            for reference in ended:
-                worker = self.pending.pop(reference)
+            ended, _ = wait(self.pending, timeout=CHECK_INTERVAL, return_when=FIRST_COMPLETED)
+            if not ended and not self.busy and self.config.parameters.ray_address:
+                log.info("waiting for workers: the cluster has no free resources, or they are still starting")
+            for future in ended:
+                worker = self.pending.pop(future)
                 try:
-                    worker.host, number, error = ray.get(reference)
-                except RayActorError:
+                    worker.host, number, error = future.result()
+                except worker.died:
                     self.replace_worker(worker)
                 else:
                     self.collect_result(worker, number, error)
@@ -222,16 +227,14 @@ class TrialScheduler:
                 checked = time.monotonic()
 
     @property
-    def busy(self) -> list[WorkerHandle]:
-        return [worker for worker in self.pending.values() if worker.host]
+    def busy(self) -> list[Worker]:
+        return [worker for worker in self.pending.values() if worker.started]
 
     def start_worker(self) -> None:
         """Start a worker on a host that is not excluded."""
         self.n_started += 1
-        name = f"worker-{self.n_started}"
-        hosts = {"label_selector": {"ray.io/node-id": f"!in({','.join(self.excluded)})"}} if self.excluded else {}
-        worker = WorkerHandle(name, self.worker_class.options(**self.resources, **hosts).remote(self.config, name))
-        self.pending[worker.actor.prepare.remote()] = worker
+        worker = self.worker_class(self.config, f"worker-{self.n_started}", self.excluded)
+        self.pending[worker.call("prepare")] = worker
 
     def start_trials(self) -> bool:
         """Start trials on idle workers, as many as are missing; tell whether any was missing."""
@@ -241,12 +244,12 @@ class TrialScheduler:
             return False
         for worker in self.idle[:missing]:
             worker.started = time.monotonic()
-            self.pending[worker.actor.run.remote(self.seed)] = worker
+            self.pending[worker.call("run", self.seed)] = worker
             self.seed += 1
         del self.idle[:missing]
         return True
 
-    def collect_result(self, worker: WorkerHandle, number: int | None, error: str) -> None:
+    def collect_result(self, worker: Worker, number: int | None, error: str) -> None:
         """Give the worker another trial, unless its host fails too often: then all its workers end."""
         failures, host = self.progress.failures, worker.host
         if number is not None:
@@ -256,13 +259,21 @@ class TrialScheduler:
         if failures[host] >= MAX_FAILURES and host not in self.excluded:
             log.warning("host %s is excluded: %s", host, error)
             self.excluded[host] = error
-            self.idle = [idle for idle in self.idle if idle.host != host]  # Ray ends an actor that nothing refers to
-        if host not in self.excluded:
+            for idle in [idle for idle in self.idle if idle.host == host]:
+                idle.kill()
+                self.idle.remove(idle)
+        if host in self.excluded:
+            worker.kill()
+        else:
             self.idle.append(worker)
 
-    def replace_worker(self, worker: WorkerHandle) -> None:
+    def replace_worker(self, worker: Worker) -> None:
         """Retry the trial of a dead worker, and start another worker unless the host is excluded."""
         log.warning("%s died", worker.name)
+        if worker.host and not worker.started:
+            self.progress.failures[worker.host] += 1
+            if self.progress.failures[worker.host] >= MAX_FAILURES:
+                self.excluded[worker.host] = f"{worker.name} died while it started"
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if trial.user_attrs.get("worker") == worker.name:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -272,62 +283,9 @@ class TrialScheduler:
 
     def kill_silent_workers(self) -> None:
         """Kill the workers whose trials lost their heartbeat."""
-        import ray
-
         fail_stale_trials(self.study)
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         alive = {trial.user_attrs.get("worker") for trial in running}
         for worker in self.busy:
             if worker.name not in alive and time.monotonic() - worker.started > storage.GRACE_PERIOD:
-                ray.kill(worker.actor)
-
-
-Result = tuple[str, int | None, str]  # of a call of a worker: its host, the number of the ended trial, and the error
-
-
-class TrialWorker:
-    """A worker process that Ray starts."""
-
-    def __init__(self, config: WorkerConfig, name: str) -> None:
-        self.config, self.name = config, name
-
-    def prepare(self) -> Result:
-        """Load the photographs and TensorFlow."""
-        import ray
-
-        self.host = ray.get_runtime_context().get_node_id()
-        try:
-            self.search = self.load_search()
-        except Exception as error:  # other photographs, an unreachable store, a full disk
-            return self.host, None, f"{type(error).__name__}: {error}"
-        return self.host, None, ""
-
-    def load_search(self) -> Search:
-        config = self.config
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study = optuna.load_study(
-            study_name=config.study_name,
-            storage=storage.open_storage(config.parameters.storage),
-            pruner=make_pruner(config.parameters.pruner),
-        )
-        startup.configure_mlflow()
-        mlflow.set_tracking_uri(config.tracking_uri)
-        mlflow.set_experiment(experiment_id=mlflow.get_run(config.run_id).info.experiment_id)
-        data = lineage.load_study_data(config.data, config.digest, config.run_id)
-        startup.import_tensorflow(threads=config.cpus)
-        return Search(study, config.run_id, data, config.space, config.parameters)
-
-    def run(self, seed: int) -> Result:
-        """Run one trial, sampled with its own seed."""
-        study, ended = self.search.study, list[FrozenTrial]()
-        study.sampler = make_sampler(seed)
-        study.optimize(
-            self.objective, n_trials=1, catch=(Exception,), callbacks=[lambda study, trial: ended.append(trial)]
-        )
-        return self.host, ended[0].number, ended[0].user_attrs.get(FAILURE_REASON, "")
-
-    def objective(self, trial: optuna.Trial) -> float:
-        from signdigits.tuning.objective import objective
-
-        trial.set_user_attr("worker", self.name)
-        return objective(trial, self.search)
+                worker.kill()

@@ -1,4 +1,4 @@
-"""Optuna's storage: a database that one search locks for its study, and that may be restarted."""
+"""Optuna's storage: a database that one search locks for its study, and that its workers share."""
 
 import hashlib
 import tempfile
@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool
@@ -22,6 +22,7 @@ from signdigits.errors import StorageError, UsageError, install_hint
 MAX_DOWNTIME = 120.0  # seconds of retries while the database is down
 HEARTBEAT_INTERVAL = 10  # seconds
 GRACE_PERIOD = 60  # seconds without a heartbeat after which a trial counts as interrupted
+LOCK_TIMEOUT = 60.0  # seconds for which SQLite waits for another process's transaction, which takes milliseconds
 
 
 def _parse_url(storage: str) -> URL:
@@ -38,28 +39,50 @@ def _parse_url(storage: str) -> URL:
     return url
 
 
-def is_shared(storage: str) -> bool:
-    """Tell whether several processes can write to the storage at a time; SQLite supports one."""
+def database_file(storage: str) -> Path | None:
+    """Return the file of a SQLite storage; None for a server, or a database in memory."""
+    url = _parse_url(storage)
+    in_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(url.database or "").absolute() if in_file else None
+
+
+def is_in_memory(storage: str) -> bool:
+    return not is_server(storage) and database_file(storage) is None
+
+
+def is_server(storage: str) -> bool:
+    """Tell whether other machines can reach the storage."""
     return _parse_url(storage).get_backend_name() != "sqlite"
 
 
 def open_storage(storage: str) -> RDBStorage:
     """Open the storage, and create its tables if needed. Raises UsageError if it cannot be used.
 
-    In a shared storage, trials have a heartbeat, and connections are retried while the database is down.
+    Several processes can write to it, unless it is in memory. Trials have a heartbeat then. Connections to a server are
+    retried while it is down.
     """
     warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats are, since 2021
-    shared = is_shared(storage)
-    options: dict[str, Any] = {
-        "engine_kwargs": {"pool_pre_ping": True}, "heartbeat_interval": HEARTBEAT_INTERVAL, "grace_period": GRACE_PERIOD,
-    }  # fmt: skip
+    server, in_memory = is_server(storage), is_in_memory(storage)
+    options: dict[str, Any] = {"heartbeat_interval": HEARTBEAT_INTERVAL, "grace_period": GRACE_PERIOD}
+    options["engine_kwargs"] = {"pool_pre_ping": True} if server else {"connect_args": {"timeout": LOCK_TIMEOUT}}
     try:
-        opened = RDBStorage(storage, **(options if shared else {}))
+        opened = RDBStorage(storage, **({} if in_memory else options))
     except Exception as error:  # of Optuna, SQLAlchemy, the driver or the network
         raise _unusable_storage(storage, error) from error
-    if shared:
+    if server:
         event.listen(opened.engine, "do_connect", connect_with_retries)
+    elif not in_memory:
+        event.listen(opened.engine, "begin", begin_with_lock)
     return opened
+
+
+def begin_with_lock(connection: Connection) -> None:
+    """Begin a transaction of SQLite with the write lock: SQLAlchemy's event `begin`.
+
+    Optuna reads a trial's state before it changes it. SQLite ignores the SELECT ... FOR UPDATE that should lock the trial
+    in between, so that two processes would run the same enqueued trial.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def connect_with_retries(dialect: Any, record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
@@ -109,13 +132,12 @@ def _lock_in_database(url: URL, name: str) -> Iterator[None]:
 @contextmanager
 def _lock_file(url: URL, name: str) -> Iterator[None]:
     """A lock beside the SQLite database, for all who may write to that; else in the temporary folder."""
-    database = Path(url.database or "").absolute()
-    in_file = url.get_backend_name() == "sqlite" and database.name not in ("", ":memory:")
-    if in_file:
+    database = database_file(str(url))
+    if database:
         file = database.with_name(f"{database.name}-{_digest(name)}.lock")
     else:
         file = Path(tempfile.gettempdir(), f"signdigits-{_digest(f'{url}{name}')}.lock")
-    mode: dict[str, Any] = {"mode": database.stat().st_mode & 0o777} if in_file and database.exists() else {}
+    mode: dict[str, Any] = {"mode": database.stat().st_mode & 0o777} if database and database.exists() else {}
     try:
         lock = filelock.FileLock(file, timeout=0, **mode).acquire()
     except filelock.Timeout as error:
