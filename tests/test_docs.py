@@ -32,7 +32,7 @@ def test_mkdocs_builds_without_warning(tmp_path: Path) -> None:
 
 def test_readme_shows_the_objective() -> None:
     def read_body(text: str) -> list[str]:
-        code = text.partition("def objective(")[2].partition("fitted.last(metric)")[0]
+        code = text.partition("def objective(")[2].partition("return fitted")[0]
         return [line.partition("  #")[0] for line in code.splitlines() if '"""' not in line]
 
     source = (PROJECT / "src" / "signdigits" / "tuning" / "objective.py").read_text()

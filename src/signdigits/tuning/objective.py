@@ -1,11 +1,10 @@
 """The objective that Optuna optimizes: a trial trains the network once, in a nested MLflow run."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-import keras
 import mlflow
 import optuna
 
@@ -20,26 +19,17 @@ from signdigits.tuning.study import FAILURE_REASON, RUNGS, Search
 
 def objective(trial: optuna.Trial, search: Search) -> float:
     """Train with the hyperparameters that the trial suggests, and return the metric that the study optimizes."""
-    data, metric = search.data, search.parameters.metric
+    data = search.data
     with _trial_run(trial, search):
         hyperparameters = search.space.suggest(trial)
         mlflow.log_params(asdict(hyperparameters))
         network = training.new_network(data.training, data.n_classes, hyperparameters)
-        rungs = find_rungs(hyperparameters.epochs)
-        scores = _score_validation(search, rungs)
-        pruning = Pruning(trial, metric, rungs)
-        fitted = training.fit_network(
-            network, data.training, data.validation, hyperparameters, callbacks=[scores, pruning]
-        )
-        _log_result(trial, fitted, scores, data, pruned=pruning.pruned)
-    if pruning.pruned:
+        rungs = Rungs(trial, search, hyperparameters.epochs)
+        fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[rungs])
+        _log_result(trial, fitted, rungs, data)
+    if rungs.pruned:
         raise optuna.TrialPruned
-    return fitted.last(metric)
-
-
-def find_rungs(epochs: int) -> dict[int, int]:
-    """Return the percentage of the training by epoch, for the epochs after which the pruner decides, and the last."""
-    return {math.ceil(epochs * percentage / 100): percentage for percentage in RUNGS}
+    return fitted.last(search.parameters.metric)
 
 
 @contextmanager
@@ -57,44 +47,38 @@ def _trial_run(trial: optuna.Trial, search: Search) -> Iterator[None]:
         raise
 
 
-def _score_validation(search: Search, epochs: Collection[int]) -> training.ValidationScores:
-    copies = search.parameters.metric.startswith("robust")
-    mirrored = search.space.includes_mirror_images()
-    return training.ValidationScores(search.data.validation, epochs, copies=copies, mirrored=mirrored)
-
-
-def _log_result(
-    trial: optuna.Trial, fitted: training.Fit, scores: training.ValidationScores, data: Data, *, pruned: bool
-) -> None:
+def _log_result(trial: optuna.Trial, fitted: training.Fit, rungs: "Rungs", data: Data) -> None:
     """Log the last epoch and the calibration to the trial and its run, and check that MLflow logged the rest."""
     for metric in fitted.history.keys() & {"accuracy", *METRICS}:
         trial.set_user_attr(metric, fitted.last(metric))
-    log_scores(data, scores.by_image)
-    if not pruned:  # a pruned trial is never refitted
+    log_scores(data, rungs.by_image)
+    if not rungs.pruned:  # a pruned trial is never refitted
         calibration = training.calibrate_network(fitted, data.training, data.validation)
         trial.set_user_attr("temperature", calibration.temperature)
         trial.set_user_attr("outlier_threshold", calibration.detector.threshold)
         mlflow.log_metric("temperature", calibration.temperature)
     mlflow.log_metric("val_loss_fluctuation", training.loss_fluctuation(fitted.history["val_loss"]))
-    mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
+    mlflow.set_tag("trial_state", "PRUNED" if rungs.pruned else "COMPLETE")
     runs.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))
 
 
-class Pruning(keras.callbacks.Callback):
-    """Reports the metric at each rung to the trial, and stops the training (early stopping) if the pruner prunes it.
+class Rungs(training.ValidationScores):
+    """Scores the validation images at each rung, reports the metric to the trial, and stops the training if it is pruned.
 
-    `rungs` are the percentages of the training by epoch. It does not raise TrialPruned, as optuna-integration's callback does:
-    autologging writes its last metrics after `fit`.
+    It does not raise TrialPruned, as optuna-integration's callback does: autologging writes its last metrics after `fit`.
     """
 
-    def __init__(self, trial: optuna.Trial, metric: str, rungs: Mapping[int, int]) -> None:
-        super().__init__()
-        self.trial, self.metric, self.rungs, self.pruned = trial, metric, rungs, False
+    def __init__(self, trial: optuna.Trial, search: Search, epochs: int) -> None:
+        self.percentages = {math.ceil(epochs * percentage / 100): percentage for percentage in RUNGS}
+        self.trial, self.metric, self.pruned = trial, search.parameters.metric, False
+        mirrored = search.space.includes_mirror_images()
+        copies = self.metric.startswith("robust")
+        super().__init__(search.data.validation, self.percentages, copies=copies, mirrored=mirrored)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        if epoch + 1 not in self.rungs:
-            return
-        self.trial.report((logs or {})[self.metric], step=self.rungs[epoch + 1])
-        last = epoch + 1 == self.params["epochs"]
-        if not last and self.trial.should_prune():
-            self.pruned = self.model.stop_training = True
+        super().on_epoch_end(epoch, logs)
+        percentage = self.percentages.get(epoch + 1)
+        if percentage:
+            self.trial.report((logs or {})[self.metric], step=percentage)
+            if percentage < RUNGS[-1] and self.trial.should_prune():
+                self.pruned = self.model.stop_training = True
