@@ -115,14 +115,15 @@ class Progress:
         metric, n_trials = self.parameters.metric, self.parameters.n_trials
         trials = study.get_trials(deepcopy=False, states=FINISHED)
         params = "  ".join(f"{name} {format_value(value)}" for name, value in trial.params.items())
-        value = f"{trial.value:.4f}" if trial.value is not None else "-"
+        shown = {name: trial.user_attrs[name] for name in ("val_accuracy", metric) if name in trial.user_attrs}
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in shown.items()) or "-"
         try:
             best = f"best {study.best_value:.4f} (trial {study.best_trial.number})"
         except ValueError:
             best = "no best yet"
         left = self.seconds_left(trials)
         return (
-            f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {metric} {value}  {params}  "
+            f"{len(trials)}/{n_trials}  trial {trial.number} {trial.state.name.lower()}: {scores}  {params}  "
             f"{_trial_seconds(trial):.0f} s;  {best}, about {f'{left:.0f} s' if left < 90 else f'{left / 60:.0f} min'} of the search left"
         )
 
