@@ -1,6 +1,7 @@
 """The benchmarks, without assertions on times."""
 
-from benchmarks import training
+import numpy as np
+from benchmarks import training, yardstick
 from benchmarks.measure import in_turns
 
 
@@ -15,3 +16,11 @@ def test_operations_are_counted_per_layer() -> None:
     """By hand: 8.64, 23.04, 23.04, 2.36 and 0.003 million forwards; twice that backwards, but once for the first."""
     million = 8.64 + 23.04 + 23.04 + 2.359296 + 0.00256
     assert abs(training.count_operations(1) / 1e6 - (3 * million - 8.64)) < 0.01
+
+
+def test_landmarks_are_normalized() -> None:
+    """Neither the place and the size of the hand, nor which of the two it is, changes the normalized landmarks."""
+    points = np.random.default_rng(0).normal(100, 20, (21, 3))
+    expected = yardstick.normalize_landmarks(points, mirrored=False)
+    np.testing.assert_allclose(yardstick.normalize_landmarks(2 * points + 5, mirrored=False), expected)
+    np.testing.assert_allclose(yardstick.normalize_landmarks(points * (-1, 1, 1), mirrored=True), expected)
