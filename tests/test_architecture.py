@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -186,6 +188,22 @@ def test_features_are_hidden_layer_and_block_mean(normalization: str) -> None:
     assert block.shape == (8, 64), "the filters of the third block"
     np.testing.assert_allclose(np.linalg.norm(hidden, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(block, axis=1), 1, rtol=1e-5)
+
+
+def test_average_is_one_stock_network(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.keras" for number in range(2)]
+    for file in files:
+        architecture.build_network((16, 16, 3), 3).save(file)
+        keras.utils.clear_session()  # both have the same names, as refits do
+    networks = [keras.saving.load_model(file) for file in files]
+    architecture.average_networks(networks).save(tmp_path / "mean.keras")
+    mean = keras.saving.load_model(tmp_path / "mean.keras")
+    assert {type(layer).__module__.partition(".")[0] for layer in mean.layers} == {"keras"}
+    assert mean.count_params() == 2 * networks[0].count_params()
+    x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_allclose(mean(x), np.mean([network(x) for network in networks], axis=0), rtol=1e-5)
+    each = [architecture.with_features(network)(x) for network in networks]
+    np.testing.assert_allclose(architecture.with_features(mean)(x), np.mean(each, axis=0), rtol=1e-5)
 
 
 def test_filters_are_configurable() -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow.entities import Run
 
 from signdigits import main, register
 from signdigits.config import (
     MODEL_NAME,
+    SERVED_MODEL,
     ModelParameters,
     RefitParameters,
     RegistryParameters,
@@ -55,6 +57,7 @@ def test_interrupted_job_is_resumed(job: str) -> None:
         ("trial", "FINISHED"): 2,
         ("refit", "KILLED"): 1,
         ("refit", "FINISHED"): 2,
+        ("ensemble", "FINISHED"): 1,
     }
 
 
@@ -73,15 +76,41 @@ def test_refit_uses_training_and_validation(job: str, loaded: loading.Data) -> N
         assert refit.data.params[name] == best.data.params[name]
 
 
-def test_first_seed_is_registered(job: str) -> None:
+def test_mean_of_refits_is_registered(job: str) -> None:
     assert set(refits()) == {"1337", "1338"}
     accuracies = [run.data.metrics["test_accuracy"] for run in refits().values()]
     (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
     assert study.data.metrics["test_accuracy_mean"] == pytest.approx(np.mean(accuracies))
     assert study.data.metrics["test_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
     champion = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion")
-    assert champion.tags["seed"] == "1337"
+    assert champion.tags["seeds"] == "1337, 1338"
     assert float(champion.tags["test_accuracy_mean"]) == pytest.approx(np.mean(accuracies))
+    (ensemble,) = [run for run in runs() if run.data.tags["role"] == "ensemble"]
+    assert ensemble.data.tags["mlflow.parentRunId"] == study.info.run_id
+    assert float(champion.tags["test_accuracy"]) == ensemble.data.metrics["test_accuracy"]
+    each = f"{float(champion.tags['test_accuracy_mean']):.4f} ± {float(champion.tags['test_accuracy_std']):.4f}"
+    assert f"mean of 2 networks, trained with the seeds 1337, 1338; each alone: {each}." in champion.description
+    assert "mlflow run . -e main --env-manager local -P data=" in champion.description
+
+
+def test_served_mean_is_the_mean_of_the_refits(job: str, photographs: Path) -> None:
+    image = pd.DataFrame({"image": [(photographs / "1" / "IMG_0007.JPG").read_bytes()]})
+
+    def predict(uri: str) -> np.ndarray:
+        (reply,) = mlflow.pyfunc.load_model(uri).predict(image)["probabilities"]
+        return np.array(list(reply.values()))
+
+    models = [registry.find_model(run.info.run_id, "") for run in refits().values()]
+    product = np.prod([predict(model.model_uri) for model in models], axis=0) ** (1 / len(models))
+    np.testing.assert_allclose(predict(SERVED_MODEL), product / product.sum(), rtol=1e-4)
+
+
+def test_first_seed_is_registered_without_ensemble(job: str, loaded: loading.Data) -> None:
+    alone = RefitParameters(n_seeds=2, ensemble=False)
+    decision = main.main(loaded, SPACE, STUDY, alone, RegistryParameters(force=True))
+    version = mlflow.MlflowClient().get_model_version(MODEL_NAME, decision.version)
+    assert (decision.version, version.tags["seed"], version.tags["n_seeds"]) == ("2", "1337", "2.0")
+    assert len(runs()) == 7, "no further run"
 
 
 def test_second_start_keeps_rollback(job: str, loaded: loading.Data) -> None:
@@ -129,3 +158,5 @@ def test_refit_that_learns_nothing_is_skipped(
     assert statuses == {"1337": "FINISHED", "1338": "FINISHED", "1339": "FAILED", "1340": "FINISHED"}
     assert refits()["1339"].data.tags["failure_reason"].startswith("TrainingDiverged: training accuracy 0.0000")
     assert "refit with seed 1339 skipped" in caplog.text
+    (ensemble,) = [run for run in runs() if run.data.tags.get("seeds") == "1337, 1338, 1340"]
+    assert ensemble.data.tags["role"] == "ensemble"

@@ -55,6 +55,23 @@ def test_threshold_refuses_at_most_one_percent_of_few(detector: Detector) -> Non
     assert not (detector.with_threshold(detector.find_threshold(features)).score(features) > 1).any()
 
 
+def test_spacing_is_the_distance_to_the_nearest_other() -> None:
+    known = np.random.default_rng(5).standard_normal((30, 8))
+    distances = NearestNeighbors(n_neighbors=1).fit(normalize(known)).kneighbors()[0]
+    assert Detector.fit(known).measure_spacing() == pytest.approx(distances.mean(), rel=1e-5)
+    assert 0 < Detector.fit(np.ones((3, 8))).measure_spacing() < 1e-2, "of copies"
+
+
+def test_average_keeps_threshold_in_units_of_spacing(detector: Detector) -> None:
+    same = Detector.average([detector, detector])
+    np.testing.assert_allclose(same.known, detector.known, atol=1e-6)
+    assert same.threshold == pytest.approx(detector.threshold, rel=1e-4)
+    mirrored = Detector.fit(detector.known[:, ::-1]).with_threshold(detector.threshold)
+    mean = Detector.average([detector, mirrored])
+    multiple = detector.threshold / detector.measure_spacing()
+    assert mean.threshold == pytest.approx(multiple * mean.measure_spacing(), rel=1e-3)
+
+
 def test_saved_detector_scores_alike(detector: Detector, tmp_path: Path) -> None:
     detector.save(tmp_path / "detector.npz")
     features = draw(np.random.default_rng(3), 50)

@@ -68,7 +68,14 @@ def window() -> Iterator[Browser]:
 
 
 def test_trials_are_nested_under_study(window: Browser, finished: Finished) -> None:
-    nested = ["refit, seed 1338", "refit, seed 1337", "refit, seed 1337", "trial-001", "trial-000"]
+    nested = [
+        "ensemble, seeds 1337, 1338",
+        "refit, seed 1338",
+        "refit, seed 1337",
+        "refit, seed 1337",
+        "trial-001",
+        "trial-000",
+    ]
     study = finished.study.info.run_name
     with browser.opened(window, finished.runs) as page:
         names = page.locator('[role="gridcell"] a[href*="/runs/"]')

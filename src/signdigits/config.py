@@ -258,8 +258,9 @@ class StudyParameters(Checked):
 class RefitParameters(Checked):
     """The refits of the best trial."""
 
-    n_seeds: int = parameter(
-        3, "refits with successive seeds, each scored on the test images; the first is registered", low=1, high=100
+    n_seeds: int = parameter(3, "refits with successive seeds, each scored on the test images", low=1, high=100)
+    ensemble: bool = parameter(
+        True, "register the mean of the refits as one network; false: the first refit, smaller and faster"
     )
 
 

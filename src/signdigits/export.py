@@ -31,6 +31,7 @@ from signdigits.data import split
 from signdigits.data.dataset import scan_dataset
 from signdigits.errors import DataError, DownloadError, ModelError, UsageError, install_hint
 from signdigits.model import architecture
+from signdigits.packaging import package
 from signdigits.tracking import registry, runs
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def export(parameters: ExportParameters) -> ExportComparison:
                 file = Path(workshop, target.name)
                 comparison = _export_network(folder, file, photographs, parameters.format)
                 file.replace(target)
-            shutil.copy(_find_artifact(folder, "settings"), output / f"network-{version}.json")
+            shutil.copy(package.find_artifact(folder, "settings"), output / f"network-{version}.json")
         except OSError as error:
             raise UsageError(f"output={output}: {error.strerror}; choose a folder that can be written") from error
         _log_export(target, comparison, photographs)
@@ -122,7 +123,7 @@ def _export_network(folder: Path, file: Path, photographs: Photographs, format: 
         pixels = [served.images.decode_image(content, served.image_size, served.color_mode) for content in contents]
         return np.array(pixels, np.float32)
 
-    network = load_model(_find_artifact(folder, "keras"), compile=False)
+    network = load_model(package.find_artifact(folder, "keras"), compile=False)
     write_network(
         architecture.with_probabilities(network, served.temperature), file, format, decode(photographs.training)
     )
@@ -132,11 +133,6 @@ def _export_network(folder: Path, file: Path, photographs: Photographs, format: 
     exported = run_network(file, decode(photographs.compared))
     equal = expected.argmax(axis=1) == exported.argmax(axis=1)
     return ExportComparison(len(names), float(np.abs(expected - exported).max()), float(equal.mean()))
-
-
-def _find_artifact(folder: Path, name: str) -> Path:
-    """Return a file of the logged model in `folder`."""
-    return folder / Model.load(str(folder)).flavors["python_function"]["artifacts"][name]["path"]
 
 
 def write_network(network: "keras.Model", file: Path, format: str, training_images: np.ndarray) -> None:

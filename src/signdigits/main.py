@@ -6,9 +6,11 @@ mlflow run . -e main -P data=FOLDER -P n_trials=12
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
+import keras
 import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel
@@ -19,8 +21,9 @@ from signdigits.config import RefitParameters, RegistryParameters, StudyParamete
 from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import TrainingDiverged
-from signdigits.model import training
+from signdigits.model import architecture, training
 from signdigits.model.calibration import Calibration
+from signdigits.model.outliers import Detector
 from signdigits.packaging import package
 from signdigits.search import open_study, optimize_study
 from signdigits.tracking import registry, runs, urls
@@ -43,12 +46,11 @@ def main(
         prepare.log_report(data)
         choice = optimize_study(search)
         models = _refit_seeds(search, choice.trial, refits.n_seeds)
-        _log_refit_scores(models)
-        decision = register.previous_decision(promotion.model_name, models[0]) or register.promote_model(
-            models[0], promotion
-        )
+        model = _average_refits(search, choice.trial, models) if refits.ensemble and len(models) > 1 else models[0]
+        _log_refit_scores(models, model)
+        decision = register.previous_decision(promotion.model_name, model) or register.promote_model(model, promotion)
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
-    for line in _summarize_job(search, choice, models, decision):
+    for line in _summarize_job(search, choice, model, decision):
         log.info("%s", line)
     return decision
 
@@ -61,7 +63,7 @@ def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int) -> list[Logged
     models: list[LoggedModel] = []
     first = search.space.complete(best.params).seed
     for seed in range(first, first + 2 * n_seeds):
-        model = _find_refit(search, best, seed)
+        model = _find_model(search, "refit", {"trial": best.number, "seed": seed})
         try:
             if not model:
                 log.info("refit %d/%d of trial %d, with seed %d", len(models) + 1, n_seeds, best.number, seed)
@@ -76,11 +78,11 @@ def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int) -> list[Logged
     return models
 
 
-def _find_refit(search: Search, best: FrozenTrial, seed: int) -> LoggedModel | None:
-    """Return the model of the chosen trial's finished and evaluated refit with `seed`, if there is one."""
-    tags = {"role": "refit", "trial": str(best.number), "seed": str(seed)}
-    for run in runs.nested_runs(search.run_id, "refit"):
-        if tags.items() <= run.data.tags.items() and run.info.status == "FINISHED":
+def _find_model(search: Search, role: str, tags: Mapping[str, Any]) -> LoggedModel | None:
+    """Return the model of the study's finished run with this role and these tags, if there is one; it is evaluated."""
+    expected = {name: str(value) for name, value in tags.items()}
+    for run in runs.nested_runs(search.run_id, role):
+        if expected.items() <= run.data.tags.items() and run.info.status == "FINISHED":
             return registry.find_model(run.info.run_id, "")
     return None
 
@@ -89,8 +91,9 @@ def _refit_best(search: Search, best: FrozenTrial, seed: int) -> LoggedModel:
     """Fit the chosen trial's hyperparameters on training and validation images together, and score the test images.
 
     The validation images chose the hyperparameters and cannot report on them; the test images, unseen so far, do so once
-    per seed. Temperature and outlier threshold are the trial's, because no images are left to fit them on. Raises
-    TrainingDiverged if the training accuracy is less than half of the trial's.
+    per seed. No images are left to fit temperature and outlier threshold on: the temperature is the trial's, and the
+    threshold the same multiple of the spacing of the features. Raises TrainingDiverged if the training accuracy is less than
+    half of the trial's.
     """
     data = search.data
     hyperparameters = replace(search.space.complete(best.params), seed=seed)
@@ -110,18 +113,47 @@ def _refit_best(search: Search, best: FrozenTrial, seed: int) -> LoggedModel:
             )
         training.log_curves(fitted)
         runs.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
-        facts |= {"val_accuracy": best.user_attrs["val_accuracy"]}
-        detector = training.fit_detector(fitted, data.fitting).with_threshold(best.user_attrs["outlier_threshold"])
+        detector = training.fit_detector(fitted, data.fitting)
+        spacing = detector.measure_spacing()
+        scale = spacing / best.user_attrs.get("outlier_spacing", spacing)  # trials of version 0.2 have none
+        detector = detector.with_threshold(scale * best.user_attrs["outlier_threshold"])
         calibration = Calibration(best.user_attrs["temperature"], detector)
-        info = package.log_model(fitted.in_float32(), calibration, data, facts)
-        evaluate.score_model(mlflow.get_logged_model(info.model_id), data.dataset, data.split)
-        return mlflow.get_logged_model(info.model_id)
+        return _log_scored_model(search, best, fitted.in_float32(), calibration, facts)
 
 
-def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
-    """Log mean and standard deviation of the test accuracy over the seeds to the study and the first model.
+def _average_refits(search: Search, best: FrozenTrial, models: Sequence[LoggedModel]) -> LoggedModel:
+    """Return the mean of the refits' networks as one model, made of their files and scored unless it was before.
 
-    The first is registered whatever the others reached: choosing by test accuracy would overfit the test images.
+    Its temperature is theirs: the mean of their logits is as well calibrated as each of them.
+    """
+    seeds = ", ".join(model.tags["seed"] for model in models)
+    facts = {"study": search.study.study_name, "trial": best.number, "seeds": seeds}
+    if model := _find_model(search, "ensemble", facts):
+        return model
+    log.info("mean of the refits with the seeds %s, as one network", seeds)
+    with runs.start_run("ensemble", f"ensemble, seeds {seeds}"):
+        mlflow.set_tags(facts)
+        lineage.log_data(search.data, parts=("fitting",))
+        networks, calibrations = zip(*map(package.read_model, models), strict=True)
+        detector = Detector.average([calibration.detector for calibration in calibrations])
+        calibration = Calibration(calibrations[0].temperature, detector)
+        return _log_scored_model(search, best, architecture.average_networks(networks), calibration, facts)
+
+
+def _log_scored_model(
+    search: Search, best: FrozenTrial, network: keras.Model, calibration: Calibration, facts: Mapping[str, Any]
+) -> LoggedModel:
+    """Log a network that was fitted on training and validation images to the active run, and score its test images."""
+    facts = {**facts, "val_accuracy": best.user_attrs["val_accuracy"]}
+    info = package.log_model(network, calibration, search.data, facts)
+    evaluate.score_model(mlflow.get_logged_model(info.model_id), search.data.dataset, search.data.split)
+    return mlflow.get_logged_model(info.model_id)
+
+
+def _log_refit_scores(models: Sequence[LoggedModel], registered: LoggedModel) -> None:
+    """Log mean and standard deviation of the refits' test accuracy to the study and the model that is registered.
+
+    This is their mean or the first, whatever the others reached: choosing by test accuracy would overfit the test images.
     """
     accuracies = np.array([float(model.tags["test_accuracy"]) for model in models])
     metrics = {
@@ -132,15 +164,14 @@ def _log_refit_scores(models: Sequence[LoggedModel]) -> None:
         "n_seeds": float(len(models)),
     }
     mlflow.log_metrics(metrics)
-    mlflow.set_logged_model_tags(models[0].model_id, {name: str(value) for name, value in metrics.items()})
-    models[0].tags.update({name: str(value) for name, value in metrics.items()})
+    tags = {name: str(value) for name, value in metrics.items()}
+    mlflow.set_logged_model_tags(registered.model_id, tags)
+    registered.tags.update(tags)
 
 
-def _summarize_job(
-    search: Search, choice: Choice, models: Sequence[LoggedModel], decision: register.Decision
-) -> list[str]:
+def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision: register.Decision) -> list[str]:
     """Return the lines of the summary: the results, and the next commands."""
-    tags = models[0].tags
+    tags = model.tags
     mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])
     rows = {
         "study": search.study.study_name,
@@ -148,8 +179,11 @@ def _summarize_job(
         "why": choice.reason,
         **{name: format_value(value) for name, value in choice.trial.params.items()},
         "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(search.data.validation)} images",
+        "network": f"mean of those with the seeds {tags['seeds']}"
+        if "seeds" in tags
+        else f"with the seed {tags['seed']}",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
-        f"over {len(models)} seeds": f"{mean:.4f} +/- {std:.4f}",
+        f"over {float(tags['n_seeds']):.0f} seeds": f"{mean:.4f} +/- {std:.4f}",
         "robust accuracy": f"{float(tags['robust_accuracy']):.4f}, worst {float(tags['worst_accuracy']):.4f}: {tags['worst_corruption']}",
         "calibration error": f"{float(tags['test_ece']):.4f}, {float(tags['robust_ece']):.4f} under corruptions",
         "registered": f"{decision.model_name} version {decision.version}, {register.describe_standing(decision)}",

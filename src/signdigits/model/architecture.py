@@ -1,6 +1,7 @@
 """The network, its optimizer, its learning rate schedule and its loss."""
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,16 +76,34 @@ def with_features(network: "keras.Model") -> "keras.Model":
     """Return a model that shares the network's layers; output: logits and features, of shape (n, n_classes + features).
 
     The features are those in which the outlier detector measures distances: the last hidden layer, and the mean of the last
-    convolution block over its positions, each at unit length.
+    convolution block over its positions, each at unit length. Those of `average_networks` are the mean of its networks'.
     """
     from keras import Model, layers
 
+    if averaged := [layer for layer in network.layers if isinstance(layer, Model)]:
+        return average_networks([with_features(each) for each in averaged])
     hidden, logits = network.layers[-2].output, network.layers[-1].output
     blocks = next(layer.output for layer in reversed(network.layers) if len(layer.output.shape) == 4)
-    parts = [
-        layers.UnitNormalization(dtype="float32")(part) for part in (hidden, layers.GlobalAveragePooling2D()(blocks))
+    # A network that was loaded has names that Keras would give again.
+    parts = {"hidden": hidden, "block": layers.GlobalAveragePooling2D(name="block_mean")(blocks)}
+    features = [layers.UnitNormalization(dtype="float32", name=f"unit_{name}")(part) for name, part in parts.items()]
+    return Model(network.inputs[0], layers.Concatenate(dtype="float32", name="features")([logits, *features]))
+
+
+def average_networks(networks: Sequence["keras.Model"]) -> "keras.Model":
+    """Return a model that shares the layers of the networks; output: the mean of their outputs.
+
+    The mean of logits is that of the logarithms of probabilities. It is as accurate as the mean of the probabilities
+    themselves, and needs less correction by a temperature (docs/decisions.md).
+    """
+    from keras import Input, Model, layers
+
+    inputs = Input(networks[0].input_shape[1:])
+    named = [
+        Model(each.inputs[0], each.outputs[0], name=f"network_{number}")
+        for number, each in enumerate(networks, start=1)
     ]
-    return Model(network.inputs[0], layers.Concatenate(dtype="float32")([logits, *parts]))
+    return Model(inputs, layers.Average(name="mean")([each(inputs) for each in named]))
 
 
 def with_probabilities(network: "keras.Model", temperature: float) -> "keras.Model":

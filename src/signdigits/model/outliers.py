@@ -7,6 +7,7 @@ compares it with other published scores, and its features (architecture.with_fea
 This file is packaged with each model, and therefore imports only NumPy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -15,6 +16,10 @@ import numpy as np
 
 MAX_REFUSED = 0.01  # fraction of the validation images that the threshold marks as outliers
 MAX_KNOWN = 5000  # training images whose features are kept
+MAX_SPACED = 1000  # of these features, from which the spacing is measured
+MIN_DISTANCE = (
+    1e-6  # of a threshold and a spacing: copies of training images have none, and nothing may be divided by zero
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,16 @@ class Detector:
         """Keep the features of training images, of shape (n, features)."""
         return cls(_unit_length(features))
 
+    @classmethod
+    def average(cls, detectors: Sequence["Detector"]) -> "Detector":
+        """Return the detector of averaged networks, whose features are the mean of those of these detectors' networks.
+
+        All know the same images in the same order. The threshold is the same multiple of the spacing as theirs, in the mean.
+        """
+        merged = cls.fit(np.mean([each.known for each in detectors], axis=0))
+        multiple = np.mean([each.threshold / each.measure_spacing() for each in detectors])
+        return merged.with_threshold(float(multiple) * merged.measure_spacing())
+
     def score(self, features: np.ndarray) -> np.ndarray:
         """Return the outlier scores, of shape (n,), of features of shape (n, features); above 1: an outlier."""
         return self._measure_distance(features) / self.threshold
@@ -36,8 +51,17 @@ class Detector:
     def find_threshold(self, features: np.ndarray) -> float:
         """Return the distance that MAX_REFUSED of these images exceed; they must not be training images."""
         distances = self._measure_distance(features)
-        # Copies of training images have none; no score may be a division by zero.
-        return max(float(np.quantile(distances, 1 - MAX_REFUSED, method="higher")), 1e-6)
+        return max(float(np.quantile(distances, 1 - MAX_REFUSED, method="higher")), MIN_DISTANCE)
+
+    def measure_spacing(self) -> float:
+        """Return the mean distance of the known features to the nearest other one.
+
+        By it a threshold is carried to another network: networks differ in how closely they place the images of a class.
+        """
+        rows = np.arange(0, len(self.known), -(-len(self.known) // MAX_SPACED))
+        cosines = self.known[rows] @ self.known.T
+        cosines[np.arange(len(rows)), rows] = -1.0  # of each with itself
+        return max(float(_to_distances(cosines.max(axis=1)).mean()), MIN_DISTANCE)
 
     def with_threshold(self, threshold: float) -> "Detector":
         return replace(self, threshold=threshold)
@@ -52,9 +76,12 @@ class Detector:
 
     def _measure_distance(self, features: np.ndarray) -> np.ndarray:
         """Return the distances, 0 to 2, of shape (n,), to the nearest of the known features."""
-        nearest = (_unit_length(features) @ self.known.T).max(axis=1)
-        distances: np.ndarray = np.sqrt(np.maximum(2 - 2 * nearest, 0))
-        return distances
+        return _to_distances((_unit_length(features) @ self.known.T).max(axis=1))
+
+
+def _to_distances(cosines: np.ndarray) -> np.ndarray:
+    distances: np.ndarray = np.sqrt(np.maximum(2 - 2 * cosines, 0))
+    return distances
 
 
 def _unit_length(features: np.ndarray) -> np.ndarray:

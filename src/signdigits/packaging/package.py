@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import mlflow.pyfunc
 import pandas as pd
-from mlflow.models import ModelSignature
+from mlflow.entities import LoggedModel
+from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types.schema import Array, ColSpec, DataType, Map, ParamSchema, ParamSpec, Schema
 from PIL import Image
@@ -107,6 +108,22 @@ def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     tags = lineage.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
     mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info
+
+
+def read_model(model: LoggedModel) -> tuple["keras.Model", Calibration]:
+    """Return the network and the calibration of a model that `log_model` logged."""
+    from keras.saving import load_model
+
+    folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
+    network = load_model(find_artifact(folder, "keras"), compile=False)
+    detector = outliers.Detector.load(find_artifact(folder, "detector"))
+    return network, Calibration(float(model.tags["temperature"]), detector)
+
+
+def find_artifact(folder: Path, name: str) -> Path:
+    """Return a file of the logged model in `folder`."""
+    path: str = Model.load(str(folder)).flavors["python_function"]["artifacts"][name]["path"]
+    return folder / path
 
 
 def make_input_example(data: Data) -> pd.DataFrame:

@@ -112,7 +112,7 @@ def _find_command(version: ModelVersion, model: LoggedModel) -> str:
     try:
         run = mlflow.get_run(model.source_run_id)
         role = run.data.tags.get("role")
-        if role == "refit":
+        if role in ("refit", "ensemble"):
             run = mlflow.get_run(run.data.tags["mlflow.parentRunId"])
             entry_point, given = "main", _list_changed(run, MAIN_PARAMETERS) | {"model_name": version.name}
         elif role == "train":

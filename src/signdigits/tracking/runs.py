@@ -62,7 +62,7 @@ def start_run(
 
     Continues `run_id` if given; otherwise the run that `mlflow run` created for this process, if any; otherwise starts a new
     one, nested under `parent_run_id` or the active run, if any. `role` becomes a tag: prepare, train, study, trial, refit,
-    evaluate, register, predict, monitor, review or export.
+    ensemble, evaluate, register, predict, monitor, review or export.
     """
     described = {name: str(value) for name, value in (tags or {}).items()} | {"role": role, PROCESS: _this_process()}
     active = _open_run(name, run_id, parent_run_id, described)

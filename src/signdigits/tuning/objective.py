@@ -56,6 +56,7 @@ def _log_result(trial: optuna.Trial, fitted: training.Fit, rungs: "Rungs", data:
         calibration = training.calibrate_network(fitted, data.training, data.validation)
         trial.set_user_attr("temperature", calibration.temperature)
         trial.set_user_attr("outlier_threshold", calibration.detector.threshold)
+        trial.set_user_attr("outlier_spacing", calibration.detector.measure_spacing())
         mlflow.log_metric("temperature", calibration.temperature)
     mlflow.log_metric("val_loss_fluctuation", training.loss_fluctuation(fitted.history["val_loss"]))
     mlflow.set_tag("trial_state", "PRUNED" if rungs.pruned else "COMPLETE")
