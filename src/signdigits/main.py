@@ -175,8 +175,7 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
     mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])
     rows = {
         "study": search.study.study_name,
-        "chosen": f"trial {choice.trial.number}",
-        "why": choice.reason,
+        "chosen": choice.reason,
         **{name: format_value(value) for name, value in choice.trial.params.items()},
         "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(search.data.validation)} images",
         "network": f"mean of those with the seeds {tags['seeds']}"

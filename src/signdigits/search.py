@@ -167,6 +167,6 @@ def _log_study(search: Search, choice: Choice) -> None:
         mlflow.log_figure(figure, f"study/{name}.png", save_kwargs={"bbox_inches": "tight"})
     mlflow.log_text(files.to_csv(study.trials_dataframe()), "study/trials.csv")
     log.info(
-        "chosen: trial %d, %s %.4f with %s: %s", best.number, metric, best.value,
-        ", ".join(f"{name}={format_value(value)}" for name, value in best.params.items()), choice.reason,
+        "chosen: %s; %s %.4f with %s", choice.reason, metric, best.value,
+        ", ".join(f"{name}={format_value(value)}" for name, value in best.params.items()),
     )  # fmt: skip

@@ -54,20 +54,19 @@ def choose_trial(study: optuna.Study, metric: str) -> Choice:
     best = ranked[0]
     first = next((trial for trial in ranked if trial.user_attrs.get("origin") == BASELINE), None)
     if first is None:
-        return Choice(best, f"the best of {len(ranked)} complete trials; the first is not one of them")
+        return Choice(best, f"trial {best.number}, the best of {len(ranked)}; the first is not complete")
     if best.number == first.number:
-        return Choice(first, f"the first trial is the best of {len(ranked)}")
-    values = f"{metric} {best.value:.4f} against the first trial's {first.value:.4f}"
+        return Choice(first, f"trial {first.number}, the first and the best of {len(ranked)}")
+    kept = f"trial {first.number}, the first; trial {best.number}"
     try:
         difference, error = _compare_trials(first, best, metric)
     except MlflowException:
-        return Choice(
-            first, f"the first trial: {SCORES} is missing, which would show whether trial {best.number} is better"
-        )
-    text = f"a difference of {difference:.4f} with a standard error of {error:.4f}"
+        return Choice(first, f"{kept} may be better, but {SCORES} of one of the two is missing")
     if difference > STANDARD_ERRORS * error:
-        return Choice(best, f"trial {best.number} is better beyond luck: {values}, {text}")
-    return Choice(first, f"no trial is better than the first beyond luck: trial {best.number} has {values}, {text}")
+        gain = f"{difference:.4f} better than the first in {metric}: {difference / error:.1f} standard errors"
+        return Choice(best, f"trial {best.number}, {gain}")
+    gain = f"{difference:.4f} better in {metric}: {difference / error:.1f} standard errors, which may be luck"
+    return Choice(first, f"{kept} is {gain}")
 
 
 def _compare_trials(first: FrozenTrial, best: FrozenTrial, metric: str) -> tuple[float, float]:
@@ -75,7 +74,7 @@ def _compare_trials(first: FrozenTrial, best: FrozenTrial, metric: str) -> tuple
     score = metric.rpartition("_")[2]
     scores = [_read_scores(trial)[score].to_numpy() for trial in (first, best)]
     gains = scores[1] - scores[0] if score == "accuracy" else scores[0] - scores[1]
-    return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
+    return float(gains.mean()), max(float(gains.std(ddof=1) / np.sqrt(len(gains))), 1e-9)
 
 
 def _read_scores(trial: FrozenTrial) -> pd.DataFrame:
