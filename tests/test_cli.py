@@ -42,7 +42,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
             ["search", "--objective", "accuracy"],
             "objective='accuracy': must be one of auto, val_accuracy, val_loss, val_brier, robust_accuracy, robust_brier",
         ),
-        (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of percentile, median, hyperband, none"),
+        (["search", "--pruner", "secateurs"], "pruner='secateurs': must be one of median, percentile, hyperband, none"),
         (["search", "--timeout", "inf"], "timeout=inf: must be a finite number"),
         (["search", "--space", "outer"], "space='outer': must be one of notebook, extended"),
         (["main", "--alias", "v1"], "alias='v1': must be letters, digits"),

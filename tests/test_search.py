@@ -236,6 +236,9 @@ def test_interrupted_trial_is_retried_three_times(store: str, loaded: loading.Da
             opened.space.suggest(opened.study.ask())  # and the process is killed
             study.reconcile_stores(opened.study)
         assert len({tuple(trial.params.values()) for trial in opened.study.trials}) == 1
+        assert {trial.user_attrs["origin"] for trial in opened.study.trials} == {study.BASELINE}, (
+            "each is the first trial"
+        )
         opened.space.suggest(opened.study.ask())
         assert opened.study.trials[-1].params != opened.study.trials[0].params
 

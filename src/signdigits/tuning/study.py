@@ -169,7 +169,8 @@ def retry_interrupted(study: optuna.Study) -> None:
         if number not in retried and retries < MAX_RETRIES:
             log.info("trial %d was interrupted; its parameters are enqueued again", number)
             params = trial.system_attrs.get("fixed_params", {}) | trial.params  # enqueued and sampled
-            study.enqueue_trial(params, user_attrs={"retry_of": number, "retries": retries + 1})
+            origin = {name: value for name, value in trial.user_attrs.items() if name == "origin"}
+            study.enqueue_trial(params, user_attrs=origin | {"retry_of": number, "retries": retries + 1})
     for run in runs.nested_runs(study.user_attrs["mlflow_run_id"], "trial") if interrupted else []:
         if int(run.data.tags["trial"]) in interrupted and run.info.status != "KILLED":
             runs.close_interrupted(run)
