@@ -74,7 +74,7 @@ def load_study(name: str, settings: dict[str, Any], space: Space, parameters: St
         study.set_user_attr("settings", settings)
         study.enqueue_trial(space.baseline(), user_attrs={"origin": BASELINE})
     elif known != settings:
-        changes = _describe_changes(known, settings)
+        changes = ", ".join(_list_changes(known, settings))
         raise UsageError(f"study_name={name}: created with other settings ({changes}); give another --study_name")
     if parameters.warm_start:
         _enqueue_best(study, parameters.warm_start, backend, space)
@@ -87,13 +87,15 @@ def _explain_new_study(name: str, settings: Mapping[str, Any], backend: optuna.s
     known = {summary.study_name: summary.user_attrs.get("settings", {}) for summary in summaries}
     same = [one for one, its in known.items() if its.get("dataset_digest") == settings["dataset_digest"]]
     if same:
-        changes = _describe_changes(known[same[-1]], settings)
-        log.info("study %s is new; %s, of the same photographs, has other settings: %s", name, same[-1], changes)
+        changes = _list_changes(known[same[-1]], settings)
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        shown = ", ".join(changes[:3]) + more
+        log.info("study %s is new; %s, of the same photographs, has other settings: %s", name, same[-1], shown)
 
 
-def _describe_changes(known: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _list_changes(known: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     differing = sorted(key for key in known.keys() | settings.keys() if known.get(key) != settings.get(key))
-    return ", ".join(f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing)
+    return [f"{key} was {known.get(key)}, is {settings.get(key)}" for key in differing]
 
 
 def _enqueue_best(study: optuna.Study, source: str, backend: optuna.storages.BaseStorage, space: Space) -> None:
