@@ -63,10 +63,11 @@ def compare(what: str, accuracy: float, champion: ModelVersion | None, tag: str,
     """Return a row with the accuracy, and how far the champion is ahead or behind."""
     if champion is None or tag not in champion.tags:
         return Row(what, "no champion of these photographs and this split", 100 * accuracy, 100.0, False, where)
-    points = 100 * (float(champion.tags[tag]) - accuracy)
+    reached = 100 * float(champion.tags[tag])
+    points = reached - 100 * accuracy
     detail = f"{where}; the champion is {abs(points):.2f} points {'ahead' if points >= 0 else 'behind'}"
-    against = f"version {champion.version}, the champion: {100 * (accuracy + points / 100):.2f}"
-    return Row(what, against, 100 * accuracy, 100 * accuracy + points - lead, False, detail)
+    against = f"version {champion.version}, the champion: {reached:.2f}"
+    return Row(what, against, 100 * accuracy, reached - lead, False, detail)
 
 
 def download_models() -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Which trial is fitted again: rules on studies whose trials are recorded and not trained."""
+"""The choice of the trial that is fitted again: rules on studies whose trials are recorded and not trained."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -56,8 +56,8 @@ def test_ends_of_a_range_are_drawn() -> None:
     space = Space.of("extended", epochs=Range(4, 6))
     assert {trial.params["epochs"] for trial in draw(space, 30)} == {4, 5, 6}
     assert all(5e-3 >= trial.params["initial_learning_rate"] >= 2.2e-3 for trial in draw(space, 30))
-    assert space.ends("epochs") == (4, 6)
-    assert Space.of("extended", epochs=4).ends("epochs") == (4, 4)
+    assert (space.ranges["epochs"].low, space.ranges["epochs"].high) == (4, 6)
+    assert Space.of("extended", epochs=4).fixed["epochs"] == 4
 
 
 def test_spaces_cannot_be_changed() -> None:

@@ -128,10 +128,7 @@ class Hyperparameters(Checked):
         1e-3, "Adam's learning rate at the first step, or after the warm-up of schedule=cosine", above=0, high=1
     )
     decay_rate: float = parameter(
-        0.96,
-        "factor by which the learning rate falls over decay_steps steps; 1.0: constant",
-        above=0,
-        high=1,
+        0.96, "factor by which the learning rate falls over decay_steps steps; 1.0: constant", above=0, high=1
     )
     decay_steps: int = parameter(
         1500, "steps (batches) over which the learning rate falls by decay_rate; 0: all steps of the training", low=0
@@ -256,7 +253,7 @@ class StudyParameters(Checked):
 
 @dataclass(frozen=True)
 class RefitParameters(Checked):
-    """The refits of the best trial."""
+    """The refits of the chosen trial."""
 
     n_seeds: int = parameter(3, "refits with successive seeds, each scored on the test images", low=1, high=100)
     ensemble: bool = parameter(

@@ -146,7 +146,7 @@ def _describe_study(search: Search) -> None:
     runs.set_description(
         f"**A study on `{data.parameters.data}`.** Every nested run is a *trial*: the same network trained on "
         f"{len(data.training)} images with other hyperparameters, judged by `{parameters.metric}` on "
-        f"{len(data.validation)} others. A run named *refit* is the best trial fitted again on both, scored on "
+        f"{len(data.validation)} others. A run named *refit* is the chosen trial fitted again on both, scored on "
         f"{len(data.split.testing)} test images that no trial has seen; *ensemble* is the mean of the refits.\n\n{rows}\n"
     )
 

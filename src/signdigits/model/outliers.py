@@ -17,9 +17,8 @@ import numpy as np
 MAX_REFUSED = 0.01  # fraction of the validation images that the threshold marks as outliers
 MAX_KNOWN = 5000  # training images whose features are kept
 MAX_SPACED = 1000  # of these features, from which the spacing is measured
-MIN_DISTANCE = (
-    1e-6  # of a threshold and a spacing: copies of training images have none, and nothing may be divided by zero
-)
+# Of a threshold and a spacing: copies of training images have none, and nothing may be divided by zero.
+MIN_DISTANCE = 1e-6
 
 
 @dataclass(frozen=True)

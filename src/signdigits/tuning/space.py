@@ -128,12 +128,6 @@ class Space:
         flip = self.ranges.get("horizontal_flip")
         return flip.high > 0 if flip else bool(self.fixed["horizontal_flip"])
 
-    def ends(self, name: str) -> tuple[int, int]:
-        """Return the smallest and the largest value that an integer hyperparameter can take."""
-        if name in self.ranges:
-            return int(self.ranges[name].low), int(self.ranges[name].high)
-        return int(self.fixed[name]), int(self.fixed[name])
-
     def complete(self, params: Mapping[str, Value]) -> Hyperparameters:
         """Return the hyperparameters of a trial with `params`."""
         return Hyperparameters(**{**self.fixed, **params})  # type: ignore[arg-type]

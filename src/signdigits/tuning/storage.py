@@ -39,7 +39,7 @@ def _parse_url(storage: str) -> URL:
     return url
 
 
-def database_file(storage: str) -> Path | None:
+def _sqlite_file(storage: str) -> Path | None:
     """Return the file of a SQLite storage; None for a server, or a database in memory."""
     url = _parse_url(storage)
     in_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
@@ -47,7 +47,7 @@ def database_file(storage: str) -> Path | None:
 
 
 def is_in_memory(storage: str) -> bool:
-    return not is_server(storage) and database_file(storage) is None
+    return not is_server(storage) and _sqlite_file(storage) is None
 
 
 def is_server(storage: str) -> bool:
@@ -132,7 +132,7 @@ def _lock_in_database(url: URL, name: str) -> Iterator[None]:
 @contextmanager
 def _lock_file(url: URL, name: str) -> Iterator[None]:
     """A lock beside the SQLite database, for all who may write to that; else in the temporary folder."""
-    database = database_file(str(url))
+    database = _sqlite_file(str(url))
     if database:
         file = database.with_name(f"{database.name}-{_digest(name)}.lock")
     else:
