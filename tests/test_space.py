@@ -30,7 +30,7 @@ def draw(space: Space, number: int = 1) -> list[optuna.Trial]:
 @pytest.mark.parametrize(
     ("name", "data_set", "first"),
     [
-        ("notebook", "bars", {"initial_learning_rate": 0.0015, "decay_rate": 0.05, "epochs": 25}),
+        ("notebook", "bars", {"initial_learning_rate": 0.0015, "decay_rate": 0.015, "epochs": 50}),
         ("extended", "bars", EXTENDED_START),
         ("extended", "handwritten-digits", EXTENDED_START | {"epochs": 15}),
     ],

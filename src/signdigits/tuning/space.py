@@ -33,9 +33,9 @@ class Range:
 # epochs and of photographs.
 NOTEBOOK: Mapping[str, Range | Value] = {
     "initial_learning_rate": Range(5e-4, 3e-3, log=True, start=1.5e-3),  # above, one refit in two learns nothing
-    "decay_rate": Range(0.01, 0.5, log=True, start=0.05),
+    "decay_rate": Range(0.005, 0.3, log=True, start=0.015),
     "decay_steps": 0,
-    "epochs": Range(15, 40, start=25),
+    "epochs": Range(30, 60, start=50),
     "precision": "auto",
 }
 
