@@ -90,8 +90,8 @@ def test_probability_decides_the_mirror_images(flip: Any, mirrors: bool) -> None
 def test_values_move_to_the_nearest_end() -> None:
     """Trials of another study may lie outside."""
     space = Space.of("notebook")
-    assert space.clip({"epochs": 9, "decay_rate": 0.005}) == {"epochs": 15, "decay_rate": 0.01}
-    assert space.clip({"epochs": 41, "decay_rate": 0.2}) == {"epochs": 40, "decay_rate": 0.2}
+    assert space.clip({"epochs": 9, "decay_rate": 0.001}) == {"epochs": 30, "decay_rate": 0.005}
+    assert space.clip({"epochs": 61, "decay_rate": 0.2}) == {"epochs": 60, "decay_rate": 0.2}
 
 
 @pytest.mark.parametrize("name", SPACES)
