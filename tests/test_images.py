@@ -1,13 +1,14 @@
 import io
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from signdigits.data import images
 from signdigits.data.images import ImageError, count_pixels, decode_image, load_image, open_image, read_file, to_array
@@ -144,15 +145,43 @@ def test_cancelled_decoding_stops() -> None:
         open_image(content, cancelled.is_set)
 
 
-def test_damaged_metadata_is_ignored() -> None:
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+
+TWO_MEGABYTES = zlib.compress(b"x" * 2_000_000)
+DAMAGED_METADATA = [
+    chunk(b"eXIf", b"junk that is no EXIF"),
+    chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + TWO_MEGABYTES),
+    chunk(b"zTXt", b"Comment\0\0" + TWO_MEGABYTES),
+    chunk(b"iCCP", b"profile\0\0" + TWO_MEGABYTES),
+    chunk(b"iCCP", b"profile\0\7of an unknown compression"),
+    chunk(b"pHYs", b"short"),
+    chunk(b"tEXt", b"Comment\0with a wrong checksum")[:-1] + b"?",
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_METADATA)
+@pytest.mark.parametrize("position", [33, -12])
+def test_damaged_metadata_is_ignored(damaged: bytes, position: int) -> None:
+    """It lies behind the header, or behind the pixels; the orientation beside it is applied."""
     picture = half_black()
     picture.paste("red", (0, 0, 10, 40))
-    whole = encode(picture)
-    chunk = b"eXIf" + b"junk that is no EXIF"
-    exif = len(chunk[4:]).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
-    after_header = 33
-    spoilt = whole[:after_header] + exif + whole[after_header:]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    whole = encode(picture, exif=b"" if damaged[4:8] == b"eXIf" else exif)
+    spoilt = whole[:position] + damaged + whole[position:]
     np.testing.assert_array_equal(decode_image(spoilt, 40, "rgb"), decode_image(whole, 40, "rgb"))
+
+
+def test_metadata_is_examined_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encode(half_black())
+    monkeypatch.setattr(images, "MAX_METADATA_CHUNKS", 2)
+    for count, match in ((2, None), (3, "not a readable image")):
+        spoilt = whole[:33] + count * chunk(b"pHYs", b"short") + whole[33:]
+        with pytest.raises(ImageError, match=match) if match else nullcontext():
+            decode_image(spoilt, 8, "rgb")
 
 
 def test_mpo_is_read_as_jpeg() -> None:
@@ -297,7 +326,15 @@ def test_large_profiles_are_not_kept(length: int) -> None:
     assert images.build_transform.cache_info().currsize == (length <= images.MAX_KEPT_PROFILE)
 
 
-@pytest.mark.parametrize("profile", [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+WIDE = wide_gamut_profile()
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"no profile", SRGB, WIDE[:200], WIDE.replace(b"rXYZ", b"zzzz"), WIDE.replace(b"rTRC", b"zzzz")]
+    + [WIDE.replace(b"RGB XYZ ", space) for space in (b"\xff\xffB XYZ ", b"RGB \xff\xffZ ", b"GRAYXYZ ")],
+)
 def test_srgb_and_broken_profiles_change_nothing(profile: bytes) -> None:
     plain = decode_image(encode(half_black()), 20, "rgb")
     np.testing.assert_array_equal(decode_image(encode(half_black(), icc_profile=profile), 20, "rgb"), plain)

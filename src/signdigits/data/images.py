@@ -36,6 +36,10 @@ MAX_BYTES = (
 
 MAX_KEPT_PROFILE = 10_000  # bytes; Display P3 has 548, sRGB 3,144
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PIXEL_CHUNKS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")  # ancillary chunks of a PNG that pixels depend on
+MAX_CHUNKS, MAX_METADATA_CHUNKS = 10_000, 64  # of a PNG that are examined: encoders write far fewer
+
 WHITE_IS_ZERO = 0  # TIFF 6.0, tag 262, PhotometricInterpretation
 
 
@@ -84,9 +88,11 @@ def open_image(data: bytes, is_cancelled: Callable[[], bool] | None = None) -> I
         raise ImageError(f"more than the {MAX_BYTES:,} bytes allowed")
     if "HEIF" not in Image.OPEN:
         pillow_heif.register_heif_opener()
+    if data.startswith(PNG_SIGNATURE):
+        data = _drop_unusable_chunks(data)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
+            warnings.simplefilter("ignore")  # MAX_PIXELS is the limit here, and damaged metadata is ignored
             image = Image.open(InterruptibleFile(data, is_cancelled) if is_cancelled else io.BytesIO(data))
     except UnidentifiedImageError:
         raise ImageError("not an image") from None
@@ -97,6 +103,29 @@ def open_image(data: bytes, is_cancelled: Callable[[], bool] | None = None) -> I
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
     return image
+
+
+def _drop_unusable_chunks(png: bytes) -> bytes:
+    """Drop the metadata for which Pillow would refuse a PNG, such as 2 MB of compressed text: the pixels are fine.
+
+    Each chunk is tried alone, behind the header, because Pillow reads some of them only after the pixels.
+    """
+    header, no_pixels = png[:33], b"\0\0\0\0IDAT"
+    kept, start, position, n_tried = [], 0, len(PNG_SIGNATURE), 0
+    for _ in range(MAX_CHUNKS):
+        end = position + 12 + int.from_bytes(png[position : position + 4])
+        kind = png[position + 4 : position + 8]
+        if kind[:1].islower() and kind not in PIXEL_CHUNKS:
+            n_tried += 1
+            try:
+                Image.open(io.BytesIO(header + png[position:end] + no_pixels), formats=["PNG"])
+            except Exception:  # as in open_image
+                kept.append(png[start:position])
+                start = end
+        if end >= len(png) or n_tried == MAX_METADATA_CHUNKS:
+            break
+        position = end
+    return b"".join([*kept, png[start:]]) if kept else png
 
 
 def count_pixels(image: Image.Image, image_size: int) -> int:
@@ -190,12 +219,11 @@ def build_transform(icc_profile: bytes) -> ImageCms.ImageCmsTransform | None:
     """Return the transform from a profile to sRGB; None if it is sRGB, or unusable."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
-        is_srgb = "srgb" in ImageCms.getProfileDescription(profile).lower()
-    except (ImageCms.PyCMSError, OSError):  # the pixels are fine: use them as stored
+        if "srgb" in ImageCms.getProfileDescription(profile).lower() or profile.profile.xcolor_space.strip() != "RGB":
+            return None
+        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+    except Exception:  # Pillow raises many types; the pixels are fine: use them as stored
         return None
-    if is_srgb or profile.profile.xcolor_space.strip() != "RGB":
-        return None
-    return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
 
 
 def _flatten_on_white(image: Image.Image) -> Image.Image:
