@@ -1,12 +1,16 @@
 import os
 import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from signdigits.batch import inputs
 from signdigits.config import DataParameters, SourceParameters
-from signdigits.data import dataset, loading, sources
+from signdigits.data import dataset, loading
 from signdigits.errors import DataError
 
 from .conftest import SIZE, write_photographs
@@ -97,6 +101,54 @@ def test_missing_folder_names_alternatives(tmp_path: Path) -> None:
         dataset.scan_dataset(SourceParameters(data=str(tmp_path / "missing")))
 
 
+def write_zip(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+        archive.writestr("0/a.jpg", "?")
+    return folder / "photos.zip"
+
+
+def write_photograph(folder: Path) -> Path:
+    Image.new("RGB", (8, 8)).save(folder / "one.jpg")
+    return folder / "one.jpg"
+
+
+def write_tar(folder: Path) -> Path:
+    with tarfile.open(folder / "photos.tgz", "w:gz") as archive:
+        archive.add(write_photograph(folder))
+    return folder / "photos.tgz"
+
+
+def write_pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "pipe")
+    return folder / "pipe"
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_zip, "photos.zip: an archive; unpack it, and pass the folder"),
+        (write_tar, "photos.tgz: an archive; unpack it, and pass the folder"),
+        (write_photograph, "one.jpg: a single photograph; pass the folder that it lies in"),
+        (write_pipe, "pipe: no such folder"),
+        (lambda folder: "https://host/photos.zip", "https:/host/photos.zip: a URL; download it, and pass the folder"),
+    ],
+)
+def test_what_is_no_folder_is_named(tmp_path: Path, write: Callable[[Path], object], message: str) -> None:
+    data = str(write(tmp_path))
+    with pytest.raises(DataError, match=message):
+        dataset.scan_dataset(SourceParameters(data=data))
+    with pytest.raises(DataError, match=message.replace("no such folder", "neither a folder nor a table")):
+        inputs.find_inputs(data, tmp_path / "out")
+
+
+def test_classes_that_look_the_same_are_refused(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars", classes=2)
+    (folder / "0").rename(folder / "caf\u00e9")
+    (folder / "1").rename(folder / "cafe\u0301")
+    with pytest.raises(DataError, match=r"the names 'cafe\\u0301' and 'caf\\xe9' look the same; make them one class"):
+        dataset.scan_dataset(SourceParameters(data=str(folder)))
+
+
 def test_unreadable_files_can_be_skipped(tmp_path: Path) -> None:
     truncated(tmp_path / "bad")
     found = dataset.scan_dataset(SourceParameters(data=str(tmp_path / "bad"), skip_unreadable=True))
@@ -111,28 +163,6 @@ def test_broken_link_is_reported(tmp_path: Path) -> None:
         dataset.scan_dataset(SourceParameters(data=str(folder)))
     found = dataset.scan_dataset(SourceParameters(data=str(folder), skip_unreadable=True))
     assert list(found.unreadable) == ["0/lost.jpg"]
-
-
-def test_junk_files_are_skipped(tmp_path: Path) -> None:
-    folder = write_photographs(tmp_path / "bars")
-    for name in (".ipynb_checkpoints", "__MACOSX", "more/.cache"):
-        (folder / "0" / name).mkdir(parents=True)
-        shutil.copy(folder / "0" / "IMG_0000.JPG", folder / "0" / name / "copy.JPG")
-    for name in ("Thumbs.db", "._IMG_0000.JPG", "more/desktop.ini"):
-        (folder / "0" / name).write_bytes(b"junk")
-    assert sources.count_junk(folder) == 6
-    assert dataset.scan_dataset(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
-
-
-def test_links_are_followed_once(tmp_path: Path) -> None:
-    folder = write_photographs(tmp_path / "bars")
-    (folder / "0" / "again").symlink_to(".")
-    (folder / "1" / "a").mkdir()
-    (folder / "1" / "a" / "up").symlink_to("../../1")
-    (folder / "2" / "twin.JPG").symlink_to("IMG_0000.JPG")
-    shutil.move(folder / "2" / "IMG_0001.JPG", tmp_path / "outside.JPG")
-    (folder / "2" / "linked.JPG").symlink_to(tmp_path / "outside.JPG")
-    assert dataset.scan_dataset(SourceParameters(data=str(folder))).counts() == {"0": 20, "1": 20, "2": 20}
 
 
 @pytest.mark.parametrize("outer", [("train", "test"), ("alice", "bob"), ("fold1", "fold2", "fold3")])

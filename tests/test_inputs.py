@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from signdigits.batch import inputs
+from signdigits.batch import inputs, scoring
+from signdigits.data.names import locate
 from signdigits.errors import DataError
 
 
@@ -43,3 +44,15 @@ def test_unreadable_folder_is_reported(tmp_path: Path) -> None:
             inputs.find_inputs(str(folder), tmp_path / "out")
     finally:
         (folder / "a").chmod(0o755)
+
+
+def test_listed_files_are_found_by_what_looks_the_same(tmp_path: Path) -> None:
+    touch(tmp_path, "cafe\u0301/1.JPG", "holiday,1.jpg", "1.jpg")
+    table = tmp_path / "list.csv"
+    table.write_text("path\nholiday,1.jpg\ncaf\u00e9\\1.JPG\ncaf\u00e9/1.jpg\n")
+    found = inputs.find_inputs(str(table), tmp_path / "out")
+    contents = [scoring.read_photograph(locate(found.folder, path)) for path in found.paths]
+    missing = "cannot be read (No such file or directory; perhaps 1.JPG is meant)"
+    assert contents == [b"holiday,1.jpg", "cafe\u0301/1.JPG".encode(), missing]
+    (tmp_path / "cafe\u0301" / "1.JPG").write_text("longer than it was")
+    assert inputs.find_inputs(str(table), tmp_path / "out").digest != found.digest

@@ -91,6 +91,18 @@ def test_copies_are_left_out(photographs: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_forms_of_class_names_are_joined(photographs: Path, tmp_path: Path) -> None:
+    first = Path(shutil.copytree(photographs, tmp_path / "bars"))
+    (first / "1").rename(first / "Cafe\u0301")
+    more = write_corrections(tmp_path / "se\u0301ance", photographs, each=2)
+    (more / "1").rename(more / "Caf\u00e9")
+    joined = scan_dataset(SourceParameters(data="bars, s\u00e9ance,"))
+    assert joined.counts() == {"0": 20, "2": 20, "Cafe\u0301": 22}
+    (more / "Caf\u00e9").rename(more / "caf\u00e9")
+    with pytest.raises(DataError, match="which it is joined to; perhaps Cafe\u0301 is meant; rename it"):
+        join(first, more)
+
+
 def test_more_can_be_added(photographs: Path, tmp_path: Path) -> None:
     """A data set that joins folders can be kept by a run; its copy can be the first of another, also with the same folders."""
     accepted = write_corrections(tmp_path / "accepted", photographs, 2)

@@ -383,7 +383,7 @@ def test_output_folder_is_not_input(champion: str, photographs: Path, tmp_path: 
         ),
         (["--images", "bad.parquet"], "bad.parquet: cannot be read"),
         (["--images", "names.csv"], "names.csv: no column path (columns: name); add one"),
-        (["--images", "gap.csv"], "gap.csv: row 1: path='' is not a path"),
+        (["--images", "gap.csv"], "gap.csv: line 3: no path; remove or correct the row"),
         (["--images", "empty", "--output", "."], "lies inside the output folder"),
         (["--images", "bars", "--output", "list.txt/out"], "list.txt/out: Not a directory; free some space"),
         (["--images", "bars", "--model_uri", "models:/other@champion"], "no such model"),

@@ -1,7 +1,9 @@
 """The review of corrections, as `serving/corrections.py` keeps them."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -11,7 +13,7 @@ from mlflow.entities import Run
 from signdigits import cli, review
 from signdigits.config import ReviewParameters, SourceParameters
 from signdigits.data.dataset import scan_dataset
-from signdigits.errors import UsageError
+from signdigits.errors import DataError, UsageError
 from signdigits.files import read_csv
 
 IDS = ["aaaa", "bbbb", "cccc"]
@@ -62,7 +64,7 @@ def test_review_lists_corrections(store: str, corrections: Path, caplog: pytest.
     assert table["id"].tolist() == IDS
     assert table.loc[0].to_dict() == {
         "id": "aaaa", "label": "0", "prediction": "2", "probability": "0.5", "version": "1",
-        "time": "2026-11-26T10:00:00+00:00", "decision": "pending",
+        "time": "2026-11-26T10:00:00+00:00", "decision": "pending", "reason": "",
     }  # fmt: skip
     assert "cccc" in caplog.text
     assert places(corrections) == dict.fromkeys(IDS, "pending")
@@ -136,3 +138,38 @@ def test_killed_review_is_completed(store: str, corrections: Path, monkeypatch: 
         ["aaaa", "2"]
     ]
     assert list((corrections / "pending").rglob("*.json")) == []
+
+
+def test_damaged_file_costs_one_picture(store: str, corrections: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Among the corrections are a damaged photograph, facts that are none, an id in two classes, junk and a pipe."""
+    pending = corrections / "pending"
+    (pending / "0" / "eeee.jpeg").write_bytes((pending / "0" / "aaaa.jpeg").read_bytes()[:300])
+    (pending / "0" / "aaaa.json").write_text('["no facts"]')
+    shutil.copy(pending / "2" / "cccc.jpeg", pending / "1" / "cccc.jpeg")
+    (pending / "1" / "@eaDir").mkdir()
+    (pending / "1" / "Thumbs.db").write_bytes(b"junk")
+    os.mkfifo(pending / "2" / "pipe.jpeg")
+    parameters = ReviewParameters(str(corrections), accept="eeee")
+    with pytest.raises(UsageError, match=r"accept=eeee: .*; leave it out, or drop it"):
+        review.review(parameters)
+    table = review.review(replace(parameters, accept="all"))
+    assert dict(zip(table["id"], table["decision"], strict=True)) == {
+        "aaaa": "accepted", "eeee": "pending", "bbbb": "accepted", "1/cccc.jpeg": "accepted", "2/cccc.jpeg": "accepted",
+    }  # fmt: skip
+    assert "it is neither shown nor accepted, and --drop eeee removes it" in caplog.text
+    assert mlflow.artifacts.list_artifacts(run_id=the_run().info.run_id, artifact_path="review")[0].file_size
+    assert scan_dataset(SourceParameters(data=str(corrections / "accepted"))).counts() == {"0": 1, "1": 2, "2": 1}
+    assert review.review(replace(parameters, accept="", drop="all"))["id"].tolist() == ["eeee"]
+
+
+def test_edited_record_is_kept(store: str, corrections: Path) -> None:
+    record = corrections / "accepted" / "review.csv"
+    record.parent.mkdir()
+    record.write_bytes("\ufeffid;label;note\r\n0007;0;wrong, I think;\r\n".encode())
+    review.review(ReviewParameters(str(corrections), accept="aaaa"))
+    table = read_csv(record)
+    assert table[["id", "label", "note"]].to_numpy().tolist() == [["0007", "0", "wrong, I think"], ["aaaa", "0", ""]]
+    record.write_text('id,label\naaaa,0\n"bbbb,1\n')
+    with pytest.raises(DataError, match=r"review.csv: line 3: unexpected end of data"):
+        review.review(ReviewParameters(str(corrections), accept="bbbb"))
+    assert places(corrections) == {"aaaa": "accepted", "bbbb": "pending", "cccc": "pending"}

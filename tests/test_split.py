@@ -1,4 +1,6 @@
 import shutil
+import unicodedata
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,7 +139,7 @@ def test_real_students_are_never_split(sign_digits: Path) -> None:
     ("content", "message"),
     [
         (None, "groups.csv: needed by split=grouped, with the columns path and group"),
-        ("path;group\n", "groups.csv: needed by split=grouped, with the columns path and group"),
+        ("name;group\n", r"groups.csv: no column path \(columns: name, group\)"),
         ("path,group\n0/IMG_0000.JPG,a\n", "no group for 59 photographs, the first of them 0/IMG_0001.JPG"),
     ],
 )
@@ -147,6 +149,57 @@ def test_unusable_groups_are_refused(tmp_path: Path, content: str | None, messag
         (folder / split.GROUPS).write_text(content)
     with pytest.raises(DataError, match=message):
         split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")
+
+
+def list_groups(folder: Path, form: Callable[[str], str]) -> list[str]:
+    """Write a group for each photograph, as groups.csv with paths in another form, and read them."""
+    dataset = scan_dataset(SourceParameters(data=str(folder)))
+    rows = [f"{form(photograph.path)};Zo\u00eb {i % 8};" for i, photograph in enumerate(dataset.photographs)]
+    (folder / split.GROUPS).write_text("\r\n".join(["\ufeffpath;group", *rows, ";;", rows[0]]))
+    return list(split.read_groups(dataset))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda path: path,
+        lambda path: unicodedata.normalize("NFC", path),
+        lambda path: f"./{path}",
+        lambda path: path.replace("/", "\\"),
+    ],
+)
+def test_forms_of_names_have_groups(tmp_path: Path, form: Callable[[str], str]) -> None:
+    folder = write_photographs(tmp_path / "bars", classes=2)
+    (folder / "1").rename(folder / "cafe\u0301")
+    assert list_groups(folder, form) == [f"Zo\u00eb {i % 8}" for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "form", [str.lower, lambda path: path.replace(".JPG", ".jpeg"), lambda path: f"bars/{path}", lambda path: path[2:]]
+)
+def test_close_name_is_suggested(tmp_path: Path, form: Callable[[str], str]) -> None:
+    folder = write_photographs(tmp_path / "bars", classes=2)
+    with pytest.raises(
+        DataError,
+        match=f"no group for 40 photographs, the first of them 0/IMG_0000.JPG; line .* has {form('0/IMG_0000.JPG')}",
+    ):
+        list_groups(folder, form)
+
+
+def test_groups_of_one_name_are_one(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "bars", classes=2, each=2)
+    rows = [
+        "0/IMG_0000.JPG,Zo\u00eb A",
+        "0/IMG_0001.JPG,Zoe\u0308  A ",
+        "1/IMG_0000.JPG,Zo\u00eb\u00a0A",
+        "1/IMG_0001.JPG,B",
+    ]
+    (folder / split.GROUPS).write_text("\n".join(["path,group", *rows]))
+    dataset = scan_dataset(SourceParameters(data=str(folder)))
+    assert split.read_groups(dataset).tolist() == ["Zo\u00eb A"] * 3 + ["B"]
+    (folder / split.GROUPS).write_text("\n".join(["path,group", *rows, "./0/IMG_0001.JPG,B"]))
+    with pytest.raises(DataError, match=r"lines 3 and 6: 0/IMG_0001.JPG is in the groups Zo\u00eb A and B; keep one"):
+        split.read_groups(dataset)
 
 
 def test_added_photographs_are_divided_by_checksum(photographs: Path) -> None:

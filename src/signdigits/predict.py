@@ -24,6 +24,7 @@ from signdigits.batch.output import BatchJob, Output, lock_output
 from signdigits.batch.scoring import Chunk
 from signdigits.config import PredictParameters
 from signdigits.data import images
+from signdigits.data.names import locate
 from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,6 @@ def _plot_least_certain(table: pd.DataFrame, photographs: BatchInput) -> plots.F
     pictures, titles = [], []
     for row in table.nsmallest(MAX_PICTURES, "probability").to_dict("records"):
         with contextlib.suppress(OSError, images.ImageError):  # removed in the meantime
-            pictures.append(images.decode_image(images.read_file(photographs.folder / row["path"]), 200, "rgb"))
+            pictures.append(images.decode_image(images.read_file(locate(photographs.folder, row["path"])), 200, "rgb"))
             titles.append(f"{row['label']} with {row['probability']:.0%}\n{Path(row['path']).name}")
     return plots.plot_photographs(pictures, titles, "Least certain", columns=4)

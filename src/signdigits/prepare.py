@@ -15,8 +15,8 @@ import pandas as pd
 from signdigits import files, plots
 from signdigits.config import ReportParameters
 from signdigits.data import lineage, quality, split
+from signdigits.data.folders import count_junk
 from signdigits.data.loading import Data
-from signdigits.data.sources import count_junk
 from signdigits.promotion.comparison import wilson_interval
 from signdigits.tracking import runs
 

@@ -8,18 +8,23 @@ FOLDER/accepted is a folder of class folders, for `--data DATA,FOLDER/accepted`;
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 
 from signdigits import files, plots
 from signdigits.config import ReviewParameters
 from signdigits.data import images
-from signdigits.errors import DataError, UsageError
+from signdigits.data.folders import describe_file, find_files, list_folders
+from signdigits.data.names import locate
+from signdigits.data.tables import read_table
+from signdigits.errors import DataError, UsageError, escape_undecodable
 from signdigits.serving.corrections import PENDING
 from signdigits.tracking import runs
 
@@ -35,25 +40,34 @@ SHEET = 60  # photographs on a contact sheet
 def review(parameters: ReviewParameters) -> pd.DataFrame:
     """List the corrections, carry out the decisions on them, and return the table, which a run of its own keeps.
 
-    A photograph is moved or removed in one step: whenever the review is killed, it is pending, accepted or gone. Raises
-    DataError if there is no such folder, and UsageError, before anything is changed, for an unknown id.
+    A photograph is moved or removed in one step: whenever the review is killed, it is pending, accepted or gone. One that cannot
+    be read is not accepted. Raises DataError if there is no such folder, or its record cannot be read, and UsageError, before
+    anything is changed, for an unknown id.
     """
-    folder = Path(parameters.corrections)
+    folder = locate(Path(), parameters.corrections)
     if not folder.is_dir():
-        raise DataError(f"corrections={folder}: no such folder; serve with --corrections {folder}")
-    pending = {path.stem: path for path in _list_photographs(folder / PENDING)}
+        raise DataError(
+            f"corrections={folder}: {describe_file(folder) or f'no such folder; serve with --corrections {folder}'}"
+        )
+    _read_record(folder)
+    pending = _list_photographs(folder / PENDING)
     if not pending:
         log.info("%s: no correction waits for a review", folder)
-    decisions = _decide(pending, parameters)
-    rows = [{**_read_facts(path.with_suffix(".json")), "decision": decisions[id]} for id, path in pending.items()]
-    table = pd.DataFrame(rows, columns=["id", *FACTS, "decision"])
+    pictures, reasons = _read_pictures(pending)
+    decisions = _decide(pending, reasons, parameters)
+    rows = [
+        {**_read_facts(path), "id": id, "decision": decisions[id], "reason": reasons.get(id, "")}
+        for id, path in pending.items()
+    ]
+    table = pd.DataFrame(rows, columns=["id", *FACTS, "decision", "reason"])
     with runs.start_run("review", f"review {len(pending)} corrections"):
         runs.log_params(asdict(parameters))
         mlflow.log_text(files.to_csv(table), "review/corrections.csv")
-        shown = table[table["decision"] != DROPPED]  # the run does not keep what is dropped
+        # The run does not keep what is dropped.
+        shown = table[(table["decision"] != DROPPED) & (table["reason"] == "")]
         for start in range(0, len(shown), SHEET):
             path = f"review/corrections-{start // SHEET + 1:02d}.png"
-            runs.log_figure(path, partial(_plot_sheet, shown.iloc[start : start + SHEET], pending))
+            runs.log_figure(path, partial(_plot_sheet, shown.iloc[start : start + SHEET], pictures))
         try:
             _apply_decisions(folder, pending, decisions)
         except OSError as error:
@@ -61,28 +75,54 @@ def review(parameters: ReviewParameters) -> pd.DataFrame:
         counts = table["decision"].value_counts()
         mlflow.log_metrics({name: int(counts.get(name, 0)) for name in (PENDING, ACCEPTED, DROPPED)})
     if pending:
-        log.info("%s", table.to_string(index=False))
+        log.info("%s", table.drop(columns="reason").to_string(index=False))
+    for id, reason in reasons.items():
+        if decisions[id] == PENDING:
+            log.warning("%s: %s; it is neither shown nor accepted, and --drop %s removes it", pending[id], reason, id)
     return table
 
 
-def _list_photographs(folder: Path) -> Iterator[Path]:
-    """Yield the photographs in the class folders of `folder`, without those that a worker has not written completely."""
-    for path in sorted(folder.glob("*/*")):
-        if path.suffix != ".json" and not path.name.startswith("."):
-            yield path
+def _find_files(folder: Path) -> Iterator[Path]:
+    """Yield the files in the class folders of `folder`, without those that a worker has not written completely."""
+    for class_folder in list_folders(folder) if folder.is_dir() else ():
+        yield from (path for path in find_files(class_folder) if path.parent == class_folder)
+
+
+def _list_photographs(folder: Path) -> dict[str, Path]:
+    """Return the photographs in the class folders of `folder` by their ids; names that several have begin with the class."""
+    paths = [path for path in _find_files(folder) if path.suffix != ".json"]
+    counts = Counter(path.stem for path in paths)
+    ids = (path.stem if counts[path.stem] == 1 else f"{path.parent.name}/{path.name}" for path in paths)
+    return dict(zip(map(escape_undecodable, ids), paths, strict=True))
 
 
 def _read_facts(path: Path) -> dict[str, str]:
     """Return id and facts of a photograph as text; without its file, only id and label are known."""
     try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError):
+        facts = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError, RecursionError):
         facts = {}
-    return {"id": path.stem, **{name: str(facts.get(name, "")) for name in FACTS}, "label": path.parent.name}
+    known = facts if isinstance(facts, dict) else {}
+    texts = {"id": path.stem, **{name: str(known.get(name, "")) for name in FACTS}, "label": path.parent.name}
+    return {name: escape_undecodable(text) for name, text in texts.items()}
 
 
-def _decide(ids: Iterable[str], parameters: ReviewParameters) -> dict[str, str]:
-    """Return the decision by id: accepted, dropped or pending. Raises UsageError for an unknown or doubly named id."""
+def _read_pictures(photographs: Mapping[str, Path]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return small pictures of the photographs, and the reasons for which the others are unreadable."""
+    pictures, reasons = {}, {}
+    for id, path in photographs.items():
+        try:
+            pictures[id] = images.decode_image(images.read_file(path), 120, "rgb")
+        except (OSError, images.ImageError) as error:
+            reasons[id] = f"cannot be read ({error})" if isinstance(error, OSError) else str(error)
+    return pictures, reasons
+
+
+def _decide(ids: Iterable[str], reasons: Mapping[str, str], parameters: ReviewParameters) -> dict[str, str]:
+    """Return the decision by id: accepted, dropped or pending; `reasons` has the unreadable ones, which all does not accept.
+
+    Raises UsageError for an unknown, unreadable or doubly named id.
+    """
     named: dict[str, str] = {}
     rest = PENDING
     for option, text, decision in (("accept", parameters.accept, ACCEPTED), ("drop", parameters.drop, DROPPED)):
@@ -95,16 +135,19 @@ def _decide(ids: Iterable[str], parameters: ReviewParameters) -> dict[str, str]:
                 f"{option}={','.join(unknown)}: no pending correction of that id; the same command without --accept and "
                 "--drop lists them"
             )
+        if decision == ACCEPTED and (unreadable := sorted(given & reasons.keys())):
+            raise UsageError(f"accept={unreadable[0]}: {reasons[unreadable[0]]}; leave it out, or drop it")
         if both := sorted(given & named.keys()):
             raise UsageError(f"accept and drop: both name {', '.join(both)}; leave it out of one of them")
         named |= dict.fromkeys(given, decision)
-    return {id: named.get(id, rest) for id in ids}
+    return {id: named.get(id, PENDING if rest == ACCEPTED and id in reasons else rest) for id in ids}
 
 
-def _plot_sheet(shown: pd.DataFrame, pending: Mapping[str, Path]) -> plots.Figure:
-    pictures = [images.decode_image(images.read_file(pending[id]), 120, "rgb") for id in shown["id"]]
+def _plot_sheet(shown: pd.DataFrame, pictures: Mapping[str, np.ndarray]) -> plots.Figure:
     captions = [f"{row['label']}, not {row['prediction'] or '?'}\n{row['id']}" for row in shown.to_dict("records")]
-    return plots.plot_photographs(pictures, captions, "Corrections, with the label given", columns=6)
+    return plots.plot_photographs(
+        [pictures[id] for id in shown["id"]], captions, "Corrections, with the label given", columns=6
+    )
 
 
 def _apply_decisions(folder: Path, pending: Mapping[str, Path], decisions: Mapping[str, str]) -> None:
@@ -121,15 +164,22 @@ def _apply_decisions(folder: Path, pending: Mapping[str, Path], decisions: Mappi
 
 def _record_accepted(folder: Path) -> None:
     """Move the facts of accepted photographs to the record, also those that a killed review left."""
-    accepted, pending = ({path.stem for path in _list_photographs(folder / name)} for name in (ACCEPTED, PENDING))
-    moved = [path for path in sorted((folder / PENDING).glob("*/*.json")) if path.stem in accepted - pending]
+    accepted, pending = (
+        {(path.parent.name, path.stem) for path in _list_photographs(folder / name).values()}
+        for name in (ACCEPTED, PENDING)
+    )
+    facts = (path for path in _find_files(folder / PENDING) if path.suffix == ".json")
+    moved = [path for path in facts if (path.parent.name, path.stem) in accepted - pending]
     if not moved:
         return
-    record = folder / ACCEPTED / RECORD
-    table = pd.DataFrame(map(_read_facts, moved))
-    if record.exists():
-        table = pd.concat([files.read_csv(record), table]).drop_duplicates("id", keep="last")
-    with files.atomic_file(record) as partial_file:
-        partial_file.write_text(files.to_csv(table))
+    table = pd.concat([_read_record(folder), pd.DataFrame(map(_read_facts, moved))])
+    with files.atomic_file(folder / ACCEPTED / RECORD) as partial_file:
+        partial_file.write_text(files.to_csv(table.drop_duplicates(["id", "label"], keep="last")))
     for path in moved:
         path.unlink()
+
+
+def _read_record(folder: Path) -> pd.DataFrame:
+    """Return the record of the accepted photographs. Raises DataError if it cannot be read: it would be overwritten."""
+    record = folder / ACCEPTED / RECORD
+    return read_table(record, "id", "label") if record.exists() else pd.DataFrame()

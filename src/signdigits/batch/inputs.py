@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from signdigits.data.sources import count_junk, find_files
+from signdigits.data.folders import count_junk, describe_file, find_files
+from signdigits.data.names import locate, suggest_file
+from signdigits.data.tables import read_table
 from signdigits.errors import DataError
-from signdigits.files import read_csv
 
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": read_csv, ".parquet": pd.read_parquet}
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": lambda table: read_table(table, "path"),
+    ".parquet": pd.read_parquet,
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class BatchInput:
         sha256 = hashlib.sha256(os.fsencode(self.folder))
         for path in self.paths:
             try:
-                status = (self.folder / path).stat()
+                status = locate(self.folder, path).stat()
                 state = f"{status.st_size} {status.st_mtime_ns}"
             except OSError:
                 state = "no status"
@@ -46,7 +50,7 @@ def find_inputs(images: str, output: Path) -> BatchInput:
     The files of the folder, without hidden ones, are sorted by folder and name; the paths of a table keep their order and
     are relative to the table's folder. Raises DataError if there are none.
     """
-    source = Path(images)
+    source = locate(Path(), images)
     photographs = _read_folder(source, output.resolve()) if source.is_dir() else _read_table(source)
     if not photographs.paths:
         raise DataError(f"{source}: no photographs; pass --images a folder with photographs, or a table of paths")
@@ -66,19 +70,26 @@ def _read_folder(folder: Path, output: Path) -> BatchInput:
 
 
 def _read_table(table: Path) -> BatchInput:
-    if not table.is_file():
-        raise DataError(f"{table}: no such folder or table; pass --images a folder, or a CSV or Parquet file")
+    if not table.exists():
+        raise DataError(
+            f"{table}: {describe_file(table) or 'no such folder or table'}{suggest_file(table)}; pass --images a folder, or a CSV or Parquet file"
+        )
     if table.suffix.lower() not in READERS:
-        raise DataError(f"{table}: neither a folder nor a table; the name of a table ends in {', '.join(READERS)}")
+        unknown = f"neither a folder nor a table; the name of a table ends in {', '.join(READERS)}"
+        raise DataError(f"{table}: {describe_file(table) or unknown}")
     try:
         frame = READERS[table.suffix.lower()](table)
+    except DataError:
+        raise
     except Exception as error:  # pandas and pyarrow raise many types for damaged files
         raise DataError(f"{table}: cannot be read ({str(error).splitlines()[0]})") from error
     if "path" not in frame:
         raise DataError(f"{table}: no column path (columns: {', '.join(map(str, frame.columns)) or 'none'}); add one")
     paths = frame["path"]
-    for row, path in enumerate(paths):
+    for row, path in paths.items():
         if not isinstance(path, str) or not path or "\0" in path:
-            raise DataError(f"{table}: row {row}: path={path!r} is not a path; remove or correct the row")
+            raise DataError(
+                f"{table}: {frame.index.name or 'row'} {row}: path={path!r} is not a path; remove or correct the row"
+            )
     unique = tuple(dict.fromkeys(paths))
     return BatchInput(table.stem, table.resolve().parent, unique, len(paths) - len(unique))

@@ -17,6 +17,7 @@ from mlflow.types.schema import DataType
 from signdigits import startup
 from signdigits.config import PredictParameters
 from signdigits.data import images
+from signdigits.data.names import locate, suggest_file
 from signdigits.errors import DataError, SignDigitsError, UsageError, escape_undecodable
 from signdigits.packaging import prediction_log
 from signdigits.ray_cluster import connect_ray, is_distributed
@@ -60,7 +61,7 @@ class Scorer:
             raise DataError(
                 f"{folder}: no such folder on host {os.uname().nodename}; every worker needs it at the same path"
             )
-        return self.score_photographs(chunk.paths, lambda path: read_photograph(folder / path))
+        return self.score_photographs(chunk.paths, lambda path: read_photograph(locate(folder, path)))
 
     def score_photographs(self, paths: Sequence[str], read: Callable[[str], bytes | str]) -> pd.DataFrame:
         """Return a row per path: path, the fields of the reply, with `p(CLASS)` of each class, and reason if it is unreadable.
@@ -105,7 +106,8 @@ def read_photograph(path: Path) -> bytes | str:
             return "cannot be read (not a file)"
         content = images.read_file(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        suggestion = suggest_file(path) if isinstance(error, FileNotFoundError) else ""
+        return f"cannot be read ({getattr(error, 'strerror', None) or error}{suggestion})"
     return content or "empty"
 
 

@@ -1,6 +1,7 @@
 """A data set: folders of class folders with photographs."""
 
 import hashlib
+import itertools
 import os
 import posixpath
 from collections import Counter
@@ -17,7 +18,9 @@ from tqdm.contrib.concurrent import thread_map
 from signdigits.config import SourceParameters
 from signdigits.data import sources
 from signdigits.data.cache import PhotographCache
+from signdigits.data.folders import describe_file, find_files, list_entries, list_folders
 from signdigits.data.images import ImageError, load_image, open_image, read_file, read_orientation, to_array
+from signdigits.data.names import Names, normalize_text, suggest_file
 from signdigits.errors import DataError, escape_undecodable
 from signdigits.files import compute_digest
 
@@ -172,30 +175,30 @@ def _read_folders(folders: Sequence[Path], parameters: SourceParameters, cache: 
 def _list_files(folders: Sequence[Path], class_names: Sequence[str]) -> Iterator[tuple[str, int, Path]]:
     """Yield the path in the data set, the label and the file of each photograph."""
     first, *others = folders
-    for label, name in enumerate(class_names):
-        yield from ((path.relative_to(first).as_posix(), label, path) for path in sources.find_files(first / name))
-    for folder in others:
-        for name in _list_classes(folder):
-            if name not in class_names:
-                raise DataError(
-                    f"{folder / name}: no class of {first}, which it is joined to; rename it, or add the class"
-                )
-            for path in sources.find_files(folder / name):
-                inner = path.relative_to(folder / name).as_posix()
-                yield f"{name}/{sources.ADDED}{folder.resolve().name}/{inner}", class_names.index(name), path
-
-
-def _list_classes(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not sources.is_junk(entry)))
+    for label, class_name in enumerate(class_names):
+        yield from ((path.relative_to(first).as_posix(), label, path) for path in find_files(first / class_name))
+    names = Names(class_names)
+    for class_folder in (class_folder for folder in others for class_folder in list_folders(folder)):
+        name = names.find(class_folder.name)
+        if not name:
+            raise DataError(
+                f"{class_folder}: no class of {first}, which it is joined to{names.suggest(class_folder.name)}; rename it, or add "
+                "the class"
+            )
+        for path in find_files(class_folder):
+            inner = path.relative_to(class_folder).as_posix()
+            yield f"{name}/{sources.ADDED}{class_folder.parent.resolve().name}/{inner}", class_names.index(name), path
 
 
 def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
     """Return the sorted names of the class folders in the first folder, after a check of all."""
     for folder in folders:
         if not folder.is_dir():
-            message = f"{folder}: no such folder"
-            if not folder.is_absolute():
-                message += f" in {Path.cwd()}, the working directory of `mlflow run`; an absolute path is safer"
+            message = f"{folder}: {describe_file(folder) or 'no such folder'}"
+            if not folder.exists():
+                if not folder.is_absolute():
+                    message += f" in {Path.cwd()}, the working directory of `mlflow run`; an absolute path is safer"
+                message += suggest_file(folder)
             if len(folders) > 1:
                 message += "; data=A,B joins existing folders or data sets, and a comma in a name is one between two"
             raise DataError(
@@ -203,7 +206,7 @@ def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
                 f"{sources.SIGN_LANGUAGE_DIGITS}"
             )
     folder = folders[0]
-    names = _list_classes(folder)
+    names = tuple(entry.name for entry in list_folders(folder))
     if not names:
         raise DataError(
             f"{folder}: no class folders; put the photographs of each class into a folder named after the class"
@@ -213,6 +216,9 @@ def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
     for name in names:
         if not _is_utf8(Path(name)):
             raise DataError(f"{folder / name}: the name is not UTF-8; rename it")
+    for name, alike in itertools.combinations(names, 2):
+        if normalize_text(name) == normalize_text(alike):
+            raise DataError(f"{folder}: the names {name!a} and {alike!a} look the same; make them one class")
     _check_layout(folder, names)
     return names
 
@@ -226,7 +232,7 @@ def _check_layout(folder: Path, names: Sequence[str]) -> None:
     """Raise DataError if the class folders contain only the same subfolders, as in train/CLASS and test/CLASS."""
     subfolders = []
     for name in names:
-        entries = [entry for entry in (folder / name).iterdir() if not sources.is_junk(entry)]
+        entries = list_entries(folder / name)
         if not all(entry.is_dir() for entry in entries):
             return
         subfolders.append({entry.name for entry in entries})

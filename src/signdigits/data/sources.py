@@ -10,7 +10,6 @@ import re
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -20,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 from tqdm import tqdm
 
+from signdigits.data.names import locate
 from signdigits.errors import DataError, DownloadError
 from signdigits.files import atomic_folder, compute_digest
 from signdigits.tracking import runs
@@ -35,7 +35,6 @@ SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dat
 SIGN_LANGUAGE_DIGITS_DIGEST = "c2f92fe1c000e2d67fb86a0ee3515303"
 
 ADDED = "+"  # between the names of joined folders, and before that of one that adds a photograph (dataset.py)
-JUNK_NAMES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 IMAGE_SIZE = 100  # the notebook's
 IMAGE_SIZES = {HANDWRITTEN_DIGITS: 32}  # they are 8x8 images: more pixels show no more
@@ -58,7 +57,7 @@ def resolve_source(data: str, home: Path = Path("data")) -> tuple[Path, ...]:
 
 def split_source(data: str) -> list[str]:
     """Return the parts of `data`: several if it has commas, unless there is a path of that name."""
-    return [data] if Path(data).exists() else data.split(",")
+    return [data] if Path(data).exists() else [part.strip() for part in data.split(",") if part.strip()]
 
 
 def _resolve_folder(data: str, home: Path) -> Path:
@@ -71,7 +70,7 @@ def _resolve_folder(data: str, home: Path) -> Path:
         return _write_handwritten_digits(home / HANDWRITTEN_DIGITS)
     if data == SIGN_LANGUAGE_DIGITS:
         return download_sign_language_digits(home / SIGN_LANGUAGE_DIGITS)
-    return Path(data)
+    return locate(Path(), data)
 
 
 def default_image_size(folder: Path) -> int:
@@ -192,42 +191,3 @@ def _find_logged_photographs(run_id: str) -> dict[str, str]:
             f"run {run_id}: no run has logged its photographs; repeat it from their folder, with --log_data true"
         )
     return tags
-
-
-def find_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder and its subfolders, in the order in which Keras lists them, without junk.
-
-    A symbolic link to a file inside the folder is skipped: the file is listed anyway.
-    """
-    root = folder.resolve()
-    for directory in _find_folders(folder):
-        for path in sorted(directory.iterdir()):
-            is_duplicate = path.is_symlink() and path.exists() and path.resolve().is_relative_to(root)
-            is_broken = path.is_symlink() and not path.exists()  # reported as unreadable
-            if (path.is_file() or is_broken) and not is_junk(path) and not is_duplicate:
-                yield path
-
-
-def count_junk(folder: Path) -> int:
-    """Return the number of hidden and junk files and folders that `find_files` skips."""
-    return sum(is_junk(entry) for directory in _find_folders(folder) for entry in directory.iterdir())
-
-
-def _find_folders(folder: Path) -> list[Path]:
-    """Return `folder` and its subfolders, each once, however many symbolic links lead to it."""
-    folders: dict[Path, Path] = {}
-    pending, links = [folder], list[Path]()
-    while pending or links:
-        directory = pending.pop() if pending else links.pop(0)
-        if directory.resolve() in folders:
-            continue
-        folders[directory.resolve()] = directory
-        for entry in sorted(directory.iterdir()):
-            if entry.is_dir() and not is_junk(entry):
-                (links if entry.is_symlink() else pending).append(entry)
-    return sorted(folders.values(), key=str)
-
-
-def is_junk(path: Path) -> bool:
-    """Return whether a file or folder is hidden, or left behind by an operating system or an archiver."""
-    return path.name.startswith(".") or path.name in JUNK_NAMES

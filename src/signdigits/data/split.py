@@ -21,6 +21,8 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from signdigits import files
 from signdigits.data import sources
 from signdigits.data.dataset import Dataset
+from signdigits.data.names import Names, normalize_text
+from signdigits.data.tables import read_table
 from signdigits.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)
@@ -202,16 +204,31 @@ def read_groups(dataset: Dataset) -> np.ndarray:
     if not file.exists() and _is_sign_language_digits(dataset):
         return _infer_students(dataset)  # the folder is read-only
     try:
-        table = files.read_csv(file)[["path", "group"]]
-    except (OSError, ValueError, KeyError) as error:
+        table = read_table(file, "path", "group")
+    except OSError as error:
         raise DataError(
             f"{file}: needed by split=grouped, with the columns path and group ({error}); create it, or pass --split stratified"
         ) from error
-    group_by_path = {path: group for path, group in zip(table["path"], table["group"], strict=True) if group}
-    missing = [photograph.path for photograph in dataset.photographs if photograph.path not in group_by_path]
+    names = Names(photograph.path for photograph in dataset.photographs)
+    spellings: dict[str, str] = {}  # one group, however its name is written
+    lines: dict[str, tuple[int, str]] = {}
+    for line, path, group in table[["path", "group"]].itertuples():
+        if not (key := normalize_text(group)):
+            continue
+        group, found = spellings.setdefault(key, group), names.find(path)
+        other_line, other = lines.setdefault(found or path, (line, group))
+        if found and other != group:
+            raise DataError(
+                f"{file}: lines {other_line} and {line}: {found} is in the groups {other} and {group}; keep one"
+            )
+    missing = [photograph.path for photograph in dataset.photographs if photograph.path not in lines]
     if missing:
-        raise DataError(f"{file}: no group for {len(missing)} photographs, the first of them {missing[0]}; add them")
-    return np.array([group_by_path[photograph.path] for photograph in dataset.photographs])
+        close = Names(lines.keys() - names.names).find_close(missing[0])
+        hint = f"; line {lines[close][0]} has {close}" if close else ""
+        raise DataError(
+            f"{file}: no group for {len(missing)} photographs, the first of them {missing[0]}{hint}; add them"
+        )
+    return np.array([lines[photograph.path][1] for photograph in dataset.photographs])
 
 
 def write_groups(dataset: Dataset) -> None:
