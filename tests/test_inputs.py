@@ -54,5 +54,6 @@ def test_listed_files_are_found_by_what_looks_the_same(tmp_path: Path) -> None:
     contents = [scoring.read_photograph(locate(found.folder, path)) for path in found.paths]
     missing = "cannot be read (No such file or directory; perhaps 1.JPG is meant)"
     assert contents == [b"holiday,1.jpg", "cafe\u0301/1.JPG".encode(), missing]
+    digest = found.digest
     (tmp_path / "cafe\u0301" / "1.JPG").write_text("longer than it was")
-    assert inputs.find_inputs(str(table), tmp_path / "out").digest != found.digest
+    assert inputs.find_inputs(str(table), tmp_path / "out").digest != digest
