@@ -45,8 +45,9 @@ class Names:
         return alike[0] if len(alike) == 1 else None
 
     def find_close(self, name: str) -> str | None:
-        """Return the name that is closest to `name`, of another case, ending or folder."""
-        return next(iter(difflib.get_close_matches(name, self._close.get(_simplify(name), []), 1, 0)), None)
+        """Return the name that is closest to `name`, of another case, ending or folder; None if `name` is here."""
+        candidates = [] if name in self.names else self._close.get(_simplify(name), [])
+        return next(iter(difflib.get_close_matches(name, candidates, 1, 0)), None)
 
     def suggest(self, name: str) -> str:
         """Return a part of a message that suggests the closest name; empty if there is none."""
