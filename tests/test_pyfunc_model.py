@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModelContext
 from PIL import Image
+from signdigits.serving.invocation import Invocation
 
 from signdigits import startup
 from signdigits.config import MODEL_NAME
@@ -31,7 +32,6 @@ from signdigits.model import outliers
 from signdigits.packaging import prediction_log, pyfunc_model
 from signdigits.packaging.pyfunc_model import SignDigits, softmax, to_bytes
 from signdigits.packaging.reply import FIELDS
-from signdigits.serving.invocation import Invocation
 from signdigits.tracking import registry
 
 from .conftest import serving, store_like

@@ -42,6 +42,7 @@ class Command:
     is_entry_point: bool = True  # of MLproject; it opens a run
     needs_tensorflow: bool = False
     is_resumable: bool = False
+    is_checked: bool = False  # by the function `check` of its module, before MLflow is imported, which takes seconds
 
 
 COMMANDS = {
@@ -78,7 +79,10 @@ COMMANDS = {
         "print links to the MLflow UI", (config.LinkParameters,), "links:print_links", is_entry_point=False
     ),
     "serve": Command(
-        "serve the champion, and follow its alias without downtime", (ServeParameters,), is_entry_point=False
+        "serve the champion, and follow its alias without downtime",
+        (ServeParameters,),
+        is_entry_point=False,
+        is_checked=True,
     ),
 }
 
@@ -243,6 +247,9 @@ def _run_command(command: str, **values: Any) -> None:
         defaults = parse_arguments([command])
         changed = [f"{option}={value}" for option, value in values.items() if value != defaults[option]]
         log.info("%s: %s", command, ", ".join(changed) or "all parameters have their defaults")
+    module, _, function = (declared.function or f"{command}:{command}").partition(":")
+    if declared.is_checked:
+        importlib.import_module(f"signdigits.{module}").check(*groups)
     from signdigits import startup
 
     startup.configure_mlflow()
@@ -260,5 +267,4 @@ def _run_command(command: str, **values: Any) -> None:
         groups[0] = loading.load_data(groups[0])
     if declared.needs_tensorflow:
         startup.import_tensorflow()
-    module, _, function = (declared.function or f"{command}:{command}").partition(":")
     getattr(importlib.import_module(f"signdigits.{module}"), function)(*groups)

@@ -9,67 +9,64 @@ import base64
 import datetime
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PyFuncModel
 from starlette.requests import Request
 from starlette.responses import Response
 
 from signdigits.files import atomic_file
 from signdigits.serving.admission import make_error
-from signdigits.serving.invocation import INTERNAL, Invocation, invocation_variable
+from signdigits.serving.versions import Version, Versions
+
+log = logging.getLogger(__name__)
 
 PENDING = "pending"
 
-
-class CorrectionsFull(Exception):
-    """The folder holds as much as it may."""
+FULL = make_error(507, "TEMPORARILY_UNAVAILABLE", "no room for more corrections; they wait for a review")
+NOT_KEPT = make_error(500, "INTERNAL_ERROR", "the correction could not be kept; the server's log says why")
+MALFORMED = make_error(400, "BAD_REQUEST", 'send {"image": BASE64, "label": LABEL}')
 
 
 class Corrections:
-    """The route /corrections of a worker: a POST with `image`, base64 text, and `label`, one of the model's classes."""
+    """The route /corrections: a POST with `image`, base64 text, and `label`, one of the model's classes."""
 
-    def __init__(self, model: PyFuncModel, version: str, folder: Path, limit: int) -> None:
-        self.model, self.version = model, version
-        self.python_model = model.unwrap_python_model()
-        self.invocation = invocation_variable(model)
-        self.folder, self.limit = folder, limit
+    def __init__(self, versions: Versions, folder: Path, limit: int) -> None:
+        self.versions, self.folder, self.limit = versions, folder, limit
 
-    async def reply(self, request: Request) -> Response:
+    async def reply(self, request: Request, body: bytes) -> Response:
+        live = self.versions.live
         try:
-            correction = json.loads(await request.body())
+            correction = json.loads(body)
             image, label = str(correction["image"]), str(correction["label"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return make_error(400, "BAD_REQUEST", 'send {"image": BASE64, "label": LABEL}')
-        if label not in self.python_model.class_names:
-            return make_error(
-                400, "BAD_REQUEST", f"no such label; send one of {', '.join(self.python_model.class_names)}"
-            )
+            return MALFORMED
+        if label not in live.class_names:
+            return make_error(400, "BAD_REQUEST", f"no such label; send one of {', '.join(live.class_names)}")
         try:
-            await asyncio.to_thread(self.keep, image, label)
+            return await asyncio.to_thread(self.keep, live, image, label)
         except MlflowException as error:
             return make_error(400, "BAD_REQUEST", error.message[:500])
-        except CorrectionsFull:
-            return make_error(503, "TEMPORARILY_UNAVAILABLE", "no room for more corrections; they wait for a review")
-        return Response(status_code=204)
+        except OSError as error:
+            log.warning("corrections=%s: %s", self.folder, error)
+            return NOT_KEPT
 
-    def keep(self, image: str, label: str) -> None:
-        """Keep a photograph with its label and the model's answer. Raises CorrectionsFull; MlflowException for no image."""
-        self.invocation.set(Invocation(INTERNAL))
-        answer = self.model.predict(pd.DataFrame({"image": [image]})).iloc[0]
+    def keep(self, live: Version, image: str, label: str) -> Response:
+        """Keep a photograph with its label and the model's answer. Raises MlflowException for no image, OSError."""
+        answer = live.predict(pd.DataFrame({"image": [image]})).iloc[0]
         content = base64.b64decode(image.partition(",")[2] or image)  # without the head of a data URL
         if _measure(self.folder / PENDING) + len(content) > self.limit:
-            raise CorrectionsFull
-        suffix = self.python_model.images.open_image(content).format.lower()
+            return FULL
+        suffix = live.python_model.images.open_image(content).format.lower()
         digest = hashlib.sha256(label.encode() + b"\0" + content).hexdigest()[:16]
         target = self.folder / PENDING / label / f"{digest}.{suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "version": self.version,
+            "version": live.number,
             "label": label,
             "prediction": answer["label"],
             "probability": round(float(answer["probability"]), 6),
@@ -77,6 +74,12 @@ class Corrections:
         for path, data in ((target.with_suffix(".json"), json.dumps(facts).encode()), (target, content)):
             with atomic_file(path) as partial_file:
                 partial_file.write_bytes(data)
+        return Response(status_code=204)
+
+
+def count_pending(folder: Path) -> int:
+    """Return the number of corrections that wait for a review."""
+    return sum(1 for _ in folder.glob(f"{PENDING}/*/*.json"))
 
 
 def _measure(folder: Path) -> int:

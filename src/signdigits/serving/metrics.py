@@ -11,19 +11,22 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
-# Of every worker process.
-REQUESTS = Counter("signdigits_requests", "Requests to /invocations that reached a worker", ["status"])
+# Of every process that answers requests. What the server itself asks of a model, such as its input example, is not counted.
+REQUESTS = Counter("signdigits_requests", "Requests to /invocations", ["status"])
 SECONDS = Histogram(
     "signdigits_request_duration_seconds",
-    "Time from a request's arrival at a worker to its reply",
+    "Time that a version takes for a request, from the end of its body to the reply",
+    ["version"],
     buckets=(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
-WAITING = Gauge("signdigits_waiting_requests", "Requests waiting for a worker", multiprocess_mode="livesum")
+WAITING = Gauge("signdigits_waiting_requests", "Requests waiting for a turn", multiprocess_mode="livesum")
 ROWS = Counter("signdigits_rows", "Photographs answered")
 PREDICTIONS = Counter("signdigits_predictions", "Photographs by predicted label, without outliers", ["label"])
 OUTLIERS = Counter("signdigits_outliers", "Photographs that resemble none of the training images")
+SHADOW_ROWS = Counter("signdigits_shadow_rows", "Photographs that the shadow answered, too")
+SHADOW_AGREEMENTS = Counter("signdigits_shadow_agreements", "Photographs for which the shadow gave the same label")
 
-# Of the supervisor.
+# Of the parent process.
 VERSION = Gauge("signdigits_served_version", "Version that is served", multiprocess_mode="mostrecent")
 CREATED = Gauge(
     "signdigits_served_version_created_timestamp_seconds",
@@ -33,9 +36,13 @@ CREATED = Gauge(
 IS_CURRENT = Gauge(
     "signdigits_alias_served", "1 if the version of the alias is served, else 0", multiprocess_mode="mostrecent"
 )
+PENDING = Gauge("signdigits_pending_corrections", "Corrections that wait for a review", multiprocess_mode="mostrecent")
 PROMOTIONS = Counter("signdigits_promotions", "Versions that went live")
 REFUSALS = Counter("signdigits_refusals", "Versions that were refused")
-RESTARTS = Counter("signdigits_restarts", "Processes restarted after they exited or hung", ["process"])
+RESTARTS = Counter("signdigits_restarts", "Processes restarted after they exited or hung")
+
+for status in (200, 400, 413, 503, 504):
+    REQUESTS.labels(status)  # from the start, at 0
 
 
 def count_predictions(predictions: pd.DataFrame) -> None:
