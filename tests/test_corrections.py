@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import urllib.error
@@ -21,9 +20,10 @@ from PIL import Image
 
 from signdigits import cli
 
-from .conftest import PROJECT, answers, free_port, serve_command, store_like, wait_until
+from .conftest import PROJECT, store_like, wait_until
+from .endpoint import serving_endpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
+pytestmark = pytest.mark.slow
 
 SMALLEST = [
     "--image_size", "16", "--space", "notebook", "--n_trials", "1", "--n_seeds", "1", "--epochs", "8",
@@ -62,26 +62,16 @@ class Home:
     @contextmanager
     def served(self, *options: str) -> Iterator[str]:
         """Run `serve` in the folder, and yield its URL."""
-        port = str(free_port())
-        url = f"http://127.0.0.1:{port}"
-        line = serve_command(port, "--poll_interval", "0.2", "--drain_timeout", "1", *options)
-        environment = os.environ | {"TMPDIR": str(self.temporary), "HOME": str(self.folder)}
-        with (self.folder / "serve.log").open("w") as log:
-            server = subprocess.Popen(line, cwd=self.folder, env=environment, stdout=log, stderr=log)
-        try:
-            wait_until(lambda: answers(f"{url}/ping") or server.poll() is not None)
-            assert server.poll() is None, (self.folder / "serve.log").read_text()
-            yield url
-        finally:
-            server.terminate()
-            server.wait(60)
+        environment = {"TMPDIR": str(self.temporary), "HOME": str(self.folder)}
+        log = self.folder / "serve.log"
+        with serving_endpoint(log, "--drain_timeout", "1", *options, cwd=self.folder, **environment) as endpoint:
+            yield endpoint.url
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, champion_store: Path) -> Iterator[Home]:
     folder = tmp_path_factory.mktemp("corrections")
     with store_like(champion_store, folder), tempfile.TemporaryDirectory() as temporary:
-        Path(temporary).chmod(0o755)  # nginx's account may enter it, too
         yield Home(folder, Path(temporary))
 
 
@@ -114,7 +104,7 @@ def read(url: str, photograph: Path) -> str:
 
 
 def send_photographs(url: str, photographs: Path, folder: Path) -> list[Path]:
-    """Send two photographs; the second is so large that nginx buffers the request in a file."""
+    """Send two photographs, the second a large one."""
     large = folder / "large.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)).save(large)
     sent = [photographs / "2" / "IMG_0000.JPG", large]

@@ -12,8 +12,7 @@ import yaml
 
 from signdigits.cli import make_parser
 from signdigits.errors import UsageError
-from signdigits.serving import nginx
-from signdigits.serving.options import ServeParameters
+from signdigits.serving.options import ServeParameters, read_token
 
 from .conftest import PROJECT
 
@@ -112,4 +111,4 @@ def test_placeholder_token_is_refused(tmp_path: Path) -> None:
     placeholder = load(KUBERNETES / "base" / "secret.yaml")["stringData"]["token"]
     (tmp_path / "token").write_text(placeholder)
     with pytest.raises(UsageError, match="must have 16 or more"):
-        nginx.read_token(str(tmp_path / "token"))
+        read_token(str(tmp_path / "token"))

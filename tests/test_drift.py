@@ -28,6 +28,14 @@ def test_shift_is_in_standard_deviations() -> None:
     assert (found.drifted, found.share) == (["brightness"], 0.5)
 
 
+def test_constant_column_drifts_with_many_photographs_only() -> None:
+    reference = table(400, seed=0).assign(size=100.0)
+    sizes = np.full(1000, 100.0)
+    sizes[:3] = 4000
+    assert compare(reference, table(1000, seed=1).assign(size=sizes)).drifted == []
+    assert compare(reference, table(1000, seed=1).assign(size=200.0)).drifted == ["size"]
+
+
 def test_labels_have_own_threshold() -> None:
     found = compare(table(400, seed=0), table(400, seed=1, label="7"))
     assert found.drifted == ["label"]

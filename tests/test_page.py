@@ -5,9 +5,7 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,8 @@ from PIL import Image
 
 from signdigits.data import loading
 
-from .conftest import answers, free_port, serve_command, store_like, wait_until
+from .conftest import store_like, wait_until
+from .endpoint import Endpoint, serving_endpoint
 
 pytest.importorskip("playwright", reason="needs the extra .[browser]")
 
@@ -33,7 +32,6 @@ from . import browser
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Chromium"),
-    pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx"),
 ]
 
 TOKEN = "a-token-of-the-tests"
@@ -49,24 +47,6 @@ class Made:
     photographs: Path
 
 
-@dataclass(frozen=True)
-class Front:
-    """`python -m signdigits serve`, and the address it listens on."""
-
-    url: str
-    supervisor: int
-
-    def signal_model(self, number: signal.Signals) -> None:
-        """Stop the supervisor, which would restart them, and send a signal to the model's processes."""
-        os.kill(self.supervisor, signal.SIGSTOP)
-        children = Path(f"/proc/{self.supervisor}/task/{self.supervisor}/children").read_text().split()
-        (model,) = (child for child in children if b"serving.worker" in Path(f"/proc/{child}/cmdline").read_bytes())
-        os.killpg(int(model), number)
-
-    def go_on(self) -> None:
-        os.kill(self.supervisor, signal.SIGCONT)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champion_store: Path) -> Iterator[Made]:
     folder = tmp_path_factory.mktemp("page")
@@ -75,31 +55,22 @@ def made(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champio
 
 
 @contextmanager
-def front(made: Made, *options: str) -> Iterator[Front]:
-    url = f"http://127.0.0.1:{free_port()}"
-    line = serve_command(url.rpartition(":")[2], "--drain_timeout", "1", *options)
-    environment = os.environ | {"MLFLOW_TRACKING_URI": made.store}
+def front(made: Made, *options: str) -> Iterator[Endpoint]:
     log = made.folder / "serve.log"
-    with log.open("w") as output:
-        supervisor = subprocess.Popen(line, cwd=made.folder, env=environment, stdout=output, stderr=output)
-    try:
-        wait_until(lambda: answers(f"{url}/ping") or supervisor.poll() is not None)
-        assert supervisor.poll() is None, log.read_text()
-        yield Front(url, supervisor.pid)
-    finally:
-        supervisor.send_signal(signal.SIGCONT)
-        supervisor.terminate()
-        supervisor.wait(60)
+    with serving_endpoint(
+        log, "--drain_timeout", "1", *options, cwd=made.folder, MLFLOW_TRACKING_URI=made.store
+    ) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(scope="module")
-def plain(made: Made) -> Iterator[Front]:
+def plain(made: Made) -> Iterator[Endpoint]:
     with front(made) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def url(plain: Front) -> str:
+def url(plain: Endpoint) -> str:
     return plain.url
 
 
@@ -414,7 +385,7 @@ def test_other_classes_have_neutral_words(page: Page, made: Made) -> None:
     """The same answers, of a model that calls its classes otherwise."""
 
     def rename(route: Route) -> None:
-        renamed = {'"0"': '"fist"', '"1"': '"palm"', '"2"': '"peace"', '"reads_digits": true': '"reads_digits": false'}
+        renamed = {'"0"': '"fist"', '"1"': '"palm"', '"2"': '"peace"', '"reads_digits":true': '"reads_digits":false'}
         reply = route.fetch()
         body = reply.text()
         for name, other in renamed.items():
@@ -507,22 +478,15 @@ def test_invalid_file_shows_model_error(page: Page, made: Made) -> None:
 
 
 def test_limits_are_reported(window: Browser, made: Made) -> None:
-    limits = ("--max_body_mb", "1", "--requests_per_second", "1", "--burst", "1")
-    with front(made, *limits) as opened, visit(window, opened.url) as page:
+    with front(made, "--max_body_mb", "1") as opened, visit(window, opened.url) as page:
         choose(page, file("noise.jpg", os.urandom(2_000_000)))
         expect_trouble(page, "The photograph is too large for this server.")
-        page.evaluate("() => { window.flood = setInterval(() => fetch('invocations', {method: 'POST'}), 200) }")
-        wait_until(lambda: refused_as_too_many(page, made.photographs / "1" / "IMG_0000.JPG"))
-        page.evaluate("clearInterval(flood)")
+        page.route("**/invocations", lambda route: route.fulfill(status=429, body="{}"))  # nginx in front
+        choose(page, made.photographs / "1" / "IMG_0000.JPG")
+        expect_trouble(page, "Too many photographs in a short time.")
+        page.unroute("**/invocations")
         send_again(page)
         expect_answer(page, "1")
-
-
-def refused_as_too_many(page: Page, photograph: Path) -> bool:
-    """Tell whether the photograph was rejected; beside the flood one may pass."""
-    choose(page, photograph)
-    expect(page.get_by_role("status")).not_to_have_text("Reading …")
-    return page.get_by_text("Too many photographs in a short time.").is_visible()
 
 
 def test_token_and_correction_are_kept(window: Browser, made: Made) -> None:
@@ -564,20 +528,19 @@ def test_unreachable_server_is_reported(page: Page, made: Made) -> None:
     expect_answer(page, "2")
 
 
-def test_page_survives_model_restart(page: Page, plain: Front, made: Made) -> None:
-    plain.signal_model(signal.SIGSTOP)
+def test_page_survives_model_restart(page: Page, plain: Endpoint, made: Made) -> None:
+    page.wait_for_load_state("networkidle")
+    (process,) = plain.workers()
+    os.kill(process, signal.SIGSTOP)
     page.clock.install()
     with page.expect_request("**/invocations"):
         choose(page, made.photographs / "2" / "IMG_0000.JPG")
     expect(page.get_by_role("status")).to_have_text("Reading …")
     page.clock.fast_forward(30_000)
     expect_trouble(page, "No answer within 30 seconds.")
-    plain.signal_model(signal.SIGKILL)
-    page.get_by_role("button", name="Send it again").click()
-    expect_trouble(page, "No model answers at the moment")
-    plain.go_on()
-    send_again(page)
-    expect_answer(page, "2")
+    os.kill(process, signal.SIGKILL)
+    page.get_by_role("button", name="Send it again").click()  # it waits for the next process
+    expect(page.get_by_role("heading", name="2")).to_be_visible(timeout=60_000)
 
 
 def test_last_photograph_wins(page: Page, made: Made) -> None:

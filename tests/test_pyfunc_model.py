@@ -23,7 +23,6 @@ from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModelContext
 from PIL import Image
-from signdigits.serving.invocation import Invocation
 
 from signdigits import startup
 from signdigits.config import MODEL_NAME
@@ -32,6 +31,7 @@ from signdigits.model import outliers
 from signdigits.packaging import prediction_log, pyfunc_model
 from signdigits.packaging.pyfunc_model import SignDigits, softmax, to_bytes
 from signdigits.packaging.reply import FIELDS
+from signdigits.serving.versions import Invocation
 from signdigits.tracking import registry
 
 from .conftest import serving, store_like
@@ -459,7 +459,7 @@ def test_log_has_the_duration(pinpoint: SignDigits, tmp_path: Path, monkeypatch:
 
 
 def test_late_request_is_given_up(pinpoint: SignDigits, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Invocation("seven")
+    request = Invocation("seven", served=None)  # type: ignore[arg-type]
     token = pinpoint.request.set(request)
     try:
         assert len(ask(pinpoint, dotted())) == 1

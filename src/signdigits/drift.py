@@ -36,6 +36,9 @@ class Drift:
         return len(self.drifted) / len(self.distances)
 
 
+FARTHEST = 10.0  # standard deviations beyond the reference that a value counts: a few odd photographs are no drift
+
+
 def measure_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: MonitorParameters) -> Drift:
     """Compare two tables of the same columns: `label` is text, the others are numbers.
 
@@ -48,10 +51,16 @@ def measure_drift(reference: pd.DataFrame, window: pd.DataFrame, parameters: Mon
             distances[name] = _label_distance(reference[name], window[name])
             thresholds[name] = parameters.drift_labels
         else:
-            spread = max(float(reference[name].std(ddof=0)), 1e-3)  # a constant column drifts by a finite distance
-            distances[name] = float(wasserstein_distance(reference[name], window[name])) / spread
+            spread = _measure_spread(reference[name])
+            low, high = reference[name].min() - FARTHEST * spread, reference[name].max() + FARTHEST * spread
+            distances[name] = float(wasserstein_distance(reference[name], window[name].clip(low, high))) / spread
             thresholds[name] = parameters.drift_distance
     return Drift(distances, thresholds)
+
+
+def _measure_spread(column: pd.Series) -> float:
+    """Return the standard deviation, or a twentieth of the mean for a column that hardly varies, such as a fixed size."""
+    return max(float(column.std(ddof=0)), abs(float(column.mean())) / 20, 1e-3)
 
 
 def _label_distance(reference: pd.Series, window: pd.Series) -> float:

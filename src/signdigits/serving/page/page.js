@@ -3,6 +3,7 @@
 const LONGEST_SIDE = 1024; // pixels; the network sees a tenth of it, and a telephone's photograph has 4000
 const LIVE_SIDE = 256; // pixels of what is sent while the camera is open
 const LIVE_INTERVAL = 250; // milliseconds from one question about the camera's picture to the next, at least
+const LOGGED = 10_000; // milliseconds between two live frames that the server logs
 const STEADY = 1000; // milliseconds of answers that a live reading is the mean of
 const LIVE_PAUSE = 2000; // milliseconds after a refusal
 const PATIENCE = 30_000; // milliseconds that an answer may take
@@ -16,6 +17,7 @@ const WORDS = {
   429: "Too many photographs in a short time. Wait a moment, then send it again.",
   502: NO_MODEL,
   503: NO_MODEL,
+  507: "This server has no room for more corrections.",
   504: "The model did not answer in time. Wait a moment, then send it again.",
 };
 
@@ -230,6 +232,7 @@ function showCamera(opened, signal) {
 /** Read what the camera sees, one question at a time, until something else begins. */
 async function readLive(signal) {
   let answers = [];
+  let logged = -Infinity; // one frame in ten seconds is a prediction to be monitored: a visitor is not a hundred
   while (!signal.aborted) {
     if (!canSee() || document.hidden) {
       await pause(LIVE_INTERVAL);
@@ -238,8 +241,10 @@ async function readLive(signal) {
     const next = performance.now() + LIVE_INTERVAL;
     photograph = await draw(page("video"), framedSquare(), LIVE_SIDE);
     try {
-      const answer = await post(photograph, signal);
+      const isLive = performance.now() - logged < LOGGED;
+      const answer = await post(photograph, signal, { isLive });
       const now = performance.now();
+      if (!isLive) logged = now;
       answers = [...answers.filter(({ time }) => now - time < STEADY), { ...answer, time: now }];
       if (!signal.aborted) showAnswer(meanAnswer(answers), { live: true });
     } catch (trouble) {
@@ -321,8 +326,9 @@ async function ask(blob, signal) {
 }
 
 /** The server's answer: { label, probability, probabilities, is_outlier, explanation, version }. Throws Trouble. */
-async function post(blob, signal, params) {
-  const { reply, text } = await send("invocations", { dataframe_records: [{ image: await base64(blob) }], params }, signal);
+async function post(blob, signal, { params, isLive = false } = {}) {
+  const value = { dataframe_records: [{ image: await base64(blob) }], params };
+  const { reply, text } = await send("invocations", value, signal, isLive ? { "Live-Frame": "1" } : {});
   try {
     return { ...JSON.parse(text).predictions[0], version: reply.headers.get("Model-Version") };
   } catch {
@@ -336,9 +342,9 @@ async function sendCorrection(blob, label, signal) {
 }
 
 /** Post a value as JSON; the reply, and its text. Throws Trouble. */
-async function send(target, value, signal) {
+async function send(target, value, signal, more = {}) {
   const token = sessionStorage.getItem(TOKEN);
-  const headers = { "Content-Type": "application/json" };
+  const headers = { "Content-Type": "application/json", ...more };
   if (token) headers.Authorization = `Bearer ${token}`;
   const { reply, text } = await exchange(target, { method: "POST", headers, body: JSON.stringify(value) }, signal);
   if (!reply.ok) throw refusal(reply.status, text, token);
@@ -387,7 +393,7 @@ async function toggleExplanation() {
   page("explain").setAttribute("aria-pressed", "true");
   const { signal } = work;
   try {
-    const { explanation } = await post(photograph, signal, { explain: true });
+    const { explanation } = await post(photograph, signal, { params: { explain: true } });
     if (signal.aborted || page("explain").getAttribute("aria-pressed") === "false") return;
     if (!explanation) throw new Trouble("This version of the model cannot show what it looks at.");
     drawOverlay(explanation);
