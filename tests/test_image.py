@@ -196,6 +196,7 @@ def test_baked_version_needs_no_registry(container: Container, tmp_path: Path) -
         (server,) = server_pids(endpoint.port)
         assert re.search(r"^Uid:\s+10001\s+10001", Path(f"/proc/{server}/status").read_text(), re.MULTILINE)
     assert endpoint.process.returncode == 0
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "stopped"
     written = run("buildah", "run", "--user", "root", container.name, "--", "find", "/", "-xdev", "-user", "10001")
     assert all(path.startswith("/tmp") for path in written.splitlines()), (
         "or the root file system could not be read-only"

@@ -31,7 +31,7 @@ from signdigits.model import outliers
 from signdigits.packaging import prediction_log, pyfunc_model
 from signdigits.packaging.pyfunc_model import SignDigits, softmax, to_bytes
 from signdigits.packaging.reply import FIELDS
-from signdigits.serving.versions import Invocation
+from signdigits.serving.version import Invocation
 from signdigits.tracking import registry
 
 from .conftest import serving, store_like

@@ -60,6 +60,7 @@ def serve(parameters: ServeParameters) -> None:
         with listening:
             run = server.run_supervised if parameters.supervise else server.run_one
             run(parameters, home, listening, former)
+    log.info("stopped")
 
 
 def listen(parameters: ServeParameters) -> socket.socket:

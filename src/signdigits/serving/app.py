@@ -33,7 +33,8 @@ from signdigits.serving import metrics
 from signdigits.serving.admission import Admission, make_error
 from signdigits.serving.corrections import Corrections
 from signdigits.serving.options import ServeParameters
-from signdigits.serving.versions import INVOCATION, Delegate, Invocation, Versions
+from signdigits.serving.version import INVOCATION, Invocation
+from signdigits.serving.versions import Delegate, Versions
 
 PAGE = Path(__file__).parent / "page"
 LIVE_FRAME = (

@@ -20,7 +20,8 @@ from starlette.responses import Response
 
 from signdigits.files import atomic_file
 from signdigits.serving.admission import make_error
-from signdigits.serving.versions import Version, Versions
+from signdigits.serving.version import Version
+from signdigits.serving.versions import Versions
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from signdigits.notify import notify
 from signdigits.serving import metrics
 from signdigits.serving.corrections import count_pending
 from signdigits.serving.options import ServeParameters
-from signdigits.serving.versions import LIVE, PROCESSES, SHADOW, Publication, Version, VersionFailed
+from signdigits.serving.version import Publication, Version, VersionFailed
+from signdigits.serving.versions import LIVE, PROCESSES, SHADOW
 from signdigits.tracking import registry, store
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ TICK = 0.05  # seconds
 
 # A child process is forked from one that has imported MLflow: it starts in a tenth of a second.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["signdigits.serving.versions"])
+FORKSERVER.set_forkserver_preload(["signdigits.serving.version"])
 
 
 class Follower:

@@ -1,5 +1,6 @@
 """The server: uvicorn's supervisor of processes with a thread that follows the registry, or one process alone."""
 
+import contextlib
 import functools
 import logging
 import socket
@@ -16,7 +17,8 @@ from signdigits.serving.app import create_app
 from signdigits.serving.connections import Connection
 from signdigits.serving.follower import Follower, describe_version, find_served
 from signdigits.serving.options import ServeParameters
-from signdigits.serving.versions import LIVE, Version, VersionFailed
+from signdigits.serving.version import Version, VersionFailed
+from signdigits.serving.versions import LIVE
 from signdigits.tracking import registry
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ def run_one(parameters: ServeParameters, home: Path, listening: socket.socket, f
     if former:
         former.send(b".")
     handover.offer_socket(parameters.address, listening)
-    uvicorn.Server(_configure(parameters, home)).run([listening])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn repeats the signal that has stopped it
+        uvicorn.Server(_configure(parameters, home)).run([listening])
 
 
 def _configure(parameters: ServeParameters, home: Path) -> uvicorn.Config:

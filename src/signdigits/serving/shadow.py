@@ -8,14 +8,12 @@ import random
 import sys
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from signdigits.serving import metrics
-
-if TYPE_CHECKING:
-    from signdigits.serving.versions import Invocation, Version
+from signdigits.serving.version import Invocation, Version
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +27,14 @@ class Shadow:
     def __init__(self, share: float) -> None:
         self.share = share
         self.version: Version | None = None
-        self.copies = queue.Queue["tuple[Any, Any, pd.DataFrame, Invocation]"](WAITING)
+        self.copies = queue.Queue[tuple[Any, Any, pd.DataFrame, Invocation]](WAITING)
 
-    def replace(self, version: "Version") -> None:
+    def replace(self, version: Version) -> None:
         if self.version is None:
             threading.Thread(target=self.work, daemon=True).start()
         self.version = version
 
-    def offer(self, data: Any, params: Any, predictions: pd.DataFrame, invocation: "Invocation") -> None:
+    def offer(self, data: Any, params: Any, predictions: pd.DataFrame, invocation: Invocation) -> None:
         """Take a copy of a request and its reply, by chance and if there is room."""
         if self.version and random.random() < self.share:
             with contextlib.suppress(queue.Full):
