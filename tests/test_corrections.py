@@ -51,12 +51,12 @@ class Home:
     temporary: Path
 
     def files(self) -> set[Path]:
-        """All files but SQLite's own journal, which comes and goes beside the registry's database."""
+        """All files but SQLite's own journal, which comes and goes beside the registry's database, and the metrics' values."""
         return {
             path
             for folder in (self.folder, self.temporary)
             for path in folder.rglob("*")
-            if path.is_file() and not path.name.endswith(("-journal", "-wal", "-shm"))
+            if path.is_file() and not path.name.endswith(("-journal", "-wal", "-shm")) and path.parent.name != "metrics"
         }
 
     @contextmanager

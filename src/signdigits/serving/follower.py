@@ -44,10 +44,14 @@ FORKSERVER.set_forkserver_preload(["signdigits.serving.version"])
 
 
 class Follower:
-    """Publishes the version of the alias to the processes that answer requests, and records its state in the registry."""
+    """Publishes the version of the alias to the processes that answer requests, and records its state in the registry.
+
+    Raises ModelError if there is none.
+    """
 
     def __init__(self, parameters: ServeParameters, home: Path, on_ready: Callable[[], None]) -> None:
         self.parameters, self.home, self.on_ready = parameters, home, on_ready
+        self.first = find_served(parameters)
         self.live: ModelVersion | None = None
         self.shadow = ""  # version of the shadow
         self.rejected = ""  # the version of the alias, if it was refused
@@ -56,11 +60,10 @@ class Follower:
         self.last_warning = self.last_shadow_warning = ""
 
     def start(self) -> None:
-        """Serve the version of the alias, or the previously served one if that fails. Raises UsageError or ModelError."""
-        version = find_served(self.parameters)
-        if not any(map(self.switch_to, [version, *_served_before(version)])):
+        """Serve the version of the alias, or the previously served one if that fails. Raises UsageError."""
+        if not any(map(self.switch_to, [self.first, *_served_before(self.first)])):
             raise UsageError(
-                f"{self.parameters.alias}: version {version.version} cannot be served, and none was served before"
+                f"{self.parameters.alias}: version {self.first.version} cannot be served, and none was served before"
             )
         self.on_ready()
 

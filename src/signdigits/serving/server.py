@@ -24,7 +24,7 @@ from signdigits.tracking import registry
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 75  # seconds that an idle connection is kept; a proxy in front keeps its own shorter
-SILENCE = 30  # seconds after which a process that does not answer its parent is replaced
+SILENCE = 10  # seconds after which a process that does not answer its parent is replaced
 
 
 def run_supervised(
@@ -73,6 +73,7 @@ def _configure(parameters: ServeParameters, home: Path) -> uvicorn.Config:
         http=Connection,
         ws="none",
         lifespan="on",
+        log_config=None,  # uvicorn's own would close the handlers of other loggers
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -115,6 +116,12 @@ class Supervisor(Multiprocess):
             return
         for process in self.processes:  # uvicorn does not end one that waits for its first version
             process.kill()
+
+    def restart_all(self) -> None:
+        """Replace one process after the other, each when its successor answers, which may take as long as a start."""
+        self.config.timeout_worker_healthcheck = round(self.follower.parameters.start_timeout)
+        super().restart_all()
+        self.config.timeout_worker_healthcheck = SILENCE
 
     def keep_subprocess_alive(self) -> None:
         before = [process.pid for process in self.processes]

@@ -31,7 +31,7 @@ HEALTH_INTERVAL = 2.0  # seconds for which an answer to the input example proves
 
 
 class Delegate:
-    """What MLflow's scoring server holds as its model: the version of the request that it works on."""
+    """The model of MLflow's scoring server: the version of the request that it works on."""
 
     def __init__(self, shadow: Shadow) -> None:
         self.shadow = shadow
