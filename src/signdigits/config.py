@@ -276,7 +276,11 @@ class NameParameters(Checked):
     model_name: str = parameter(
         MODEL_NAME,
         "name of the registered model",
-        pattern=(r"[^/:@]{1,200}", "up to 200 characters without /, : and @"),
+        # What MLflow does not allow, or cannot search for.
+        pattern=(
+            r"(?s)(?!.*'.*\"|.*\".*'|.*\\$)[^/:@]{1,200}",
+            "up to 200 characters without /, : and @, not with both ' and \", and without \\ at the end",
+        ),
     )
 
 

@@ -4,6 +4,7 @@ python -m signdigits main --data FOLDER --n_trials 12
 mlflow run . -e main -P data=FOLDER -P n_trials=12
 """
 
+import contextlib
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from signdigits import evaluate, prepare, register
 from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
-from signdigits.errors import TrainingDiverged
+from signdigits.errors import ModelError, TrainingDiverged
 from signdigits.model import architecture, training
 from signdigits.model.calibration import Calibration
 from signdigits.model.outliers import Detector
@@ -79,11 +80,12 @@ def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int) -> list[Logged
 
 
 def _find_model(search: Search, role: str, tags: Mapping[str, Any]) -> LoggedModel | None:
-    """Return the model of the study's finished run with this role and these tags, if there is one; it is evaluated."""
+    """Return the model of the study's finished run with this role and these tags, if it still exists; it is evaluated."""
     expected = {name: str(value) for name, value in tags.items()}
     for run in runs.nested_runs(search.run_id, role):
         if expected.items() <= run.data.tags.items() and run.info.status == "FINISHED":
-            return registry.find_model(run.info.run_id, "")
+            with contextlib.suppress(ModelError):  # its model was deleted, or its artifacts
+                return registry.find_model(run.info.run_id, "")
     return None
 
 

@@ -23,7 +23,7 @@ from signdigits.data.sources import ARCHIVE, HANDWRITTEN_DIGITS, PHOTOGRAPHS, PH
 from signdigits.data.split import GROUPS, Split
 from signdigits.errors import DataError
 from signdigits.files import compute_digest
-from signdigits.tracking import runs
+from signdigits.tracking import runs, store
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ def log_photographs(dataset: Dataset, run_id: str) -> None:
     The URI of their zip file, the digest and the name of the data set become tags of the run.
     """
     digest = _archive_digest(dataset)
-    logged = runs.search_runs(f"tags.{PHOTOGRAPHS_DIGEST} = '{digest}' and tags.{PHOTOGRAPHS} LIKE 'runs:/%'")
+    logged = runs.search_runs(
+        f"{store.equals(f'tags.{PHOTOGRAPHS_DIGEST}', digest)} and tags.{PHOTOGRAPHS} LIKE 'runs:/%'"
+    )
     uris = [run.data.tags[PHOTOGRAPHS] for run in logged if run.info.run_id in run.data.tags[PHOTOGRAPHS]]
     uri = uris[0] if uris else _upload_archive(dataset, run_id)  # not that of a run which was deleted
     for tag, value in {"dataset": dataset.name, PHOTOGRAPHS_DIGEST: digest, PHOTOGRAPHS: uri}.items():

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from signdigits.data.names import locate
 from signdigits.errors import DataError, DownloadError
 from signdigits.files import atomic_folder, compute_digest
-from signdigits.tracking import runs
+from signdigits.tracking import runs, store
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _find_logged_photographs(run_id: str) -> dict[str, str]:
     """Return the tags of a run whose photographs are logged: `run_id`, or another with the same `dataset_digest`."""
     tags: dict[str, str] = runs.find_run(run_id).data.tags
     if PHOTOGRAPHS not in tags and (digest := tags.get("dataset_digest")):
-        same = runs.search_runs(f"tags.dataset_digest = '{digest}' and tags.{PHOTOGRAPHS} LIKE 'runs:/%'")
+        same = runs.search_runs(f"{store.equals('tags.dataset_digest', digest)} and tags.{PHOTOGRAPHS} LIKE 'runs:/%'")
         tags = same[0].data.tags if same else tags
     if PHOTOGRAPHS not in tags:
         raise DataError(

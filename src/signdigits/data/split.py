@@ -11,7 +11,8 @@ import errno
 import logging
 import re
 import stat
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -168,21 +169,37 @@ def _split_classes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return training, validation and test images, by group.
 
-    Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
-    groups allow.
+    Each cut is a fold of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the groups allow: the first of
+    five or, if a part would lack a class, another one, or one of fewer. Raises DataError if no cut gives each part every class.
     """
     group_names = read_groups(dataset)
+    for rest, testing in _cut_groups(dataset, group_names, np.arange(len(dataset.photographs))):
+        for training, validation in _cut_groups(dataset, group_names, rest):
+            return training, validation, testing
+    n_groups = len(np.unique(group_names))
+    counts = [len(np.unique(group_names[dataset.labels == label])) for label in range(len(dataset.class_names))]
+    rarest = int(np.argmin(counts))
+    lacking = f"class {dataset.class_names[rarest]} has photographs of {counts[rarest]}"
+    raise DataError(
+        f"{dataset.folder}: {n_groups} groups, and {lacking}; split=grouped needs three groups or more, and photographs of every "
+        "class in the training, validation and test groups: add those of another group, remove the class, or pass --split "
+        "stratified"
+    )
 
-    def cut(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=SPLIT_SEED)
-        try:
-            first, second = next(folds.split(indices, dataset.labels[indices], group_names[indices]))
-        except ValueError as error:  # a class has fewer photographs than folds
-            raise DataError(f"{dataset.folder}: too few photographs to split ({error}); add more") from error
-        return indices[first], indices[second]
 
-    rest, testing = cut(np.arange(len(dataset.photographs)))
-    return *cut(rest), testing
+def _cut_groups(
+    dataset: Dataset, group_names: np.ndarray, indices: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the ways to cut `indices` in two that have every class on both sides, those of five folds first."""
+    labels, groups = dataset.labels[indices], group_names[indices]
+    for n_folds in range(min(5, len(np.unique(groups)), np.bincount(labels).max()), 1, -1):
+        folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=SPLIT_SEED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a class with fewer photographs than folds
+            cuts = list(folds.split(indices, labels, groups))
+        for first, second in cuts:
+            if all(len(np.unique(labels[part])) == len(dataset.class_names) for part in (first, second)):
+                yield indices[first], indices[second]
 
 
 def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: str) -> None:

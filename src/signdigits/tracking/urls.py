@@ -43,7 +43,13 @@ def run_url(ui: str, run: Run) -> str:
 def compare_url(ui: str, study: Run) -> str:
     """Return the link to the compare view of a study's finished trials, the most accurate ones if there are many."""
     trials = runs.search_runs(
-        f"tags.`mlflow.parentRunId` = '{study.info.run_id}' and tags.role = 'trial' and attributes.status = 'FINISHED'",
+        " and ".join(
+            [
+                store.equals(runs.PARENT, study.info.run_id),
+                store.equals("tags.role", "trial"),
+                store.equals("attributes.status", "FINISHED"),
+            ]
+        ),
         order_by=["metrics.val_accuracy DESC"],
         max_results=MAX_COMPARED,
     )
