@@ -194,10 +194,10 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
     link = urls.compare_url(urls.ui_url(), runs.find_run(search.run_id))
     stock = f"mlflow models serve -m models:/{shlex.quote(decision.model_name)}@champion"
     serving = [f"  serve it     {stock} --env-manager uv"]
-    if urls.is_checkout():
+    if script := urls.script_command("serve"):
         serving = [
-            f"  serve it     scripts/serve{registry.name_option(decision.model_name)}, or: {stock}",
-            "  ask it       scripts/ask PHOTOGRAPH...",
+            f"  serve it     {script}{registry.name_option(decision.model_name)}, or: {stock}",
+            f"  ask it       {script.rpartition(' ')[2].removesuffix('serve')}ask PHOTOGRAPH...",
         ]
     return [
         "",

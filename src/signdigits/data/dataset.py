@@ -197,7 +197,7 @@ def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
             message = f"{folder}: {describe_file(folder) or 'no such folder'}"
             if not folder.exists():
                 if not folder.is_absolute():
-                    message += f" in {Path.cwd()}, the working directory of `mlflow run`; an absolute path is safer"
+                    message += f" in {Path.cwd()}, nor where the command was started; an absolute path is safer"
                 message += suggest_file(folder)
             if len(folders) > 1:
                 message += "; data=A,B joins existing folders or data sets, and a comma in a name is one between two"

@@ -19,15 +19,13 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 from tqdm import tqdm
 
+from signdigits.config import HANDWRITTEN_DIGITS, SIGN_LANGUAGE_DIGITS
 from signdigits.data.names import locate
 from signdigits.errors import DataError, DownloadError
 from signdigits.files import atomic_folder, compute_digest
 from signdigits.tracking import runs, store
 
 log = logging.getLogger(__name__)
-
-HANDWRITTEN_DIGITS = "handwritten-digits"
-SIGN_LANGUAGE_DIGITS = "sign-language-digits"
 
 # Zeynep Dikle, Arda Mavi and the students of Turkey Ankara Ayrancı Anadolu High School; Apache-2.0; arXiv:2011.08927.
 SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dataset/archive/4b09433.zip"

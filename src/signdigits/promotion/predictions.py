@@ -61,7 +61,7 @@ def collect_predictions(version: ModelVersion, champion: ModelVersion) -> Predic
     scorer = _load_scorer(champion)
     _check_classes(scorer, challenger, champion)
     dataset = _scan_photographs(version, set(challenger["path"]))
-    fitted = find_fitted_checksums(champion)
+    fitted = find_fitted_checksums(champion.run_id)
     known = None if fitted is None else frozenset(p.path for p in dataset.photographs if p.checksum in fitted)
     unseen = challenger[~challenger["path"].isin(known or ())].reset_index(drop=True)
     if unseen.empty:
@@ -92,13 +92,13 @@ def list_classes(table: pd.DataFrame) -> list[str]:
     return sorted(column[2:-1] for column in map(str, table) if column.startswith("p("))
 
 
-def find_fitted_checksums(champion: ModelVersion) -> set[str] | None:
-    """Return the SHA-256 of the photographs that a version was trained or calibrated on; None if they are not recorded.
+def find_fitted_checksums(run_id: str) -> set[str] | None:
+    """Return the SHA-256 of the photographs that the model of a run was trained or calibrated on; None if not recorded.
 
-    The run that trained it has the table of files, or the study that its refit belongs to.
+    The run has the table of files, or the study that its refit belongs to.
     """
     try:
-        run = mlflow.get_run(champion.run_id)
+        run = mlflow.get_run(run_id)
     except MlflowException:  # deleted for good, or the version was registered without a run
         return None
     for run_id in (run.info.run_id, run.data.tags.get("mlflow.parentRunId")):
