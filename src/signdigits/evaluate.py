@@ -7,6 +7,7 @@ mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champio
 import io
 import logging
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 from mlflow.entities import LoggedModel
 from PIL import Image
+from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import classification_report, roc_auc_score
 from tqdm.contrib.concurrent import thread_map
 
@@ -69,7 +71,7 @@ def evaluate(parameters: SourceParameters, which: ModelParameters) -> Scores:
     except (DataError, ModelError) as error:
         if parameters.data == SourceParameters().data:  # probably forgotten
             raise
-        log.info("scored as photographs of its own: %s", error)
+        log.info("%s: scored as a folder of its own", str(error).partition(";")[0])
         return _score_folder(model, dataset, parameters)
     with runs.start_run("evaluate", f"evaluate {model.model_id}"):
         runs.log_params(asdict(parameters))
@@ -108,7 +110,7 @@ def _score_folder(model: LoggedModel, dataset: Dataset, parameters: SourceParame
         runs.set_description(
             f"{len(table)} photographs of `{dataset.name}`: {overlap}. {scores}.\n\n" + _to_markdown(per_class)
         )
-    log.info("%s of %s: %s; what `register` compares is unchanged", scores, dataset.name, overlap)
+    log.info("%s: %s; %s. What `register` compares is unchanged", dataset.name, scores, overlap)
     return scores
 
 
@@ -323,7 +325,10 @@ def _score_classes(table: pd.DataFrame) -> pd.DataFrame:
 def _log_mlflow_evaluation(table: pd.DataFrame, part: str) -> None:
     """Log MLflow's evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
     read = table[["label", "prediction"]]
-    with matplotlib.rc_context({"text.parse_math": False}):  # MLflow leaves its style behind; $ may be in a name
+    with (
+        matplotlib.rc_context({"text.parse_math": False}),  # MLflow leaves its style behind; $ may be in a name
+        warnings.catch_warnings(action="ignore", category=UndefinedMetricWarning),  # of a class without predictions
+    ):
         mlflow.models.evaluate(
             data=mlflow.data.from_pandas(read, name="predictions", targets="label", predictions="prediction"),
             model_type="classifier",

@@ -175,6 +175,7 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
     """Return the lines of the summary: the results, and the next commands."""
     tags = model.tags
     mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])
+    low, high = float(tags["test_accuracy_low"]), float(tags["test_accuracy_high"])
     rows = {
         "study": search.study.study_name,
         "chosen": choice.reason,
@@ -183,7 +184,7 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
         "network": f"mean of those with the seeds {tags['seeds']}"
         if "seeds" in tags
         else f"with the seed {tags['seed']}",
-        "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
+        "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images ({low:.4f} to {high:.4f})",
         f"over {float(tags['n_seeds']):.0f} seeds": f"{mean:.4f} +/- {std:.4f}",
         "robust accuracy": f"{float(tags['robust_accuracy']):.4f}, worst {float(tags['worst_accuracy']):.4f}: {tags['worst_corruption']}",
         "calibration error": f"{float(tags['test_ece']):.4f}, {float(tags['robust_ece']):.4f} under corruptions",
