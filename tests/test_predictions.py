@@ -58,8 +58,10 @@ def test_same_images_need_no_model(champion: str) -> None:
 
 
 def test_champion_is_asked_about_other_images(champion: str, photographs: Path, tmp_path: Path) -> None:
-    """Those that it was trained on are left out, whatever their names are now."""
-    dataset = scan_copy(photographs, tmp_path / "more")
+    """Those that it was trained on are left out, whatever their names are now; a class may have an invisible character."""
+    scan_copy(photographs, tmp_path / "more")
+    (tmp_path / "more" / "1").rename(tmp_path / "more" / "1\u200b")
+    dataset = scan_dataset(DataParameters(data=str(tmp_path / "more")))
     version = evaluated(dataset, np.arange(len(dataset.photographs)))
     collected = predictions.collect_predictions(version, find_champion())
     assert collected.n_known == "48"

@@ -49,7 +49,7 @@ def review(parameters: ReviewParameters) -> pd.DataFrame:
         raise DataError(
             f"corrections={folder}: {describe_file(folder) or f'no such folder; serve with --corrections {folder}'}"
         )
-    _read_record(folder)
+    _read_record(folder)  # fails before anything is changed
     pending = _list_photographs(folder / PENDING)
     if not pending:
         log.info("%s: no correction waits for a review", folder)

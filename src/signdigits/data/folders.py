@@ -2,8 +2,6 @@
 
 import contextlib
 import re
-import tarfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ JUNK_NAMES = (
     "#recycle", "#snapshot", "~snapshot",
 )  # fmt: skip
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
-ARCHIVES = (".7z", ".rar")  # that Python does not recognise
+ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 
 
 def is_junk(path: Path) -> bool:
@@ -80,8 +78,8 @@ def describe_file(path: Path) -> str:
     if not path.is_file():
         return ""
     if suffix in SPREADSHEETS:
-        return "a spreadsheet; export it as CSV"
-    if suffix in ARCHIVES or zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+        return "a spreadsheet; a table must be a CSV or Parquet file"
+    if suffix in ARCHIVES:
         return "an archive; unpack it, and pass the folder"
     with contextlib.suppress(images.ImageError):
         images.open_image(images.read_file(path))

@@ -55,7 +55,8 @@ def resolve_source(data: str, home: Path = Path("data")) -> tuple[Path, ...]:
 
 def split_source(data: str) -> list[str]:
     """Return the parts of `data`: several if it has commas, unless there is a path of that name."""
-    return [data] if Path(data).exists() else [part.strip() for part in data.split(",") if part.strip()]
+    parts = [] if Path(data).exists() else [part.strip() for part in data.split(",")]
+    return [part for part in parts if part] or [data]
 
 
 def _resolve_folder(data: str, home: Path) -> Path:

@@ -75,7 +75,7 @@ def _read_header(file: Path, line: str, required: tuple[str, ...]) -> tuple[str,
     separator, header = min(headers.items(), key=lambda item: len(set(required) - set(item[1])))
     if missing := [name for name in required if name not in header]:
         raise DataError(
-            f"{file}: no column {' and '.join(missing)} (columns: {', '.join(header)[:100] or 'none'}); add one to the first line"
+            f"{file}: no column {' and '.join(missing)} (columns: {', '.join(header)[:100] or 'none'}); add one, in a first line with the names of the columns"
         )
     if twice := [name for name in required if header.count(name) > 1]:
         raise DataError(f"{file}: several columns {twice[0]}; keep one")

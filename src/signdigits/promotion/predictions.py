@@ -17,6 +17,7 @@ from signdigits import files
 from signdigits.batch.scoring import Scorer
 from signdigits.config import SourceParameters
 from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.data.names import normalize_text
 from signdigits.errors import DataError, IncomparableError, ModelError
 from signdigits.tracking import runs
 
@@ -124,7 +125,7 @@ def _load_scorer(champion: ModelVersion) -> Scorer:
 def _check_classes(scorer: Scorer, challenger: pd.DataFrame, champion: ModelVersion) -> None:
     """Raise IncomparableError if the champion knows other classes than the challenger."""
     names, others = list_classes(challenger), sorted(scorer.class_names)
-    if names != others:
+    if {*map(normalize_text, names)} != {*map(normalize_text, others)}:
         raise IncomparableError(
             f"version {champion.version} knows other classes ({', '.join(others)}; not {', '.join(names)}), and cannot be "
             "compared; --model_name NAME gives these classes a champion of their own, --force true assigns the alias anyway"
@@ -161,7 +162,11 @@ def _predict_images(scorer: Scorer, challenger: pd.DataFrame, read: Callable[[st
     table = scorer.score_photographs(list(challenger["path"]), read)
     probabilities = [f"p({name})" for name in scorer.class_names]
     table.loc[table["label"].isna(), probabilities] = 1 / len(probabilities)
-    return table.rename(columns={"label": "prediction"}).assign(path=challenger["path"], label=challenger["label"])
+    spellings = {normalize_text(name): name for name in list_classes(challenger)}
+    classes = {name: spellings.get(normalize_text(name), name) for name in scorer.class_names}
+    table["prediction"] = table["label"].map(classes)
+    table = table.rename(columns={f"p({name})": f"p({spelling})" for name, spelling in classes.items()})
+    return table.assign(path=challenger["path"], label=challenger["label"])
 
 
 def _describe_images(champion: ModelVersion, unseen: pd.DataFrame, known: frozenset[str] | None) -> str:
