@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -27,6 +27,7 @@ from signdigits.config import ModelParameters, SourceParameters
 from signdigits.data import images, lineage, split
 from signdigits.data.corruptions import CORRUPTIONS, corrupt_image
 from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.data.names import Names
 from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
 from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError, ModelError
@@ -84,10 +85,12 @@ def _score_folder(model: LoggedModel, dataset: Dataset, parameters: SourceParame
     Raises ModelError if it was trained on all of them, or does not know a class.
     """
     scorer = Scorer(model.model_uri)
+    known = Names(scorer.class_names)
+    dataset = replace(dataset, class_names=tuple(known.find(name) or name for name in dataset.class_names))
     if unknown := sorted(set(dataset.class_names) - set(scorer.class_names)):
         raise ModelError(
-            f"{dataset.folder / unknown[0]}: no class of the model, which knows {', '.join(scorer.class_names)}; rename the "
-            "folder, or remove it"
+            f"{dataset.folder / unknown[0]}: no class of the model, which knows {', '.join(scorer.class_names)}"
+            f"{known.suggest(unknown[0])}; rename the folder, or remove it"
         )
     fitted = find_fitted_checksums(model.source_run_id)
     unseen = np.array([i for i, p in enumerate(dataset.photographs) if p.checksum not in (fitted or ())], int)
