@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from click.testing import CliRunner
 
 from signdigits.config import DataParameters
 from signdigits.data import loading
+from signdigits.errors import ModelError
 from signdigits.model import architecture
 from signdigits.packaging import package
-from signdigits.tracking import runs
+from signdigits.tracking import registry, runs
 
 from .conftest import SIZE, calibrate
 
@@ -33,6 +35,27 @@ def test_logged_model_matches_network(store: str, photographs: Path, color_mode:
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     answered = [list(row.values()) for row in reply["probabilities"]]
     np.testing.assert_allclose(answered, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["lost", "nan"])
+def test_model_that_does_not_answer_fails(
+    store: str, loaded: loading.Data, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """A network that cannot be loaded, and one whose probabilities are not numbers."""
+    write = package.write_files
+
+    def write_damaged(*arguments: Any) -> None:
+        write(*arguments)
+        if damage == "lost":
+            (arguments[-1] / "network.tflite").write_bytes(b"")
+
+    monkeypatch.setattr(package, "write_files", write_damaged)
+    network = architecture.build_network(loaded.training.shape, 3)
+    calibration = calibrate(network, loaded, temperature=math.nan if damage == "nan" else 1.0)
+    with runs.start_run("train", "train") as run, pytest.raises(ModelError, match="does not answer its input example"):
+        package.log_model(network, calibration, loaded, {})
+    with pytest.raises(ModelError, match="no such model in"):
+        registry.find_model(run.info.run_id, "")
 
 
 def test_versions_keep_their_decoder(log_model: Callable[..., Any]) -> None:

@@ -78,7 +78,7 @@ def test_champion_is_asked_about_other_images(champion: str, photographs: Path, 
 
 def test_trained_images_alone_are_not_compared(champion: str, photographs: Path) -> None:
     dataset = scan_dataset(DataParameters(data=str(photographs)))
-    fitted = predictions.find_fitted_checksums(find_champion())
+    fitted = predictions.find_fitted_checksums(find_champion().run_id)
     assert fitted is not None
     known = np.array([i for i, photograph in enumerate(dataset.photographs) if photograph.checksum in fitted])
     with pytest.raises(IncomparableError, match="was trained on all of the 48 test images"):

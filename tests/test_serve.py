@@ -33,7 +33,7 @@ from signdigits.packaging.reply import FIELDS
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.supervisor import REASON, STATE, is_listening
 
-from .conftest import free_port, log_untrained, serve_command, store_like, wait_until
+from .conftest import free_port, log_untrained, serve_command, settings_of_others, store_like, wait_until
 from .load import JSON, Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")]
@@ -302,8 +302,9 @@ def test_model_is_served_without_nginx(
     assert cli.main(["serve", "--requests_per_second", "5"]) == 2
     assert "requests_per_second=5: needs nginx" in capsys.readouterr().err
     port = free_port()
+    environment = settings_of_others(tmp_path)
     alone = subprocess.Popen(
-        serve_command(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=registry.folder, env=os.environ
+        serve_command(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=registry.folder, env=environment
     )
     try:
         wait_until(lambda: is_listening(ServeParameters(port=port)) or alone.poll() is not None)

@@ -8,6 +8,7 @@ and `group` (any text).
 """
 
 import errno
+import itertools
 import logging
 import re
 import stat
@@ -35,6 +36,7 @@ GROUPS = "groups.csv"
 SPLIT_SEED = 1337
 TEST_FRACTION = 0.2
 VALIDATION_FRACTION = 0.2  # of the photographs that are not for the test
+FEW_GROUPS = 8  # every way to cut them is tried
 
 
 @dataclass(frozen=True)
@@ -190,16 +192,26 @@ def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 def _cut_groups(
     dataset: Dataset, group_names: np.ndarray, indices: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the ways to cut `indices` in two that have every class on both sides, those of five folds first."""
+    """Yield ways to cut `indices` in two that have every class on both sides: those of five folds, of fewer, and all of few groups."""
     labels, groups = dataset.labels[indices], group_names[indices]
-    for n_folds in range(min(5, len(np.unique(groups)), np.bincount(labels).max()), 1, -1):
+    names = np.unique(groups)
+
+    def has_every_class(part: np.ndarray) -> bool:
+        return len(np.unique(labels[part])) == len(dataset.class_names)
+
+    for n_folds in range(min(5, len(names), np.bincount(labels).max()), 1, -1):
         folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=SPLIT_SEED)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a class with fewer photographs than folds
             cuts = list(folds.split(indices, labels, groups))
         for first, second in cuts:
-            if all(len(np.unique(labels[part])) == len(dataset.class_names) for part in (first, second)):
+            if has_every_class(first) and has_every_class(second):
                 yield indices[first], indices[second]
+    for size in range(1, len(names) if len(names) <= FEW_GROUPS else 0):
+        for chosen in itertools.combinations(names, size):
+            second = np.isin(groups, chosen)
+            if has_every_class(~second) and has_every_class(second):
+                yield indices[~second], indices[second]
 
 
 def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: str) -> None:
