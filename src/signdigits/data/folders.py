@@ -11,7 +11,7 @@ from signdigits.data import images
 JUNK_NAMES = (
     "__macosx", "icon\r", "network trash folder", "temporary items", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini",
     "$recycle.bin", "system volume information", "lost+found", "picasa.ini", "@eadir", "@tmp", "@recycle", "@recently-snapshot",
-    "#recycle", "#snapshot", "~snapshot",
+    "@sharesnap", "#recycle", "#snapshot", "~snapshot", "thumbs.db:encryptable", "zbthumbnail.info",
 )  # fmt: skip
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")

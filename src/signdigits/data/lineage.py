@@ -19,6 +19,7 @@ from mlflow.data.sources import LocalArtifactDatasetSource
 from signdigits.config import DataParameters
 from signdigits.data.dataset import Dataset
 from signdigits.data.loading import Data, load_data
+from signdigits.data.names import locate
 from signdigits.data.sources import ARCHIVE, HANDWRITTEN_DIGITS, PHOTOGRAPHS, PHOTOGRAPHS_DIGEST, split_source
 from signdigits.data.split import GROUPS, Split
 from signdigits.errors import DataError
@@ -102,7 +103,7 @@ def load_study_data(parameters: DataParameters, digest: str, run_id: str) -> Dat
 
     Raises DataError if their digest differs from the study's.
     """
-    is_here = all(part == HANDWRITTEN_DIGITS or Path(part).is_dir() for part in split_source(parameters.data))
+    is_here = all(part == HANDWRITTEN_DIGITS or locate(Path(), part).is_dir() for part in split_source(parameters.data))
     source = parameters if is_here else replace(parameters, data=f"runs:/{run_id}")
     loaded = load_data(source)
     if loaded.split.digest != digest:
