@@ -278,8 +278,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory, photographs: Path, champion
     with store_like(champion_store, home):
         line = [sys.executable, "-X", "importtime", "-m", "signdigits", "predict", "--images", str(images)]
         with Path("printed").open("w") as file:
-            options = {"stdout": file, "stderr": file, "env": settings_of_others(home)}
-            process = subprocess.Popen([*line, "--output", "out"], **options)
+            process = subprocess.Popen(
+                [*line, "--output", "out"], stdout=file, stderr=file, env=settings_of_others(home)
+            )
             wait_until(lambda: list(Path("out", "parts").glob("0*.parquet")) or process.poll() is not None)
             process.send_signal(signal.SIGKILL)
             process.wait()
