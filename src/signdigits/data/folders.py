@@ -57,14 +57,16 @@ def count_junk(folder: Path) -> int:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Return `folder` and its subfolders, each once, however many symbolic links lead to it."""
+    """Return `folder` and its subfolders, each once, however many symbolic links lead to it; links upwards are skipped."""
+    root = folder.resolve()
     folders: dict[Path, Path] = {}
     pending, links = [folder], list[Path]()
     while pending or links:
         directory = pending.pop() if pending else links.pop(0)
-        if directory.resolve() in folders:
+        target = directory.resolve()
+        if target in folders or target in root.parents:
             continue
-        folders[directory.resolve()] = directory
+        folders[target] = directory
         for entry in list_folders(directory):
             (links if entry.is_symlink() else pending).append(entry)
     return sorted(folders.values(), key=str)
