@@ -1,6 +1,7 @@
 """Fixtures: generated photographs, a SQLite store per test, trained models, real servers on free ports."""
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -271,6 +272,25 @@ def log_model(store: str, loaded: loading.Data, model_files: Callable[[float], P
         return mlflow.get_logged_model(log_untrained(model_files(temperature), loaded, **facts).model_id)
 
     return log
+
+
+def settings_of_others(folder: Path) -> dict[str, str]:
+    """Return an environment as other projects, a Jupyter kernel and a company leave it, with their files in `folder`."""
+    keras_json = {"backend": "torch", "floatx": "float16", "image_data_format": "channels_first", "epsilon": 1e-3}
+    (folder / "keras.json").write_text(json.dumps(keras_json))
+    (folder / "matplotlibrc").write_text("backend: TkAgg\ntext.usetex: True\nfont.family: Nowhere\n")
+    return os.environ | {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": str(folder / "matplotlibrc"),
+        "KERAS_BACKEND": "torch",
+        "KERAS_HOME": str(folder),
+        "KERAS_MAX_EPOCHS": "1",
+        "TF_USE_LEGACY_KERAS": "1",
+        "PYTHONOPTIMIZE": "2",
+        "PYTHONWARNINGS": "ignore::UserWarning,error",
+        "http_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+    }
 
 
 def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import tensorflow as tf
 from signdigits.config import Hyperparameters
 from signdigits.errors import UsageError
 from signdigits.model import architecture
-from signdigits.model.layers import FusedBatchNormalization
+from signdigits.model.layers import FusedBatchNormalization, SingleReplicaAdam
 
 EXTENDED = Hyperparameters(
     conv_blocks=4, filters=32, stem_stride=2, pooling="average_max", normalization="batch", dropout=0.2
@@ -78,6 +78,30 @@ def test_weight_decay_is_that_of_adamw() -> None:
         weights.append(network.get_weights())
     for ours, adamw in zip(*weights, strict=True):
         np.testing.assert_array_equal(ours, adamw)
+
+
+def test_average_of_weights_starts_with_a_short_memory() -> None:
+    """Of the training so far, and not of a hundred steps before it."""
+    network = architecture.build_network((8, 8, 3), 2)
+    architecture.compile_network(network, Hyperparameters(ema_momentum=0.99), steps=40)
+    assert network.optimizer.get_config()["ema_momentum"] == pytest.approx(0.99), "as MLflow logs it"
+    found = []
+    for step in (1, 40, 2000):
+        network.optimizer.iterations.assign(step)
+        found.append(float(network.optimizer.ema_momentum))
+    assert found == pytest.approx([2 / 11, 41 / 50, 0.99])
+
+
+def test_averaged_weights_follow_a_short_training() -> None:
+    weights = keras.Variable([0.0])
+    optimizer = SingleReplicaAdam(0.1, use_ema=True, ema_momentum=0.99)
+    optimizer.build([weights])
+    for _ in range(20):
+        optimizer.apply([keras.ops.ones(1)])
+    reached = float(weights[0])
+    optimizer.finalize_variable_values([weights])
+    assert reached == pytest.approx(-2, abs=0.01)
+    assert -1.8 < float(weights[0]) < -1.5, "with 0.99 from the start -0.3"
 
 
 def test_decay_rate_one_is_constant() -> None:

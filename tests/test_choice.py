@@ -1,15 +1,17 @@
 """The choice of the trial that is fitted again: rules on studies whose trials are recorded and not trained."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlflow
+import mlflow.cli
 import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from optuna.trial import TrialState
 
 from signdigits import files
@@ -92,16 +94,21 @@ def test_best_trial_wins_where_the_first_is_not_complete(recorded: Recorded, fir
     assert choice.reason == "trial 2, the best of 2; the first is not complete"
 
 
-def test_deleted_trial_is_not_chosen(recorded: Recorded, first: np.ndarray) -> None:
+@pytest.mark.parametrize("for_good", [False, True])
+def test_deleted_trial_is_not_chosen(recorded: Recorded, first: np.ndarray, for_good: bool) -> None:
+    """In the UI, and by `mlflow gc`, as of a store that was lost."""
     recorded.add(first, origin=BASELINE)
-    mlflow.delete_run(recorded.add(better(first, 3)))
+    mlflow.delete_run(run_id := recorded.add(better(first, 3)))
+    if for_good:
+        line = ["gc", "--backend-store-uri", mlflow.get_tracking_uri(), "--run-ids", run_id]
+        assert CliRunner().invoke(mlflow.cli.cli, line).exit_code == 0
     assert choose_trial(recorded.study, "val_brier").trial.number == 0
 
 
 def test_missing_scores_keep_the_first_trial(recorded: Recorded, first: np.ndarray) -> None:
     recorded.add(first, origin=BASELINE)
     run_id = recorded.add(better(first, 3))
-    Path(mlflow.get_run(run_id).info.artifact_uri.removeprefix("file://"), SCORES).unlink()
+    shutil.rmtree(mlflow.get_run(run_id).info.artifact_uri.removeprefix("file://"))
     choice = choose_trial(recorded.study, "val_brier")
     assert choice.trial.number == 0
     assert choice.reason == "trial 0, the first; trial 1 may be better, but validation.csv of one of the two is missing"

@@ -74,7 +74,10 @@ LIMITS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
     },
     hp.RefitParameters: {"n_seeds": ([1, 100], [0, 101])},
     hp.VersionParameters: {
-        "model_name": (["a", "a" * 200], ["", "a" * 201, "a/b"]),
+        "model_name": (
+            ["a", "a" * 200, "sam's", 'the "best"', "a\\'b"],
+            ["", "a" * 201, "a/b", 'sam\'s "best"', '"a" of sam\'s', "a\\"],
+        ),
         "significance_level": ([1e-9, 1.0], [0.0, 1.1]),
         "margin": ([1e-9, 0.5], [0.0, 0.51]),
         "version": ([0, 1], [-1]),

@@ -63,3 +63,18 @@ def test_shown_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_named_scripts_exist(page: Path) -> None:
     for script in set(re.findall(r"\bscripts/(\w+)", page.read_text())):
         assert (PROJECT / "scripts" / script).is_file(), script
+
+
+def test_photographs_of_visitors_are_ignored() -> None:
+    """What commands leave in the checkout by default does not get into a commit."""
+    if not (PROJECT / ".git").exists():
+        pytest.skip("no checkout")
+    left = [
+        "corrections/pending/0/a.jpeg",
+        "prediction_log/a.jsonl",
+        "predictions/a.csv",
+        "exported/a.tflite",
+        "data/a.jpg",
+    ]
+    found = subprocess.run(["git", "check-ignore", *left], cwd=PROJECT, capture_output=True, text=True)
+    assert found.stdout.split() == left

@@ -1,7 +1,10 @@
 """The evaluation. Evaluating a model takes seconds: the tests look at one, in copies of its store."""
 
+import base64
+import hashlib
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
@@ -12,10 +15,12 @@ from PIL import Image
 
 from signdigits import evaluate
 from signdigits.batch.scoring import Scorer
-from signdigits.config import DataParameters, ModelParameters
+from signdigits.config import ModelParameters, SourceParameters
 from signdigits.data import loading
 from signdigits.data.corruptions import CORRUPTIONS
 from signdigits.errors import ModelError
+from signdigits.promotion.predictions import find_fitted_checksums
+from signdigits.tracking import registry
 
 from .conftest import log_untrained, store_like, write_photographs
 
@@ -150,10 +155,62 @@ def test_uncalibrated_error_is_logged(
     assert cooled.test_ece != pytest.approx(plain.test_ece, abs=1e-3)
 
 
-def test_other_dataset_is_refused(tmp_path: Path, evaluated: Evaluation, source: DataParameters) -> None:
-    other = write_photographs(tmp_path / "other", each=21)
-    with pytest.raises(ModelError, match="pass --data the photographs that the model was trained on"):
-        evaluate.evaluate(replace(source, data=str(other)), ModelParameters(model_uri="models:/bars/1"))
+def test_own_folder_is_scored(champion: str, photographs: Path, tmp_path: Path) -> None:
+    """Two of the classes: one with the champion's own photographs, of which 16 are not for its test, one with new ones."""
+    own = tmp_path / "own"
+    shutil.copytree(photographs / "0", own / "0")
+    write_photographs(tmp_path / "others", each=3)
+    shutil.copytree(tmp_path / "others" / "2", own / "2")
+    parameters, model = SourceParameters(data=str(own)), ModelParameters(model_uri="models:/sign-digits@champion")
+    before = mlflow.MlflowClient().get_model_version_by_alias("sign-digits", "champion").tags
+    scores = evaluate.evaluate(parameters, model)
+    assert scores.test_images == 4 + 3
+    assert scores.test_accuracy_low < scores.test_accuracy <= scores.test_accuracy_high
+    run = mlflow.last_active_run()
+    assert run is not None
+    run = mlflow.get_run(run.info.run_id)
+    assert run.data.metrics["external_trained_on"] == 16
+    assert run.data.metrics["external_accuracy"] == scores.test_accuracy
+    assert not [name for name in run.data.metrics if name.startswith("test_")]
+    assert "16 more are left out, because it was trained on them" in run.data.tags["mlflow.note.content"]
+    assert mlflow.MlflowClient().get_model_version_by_alias("sign-digits", "champion").tags == before
+    shutil.rmtree(own / "2")
+    (own / "0").rename(own / "1")
+    shutil.copytree(own / "1", own / "palm")
+    with pytest.raises(ModelError, match="palm: no class of the model, which knows 0, 1, 2"):
+        evaluate.evaluate(parameters, model)
+
+
+def test_trained_images_alone_are_not_scored(champion: str, photographs: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(photographs, tmp_path / "own")
+    model = registry.find_model("", "models:/sign-digits@champion")
+    fitted = find_fitted_checksums(model.source_run_id) or set()
+    for path in own.rglob("*.JPG"):
+        if hashlib.sha256(path.read_bytes()).hexdigest() not in fitted:
+            path.unlink()
+    with pytest.raises(ModelError, match="the model was trained on all of the 48 photographs"):
+        evaluate.evaluate(SourceParameters(data=str(own)), ModelParameters(model_uri=model.model_uri))
+
+
+def test_mlflow_evaluates_labels(champion: str, photographs: Path) -> None:
+    """As in docs/registry.md; the labels come back with the rows that they belong to."""
+    model = mlflow.pyfunc.load_model("models:/sign-digits@champion")
+    paths = sorted(photographs.glob("*/*.JPG"))
+    table = pd.DataFrame(
+        {"image": [path.read_bytes() for path in paths], "class": [path.parent.name for path in paths]}
+    )
+    chosen = table[table["class"] != "0"].sample(frac=1, random_state=0)
+    chosen["label"] = model.predict(chosen[["image"]])["label"]
+    assert (chosen["label"] == chosen["class"]).mean() > 0.9
+    table["image"] = [base64.b64encode(image).decode() for image in table["image"]]
+    result = mlflow.models.evaluate(
+        model=lambda rows: model.predict(rows[["image"]])["label"],
+        data=table.loc[chosen.index, ["image", "class"]],
+        targets="class",
+        model_type="classifier",
+        evaluator_config={"log_model_explainability": False},
+    )
+    assert result.metrics["accuracy_score"] == (chosen["label"] == chosen["class"]).mean()
 
 
 def test_confidence_interval_is_wilsons() -> None:

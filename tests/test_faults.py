@@ -31,7 +31,7 @@ from signdigits.model import training
 from signdigits.tracking import registry, runs
 from signdigits.tuning.space import Range, Space
 
-from .conftest import command, use_store, wait_until, write_photographs
+from .conftest import command, settings_of_others, use_store, wait_until, write_photographs
 
 pytestmark = pytest.mark.slow
 
@@ -162,10 +162,13 @@ def test_process_identity_includes_start(start: str, alive: bool) -> None:
     assert runs.is_alive(f"{platform.node()}:{os.getpid()}:{start}") == alive
 
 
-def test_mlflow_settings_lose_nothing(store: str, photographs: Path) -> None:
-    settings = {"MLFLOW_ENABLE_ASYNC_LOGGING": "true", "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "30"}
+def test_mlflow_settings_lose_nothing(store: str, photographs: Path, tmp_path: Path) -> None:
+    settings = settings_of_others(tmp_path) | {
+        "MLFLOW_ENABLE_ASYNC_LOGGING": "true",
+        "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "30",
+    }
     line = ["search", "--data", str(photographs), "--image_size", "16", "--space", "notebook", "--n_trials", "1"]
-    done = command(*line, "--epochs", "3", env=os.environ | settings)
+    done = command(*line, "--epochs", "3", env=settings)
     assert done.returncode == 0, done.stderr
     for run in find_runs("trial"):
         assert {"initial_learning_rate", "decay_rate", "epochs"} <= set(run.data.params)
@@ -181,13 +184,15 @@ def test_unrecorded_metrics_fail_the_run(store: str, params: dict[str, float], s
             runs.check_recorded(params, "val_accuracy", steps)
 
 
-def test_closed_pipe_is_ignored(store: str, photographs: Path) -> None:
+def test_closed_pipe_is_ignored(store: str, photographs: Path, tmp_path: Path) -> None:
+    settings = settings_of_others(tmp_path)
     line = f"{sys.executable} -u -m signdigits prepare --data {photographs} --image_size 16 | true"
-    done = subprocess.run(["bash", "-c", line], text=True, capture_output=True, timeout=120)
+    done = subprocess.run(["bash", "-c", line], text=True, capture_output=True, timeout=120, env=settings)
     assert "Logging error" not in done.stderr
     assert "Traceback" not in done.stderr
     (run,) = find_runs("prepare")
     assert run.info.status == "FINISHED"
+    assert "data/sample.png" in list_artifacts(run, "data")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("six\nfingers"), MlflowException("no such table")])

@@ -7,6 +7,7 @@ import pytest
 from signdigits.batch import inputs
 from signdigits.config import SourceParameters
 from signdigits.data import dataset, folders
+from signdigits.errors import DataError
 
 from .conftest import write_photographs
 
@@ -51,6 +52,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (folder / "0" / "again").symlink_to(".")
     (folder / "1" / "a").mkdir()
     (folder / "1" / "a" / "up").symlink_to("../../1")
+    (folder / "2" / "all").symlink_to("..")
     (folder / "2" / "twin.JPG").symlink_to("IMG_0000.JPG")
     shutil.move(folder / "2" / "IMG_0001.JPG", tmp_path / "outside.JPG")
     for name in ("linked.JPG", "twice.JPG"):
@@ -62,6 +64,9 @@ def test_pipes_are_skipped(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "bars", each=2)
     os.mkfifo(folder / "0" / "pipe.jpg")
     (folder / "1" / "linked.jpg").symlink_to(folder / "0" / "pipe.jpg")
-    os.mkfifo(folder / "pipe")
+    for name in ("pipe", "pipe.parquet", "pipe.csv"):
+        os.mkfifo(folder / name)
+        with pytest.raises(DataError, match=f"{name}: neither a folder nor a table"):
+            inputs.find_inputs(str(folder / name), tmp_path / "out")
     assert count(folder) == {"0": 2, "1": 2, "2": 2}
     assert len(inputs.find_inputs(str(folder), tmp_path / "out").paths) == 6

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 
 from signdigits import home
-from signdigits.config import MODEL_NAME, SERVED_MODEL
+from signdigits.config import MODEL_NAME, SERVED_MODEL, PredictParameters, SourceParameters
 from signdigits.errors import UsageError
+from signdigits.tracking import urls
 
 from .conftest import PROJECT, free_port, use_store, wait_until, write_photographs
 
@@ -44,6 +45,32 @@ def test_direct_command_stays(working: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("MLFLOW_RUN_ID")
     home.enter_home()
     assert Path.cwd() == working / "clone"
+
+
+def test_inputs_are_found_where_the_command_started(working: Path) -> None:
+    """Under `mlflow run` the project's folder, then the home; outputs belong to the home."""
+    start = Path.cwd()
+    for folder in ("photographs", "more", "handwritten-digits"):
+        Path(folder).mkdir()
+    home.enter_home()
+    given = [
+        SourceParameters(data="photographs"),
+        SourceParameters(data="handwritten-digits,more,elsewhere"),
+        PredictParameters(images="photographs", output="more"),
+    ]
+    joined, several, batch = home.find_inputs(given, start)
+    assert joined.data == f"{working}/clone/photographs"
+    assert several.data == f"handwritten-digits,{working}/clone/more,elsewhere"
+    assert (batch.images, batch.output) == (f"{working}/clone/photographs", "more")
+    assert home.find_inputs(given, Path.cwd()) == given
+
+
+def test_scripts_are_those_of_the_checkout(working: Path) -> None:
+    home.enter_home()
+    store = f"MLFLOW_TRACKING_URI=sqlite:///{working}/elsewhere/mlflow.db"
+    assert urls.script_command("serve") == f"{store} {PROJECT}/scripts/serve"
+    os.chdir(PROJECT)
+    assert urls.script_command("serve") == "scripts/serve"
 
 
 def test_environment_names_home(working: Path, monkeypatch: pytest.MonkeyPatch) -> None:

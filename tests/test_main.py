@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -103,6 +104,17 @@ def test_served_mean_is_the_mean_of_the_refits(job: str, photographs: Path) -> N
     models = [registry.find_model(run.info.run_id, "") for run in refits().values()]
     product = np.prod([predict(model.model_uri) for model in models], axis=0) ** (1 / len(models))
     np.testing.assert_allclose(predict(SERVED_MODEL), product / product.sum(), rtol=1e-4)
+
+
+def test_deleted_model_is_refitted(job: str) -> None:
+    """Of the refit with the first seed: the run is left, and its model is not found."""
+    (study,) = [run for run in runs() if run.data.tags["role"] == "study"]
+    search = SimpleNamespace(run_id=study.info.run_id)
+    model = main._find_model(search, "refit", {"seed": 1337})  # type: ignore[arg-type]
+    assert model is not None
+    mlflow.MlflowClient().delete_logged_model(model.model_id)
+    assert main._find_model(search, "refit", {"seed": 1337}) is None  # type: ignore[arg-type]
+    assert main._find_model(search, "refit", {"seed": 1338}) is not None  # type: ignore[arg-type]
 
 
 def test_first_seed_is_registered_without_ensemble(job: str, loaded: loading.Data) -> None:

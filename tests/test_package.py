@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from click.testing import CliRunner
 
 from signdigits.config import DataParameters
 from signdigits.data import loading
+from signdigits.errors import ModelError
 from signdigits.model import architecture
 from signdigits.packaging import package
-from signdigits.tracking import runs
+from signdigits.tracking import registry, runs
 
 from .conftest import SIZE, calibrate
 
@@ -35,9 +37,42 @@ def test_logged_model_matches_network(store: str, photographs: Path, color_mode:
     np.testing.assert_allclose(answered, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "content"), [("network.tflite", ""), ("settings.json", "NaN")])
+def test_model_that_does_not_answer_fails(
+    store: str,
+    loaded: loading.Data,
+    model_files: Callable[[float], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: str,
+) -> None:
+    """A network that cannot be loaded, and one whose probabilities are not numbers."""
+
+    files = model_files(1.0)
+
+    def write_damaged(network: Any, calibration: Any, data: loading.Data, folder: Path) -> None:
+        shutil.copytree(files, folder, dirs_exist_ok=True)
+        whole = (folder / name).read_text(errors="replace")
+        (folder / name).write_text(whole.replace('"temperature": 1.0', f'"temperature": {content}') if content else "")
+
+    monkeypatch.setattr(package, "write_files", write_damaged)
+    network = architecture.build_network(loaded.training.shape, 3)
+    with runs.start_run("train", "train") as run, pytest.raises(ModelError, match="does not answer its input example"):
+        package.log_model(network, calibrate(network, loaded), loaded, {})
+    with pytest.raises(ModelError, match="no such model in"):
+        registry.find_model(run.info.run_id, "")
+
+
 def test_versions_keep_their_decoder(log_model: Callable[..., Any]) -> None:
     first, second = (mlflow.pyfunc.load_model(log_model().model_uri).unwrap_python_model() for _ in range(2))
     assert first.images is not second.images
+
+
+def test_model_without_artifacts_is_reported(log_model: Callable[..., Any]) -> None:
+    logged = log_model()
+    shutil.rmtree(logged.artifact_location.removeprefix("file://"))
+    with pytest.raises(ModelError, match=r"no such model in sqlite.*; restore it, or train it again"):
+        registry.find_model(logged.source_run_id, "")
 
 
 def test_tags_name_data_and_commit(log_model: Callable[..., Any], loaded: loading.Data) -> None:

@@ -21,7 +21,7 @@ from signdigits.config import PredictParameters
 from signdigits.errors import UsageError
 from signdigits.packaging.reply import FIELDS
 
-from .conftest import store_like, use_store, wait_until
+from .conftest import settings_of_others, store_like, use_store, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -278,7 +278,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory, photographs: Path, champion
     with store_like(champion_store, home):
         line = [sys.executable, "-X", "importtime", "-m", "signdigits", "predict", "--images", str(images)]
         with Path("printed").open("w") as file:
-            process = subprocess.Popen([*line, "--output", "out"], stdout=file, stderr=file)
+            process = subprocess.Popen(
+                [*line, "--output", "out"], stdout=file, stderr=file, env=settings_of_others(home)
+            )
             wait_until(lambda: list(Path("out", "parts").glob("0*.parquet")) or process.poll() is not None)
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -149,6 +149,8 @@ def test_damaged_file_costs_one_picture(store: str, corrections: Path, caplog: p
     (pending / "1" / "@eaDir").mkdir()
     (pending / "1" / "Thumbs.db").write_bytes(b"junk")
     os.mkfifo(pending / "2" / "pipe.jpeg")
+    (pending / "1" / "bbbb.json").unlink()
+    os.mkfifo(pending / "1" / "bbbb.json")
     parameters = ReviewParameters(str(corrections), accept="eeee")
     with pytest.raises(UsageError, match=r"accept=eeee: .*; leave it out, or drop it"):
         review.review(parameters)

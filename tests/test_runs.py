@@ -155,7 +155,25 @@ def test_run_without_model_is_reported(store: str, tmp_path: Path) -> None:
         registry.find_model(run.info.run_id, "")
 
 
-@pytest.mark.parametrize("name", ["sam's hands", 'the "best" hands'])
+def test_deleted_run_has_no_model(store: str) -> None:
+    with runs.start_run("train", "train") as run:
+        pass
+    mlflow.delete_run(run.info.run_id)
+    with pytest.raises(UsageError, match="was deleted; restore it with `mlflow runs restore"):
+        registry.find_model(run.info.run_id, "")
+
+
+def test_runs_of_other_hosts_are_left(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An underscore of a host's name is any letter in MLflow's LIKE."""
+    monkeypatch.setattr(runs.platform, "node", lambda: "node_1")
+    for host in ("node-1", "node_1"):
+        mlflow.MlflowClient().create_run("0", tags={runs.PROCESS: f"{host}:1:00000000-1"})
+    runs.open_experiment("train")
+    statuses = {run.data.tags[runs.PROCESS]: run.info.status for run in runs.search_runs("")}
+    assert statuses == {"node-1:1:00000000-1": "RUNNING", "node_1:1:00000000-1": "KILLED"}
+
+
+@pytest.mark.parametrize("name", ["sam's hands", 'the "best" hands', "a\\'s 100% -- a_b; `c`"])
 def test_name_may_hold_a_quotation_mark(store: str, tmp_path: Path, name: str) -> None:
     client = mlflow.MlflowClient()
     client.create_registered_model(name)

@@ -28,7 +28,16 @@ from signdigits.data import loading
 from signdigits.packaging.reply import FIELDS
 from signdigits.serving.follower import REASON, STATE
 
-from .conftest import PROJECT, answers, free_port, log_untrained, serve_command, store_like, wait_until
+from .conftest import (
+    PROJECT,
+    answers,
+    free_port,
+    log_untrained,
+    serve_command,
+    settings_of_others,
+    store_like,
+    wait_until,
+)
 from .endpoint import Endpoint, descendants, is_alive, serving_endpoint
 from .load import Load
 
@@ -191,7 +200,7 @@ def test_killed_parent_leaves_no_orphans(registry: Registry, tmp_path: Path) -> 
         server.process.kill()
         wait_until(lambda: not any(map(is_alive, below)))
     move(3)
-    with serving_endpoint(tmp_path / "again.log", cwd=registry.folder) as server:
+    with serving_endpoint(tmp_path / "again.log", cwd=registry.folder, **settings_of_others(tmp_path)) as server:
         assert server.version(registry.request) == "2"
         assert "version 3 is refused" in server.said()
 

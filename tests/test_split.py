@@ -1,6 +1,6 @@
 import shutil
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,11 +258,47 @@ def test_odd_count_is_split_as_keras(tmp_path: Path) -> None:
         split.split_dataset(dataset, "random")
 
 
-def test_groups_of_few_are_refused(tmp_path: Path) -> None:
-    folder = write_photographs(tmp_path / "bars", each=4)
-    write_groups(folder, 1)
-    with pytest.raises(DataError, match="bars: too few photographs to split"):
-        split.split_dataset(scan_dataset(SourceParameters(data=str(folder))), "grouped")
+def split_by_groups(folder: Path, groups: Sequence[str]) -> dict[str, set[str]]:
+    """Split the photographs of three classes by the groups of each class' files, and return the groups of each part."""
+    dataset = scan_dataset(SourceParameters(data=str(folder)))
+    table = pd.DataFrame({"path": [p.path for p in dataset.photographs], "group": [*"".join(groups)]})
+    table.to_csv(folder / split.GROUPS, index=False)
+    made = split.split_dataset(dataset, "grouped")
+    for indices in made.parts.values():
+        assert set(dataset.labels[indices]) == {0, 1, 2}
+    return {part: set(table["group"][indices]) for part, indices in made.parts.items()}
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ["abc", "abc", "abc"],
+        ["abcabc", "abcabc", "cbacba"],
+        ["aaaaab", "abcabc", "abcccc"],
+        ["abcdef", "abcdef", "abcdef"],
+        ["abc", "abd", "abd"],  # only c and d together have every class
+    ],
+)
+def test_three_groups_suffice(tmp_path: Path, groups: list[str]) -> None:
+    if groups[0] == "aaaaab":
+        groups = ["aaaabc", *groups[1:]]
+    parts = split_by_groups(write_photographs(tmp_path / "bars", each=len(groups[0])), groups)
+    assert sorted(group for part in parts.values() for group in part) == sorted(set("".join(groups)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            ["abab", "abab", "abab"],
+            "bars: 2 groups, and class 0 has photographs of 2; split=grouped needs three groups",
+        ),
+        (["abcd", "abcd", "abab"], "bars: 4 groups, and class 2 has photographs of 2; .* add those of another group"),
+    ],
+)
+def test_two_groups_are_refused(tmp_path: Path, groups: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split_by_groups(write_photographs(tmp_path / "bars", each=4), groups)
 
 
 @pytest.fixture

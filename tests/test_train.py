@@ -19,7 +19,7 @@ from signdigits.errors import TrainingDiverged
 from signdigits.model import input_pipeline, training
 from signdigits.model.augmentation import Augmentation
 
-from .conftest import PROJECT, store_like, wait_until
+from .conftest import PROJECT, settings_of_others, store_like, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -215,7 +215,12 @@ def test_nan_loss_fails_the_run(store: str, loaded: loading.Data) -> None:
 def interrupt(line: list[str], number: int) -> tuple[int, str]:
     """Start a training, send it a signal in the middle, and return its exit code and what it said."""
     process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=settings_of_others(Path.cwd()),
     )
     wait_until(lambda: mlflow.search_runs(filter_string="metrics.val_loss > 0", search_all_experiments=True).size, 120)
     os.killpg(process.pid, number)

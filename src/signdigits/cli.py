@@ -20,6 +20,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import signdigits
@@ -60,7 +61,10 @@ COMMANDS = {
         needs_tensorflow=True,
         is_resumable=True,
     ),
-    "evaluate": Command("score a model on the test images", (config.SourceParameters, config.ModelParameters)),
+    "evaluate": Command(
+        "score a model on the test images, or on other labelled photographs",
+        (config.SourceParameters, config.ModelParameters),
+    ),
     "register": Command(
         "register a model, or assign its alias to another version", (config.ModelParameters, config.VersionParameters)
     ),
@@ -256,7 +260,9 @@ def _run_command(command: str, **values: Any) -> None:
     from signdigits import home
     from signdigits.tracking import runs, store
 
+    start = Path.cwd()
     home.enter_home()
+    groups = home.find_inputs(groups, start)
     if declared.is_entry_point:
         runs.open_experiment(command)
     elif not values.get("model_uri"):  # a model in a folder needs no store

@@ -15,6 +15,7 @@ Number = int | float
 Value = Number | str
 
 
+DATA_SETS = HANDWRITTEN_DIGITS, SIGN_LANGUAGE_DIGITS = ("handwritten-digits", "sign-language-digits")
 MODEL_NAME = "sign-digits"
 SERVED_MODEL = f"models:/{MODEL_NAME}@champion"
 # MLflow's own rule, which MLflow checks only when the alias is assigned, at the end of the job.
@@ -33,14 +34,16 @@ def parameter(
     choices: tuple[str, ...] = (),
     pattern: tuple[str, str] = (".*", ""),
     auto: bool = False,
+    is_input: bool = False,
 ) -> Any:
     """Declare one parameter; the type of its default is its type.
 
     `low` and `high` are included in what is allowed, `above` is not. `pattern` is a regular expression that the whole
-    text must match, and the same in words. With `auto`, the command line reads that word as 0.
+    text must match, and the same in words. With `auto`, the command line reads that word as 0. With `is_input`, the text is a
+    path that is read (home.py).
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices, "pattern": pattern, "auto": auto}
-    return field(default=default, metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, "is_input": is_input, **limits})
 
 
 def check_value(declared: Field[Any], value: Any) -> None:
@@ -77,9 +80,10 @@ class SourceParameters(Checked):
     """The photographs."""
 
     data: str = parameter(
-        "handwritten-digits",
+        HANDWRITTEN_DIGITS,
         "folder of class folders; a named data set: handwritten-digits (embedded) or sign-language-digits (downloaded); or "
         "runs:/RUN: the photographs of a run with log_data; A,B joins several",
+        is_input=True,
     )
     skip_unreadable: bool = parameter(False, "leave out files that are not readable images, and list them in the run")
 
@@ -276,7 +280,11 @@ class NameParameters(Checked):
     model_name: str = parameter(
         MODEL_NAME,
         "name of the registered model",
-        pattern=(r"[^/:@]{1,200}", "up to 200 characters without /, : and @"),
+        # What MLflow does not allow, or cannot search for.
+        pattern=(
+            r"(?s)(?!.*'.*\"|.*\".*'|.*\\$)[^/:@]{1,200}",
+            "up to 200 characters without /, : and @, not with both ' and \", and without \\ at the end",
+        ),
     )
 
 
@@ -323,6 +331,7 @@ class PredictParameters(Checked):
         "",
         "folder of photographs, searched recursively, or a CSV or Parquet table with a column path",
         pattern=(r"(?s).+", "a folder of photographs, or a CSV or Parquet table with a column path"),
+        is_input=True,
     )
     output: str = parameter("predictions", "folder of the resulting tables", pattern=FOLDER)
     model_uri: str = parameter(SERVED_MODEL, "URI of the model")
@@ -335,7 +344,10 @@ class MonitorParameters(Checked):
     """The predictions that are compared with the test images, and the drift thresholds."""
 
     prediction_log: str = parameter(
-        "prediction_log", "folder of the prediction log (SIGN_DIGITS_PREDICTION_LOG)", pattern=FOLDER
+        "prediction_log",
+        "folder of the prediction log (SIGN_DIGITS_PREDICTION_LOG)",
+        pattern=FOLDER,
+        is_input=True,
     )
     model_uri: str = parameter(SERVED_MODEL, "URI of the model whose predictions and test images are compared")
     max_predictions: int = parameter(1000, "most recent predictions to compare, at most", low=1, high=1_000_000)
@@ -362,7 +374,9 @@ class MonitorParameters(Checked):
 class ReviewParameters(Checked):
     """The corrections from visitors, and the decisions on them."""
 
-    corrections: str = parameter("corrections", "folder of the corrections (serve --corrections)", pattern=FOLDER)
+    corrections: str = parameter(
+        "corrections", "folder of the corrections (serve --corrections)", pattern=FOLDER, is_input=True
+    )
     accept: str = parameter("", "comma-separated ids of corrections to accept, or all; empty: none")
     drop: str = parameter(
         "",
@@ -388,6 +402,7 @@ class ExportParameters(Checked):
     data: str = parameter(
         "",
         "photographs of the model's data set; empty: those that it names, or its input example if they cannot be found",
+        is_input=True,
     )
 
 

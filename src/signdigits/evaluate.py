@@ -1,4 +1,4 @@
-"""Score a model on the test images, with the artifact that is served.
+"""Score a model on the test images, or on a folder of other labelled photographs, with the artifact that is served.
 
 python -m signdigits evaluate --data FOLDER --run_id RUN
 mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champion
@@ -7,7 +7,8 @@ mlflow run . -e evaluate -P data=FOLDER -P model_uri=models:/sign-digits@champio
 import io
 import logging
 import os
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 from mlflow.entities import LoggedModel
 from PIL import Image
+from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import classification_report, roc_auc_score
 from tqdm.contrib.concurrent import thread_map
 
@@ -25,12 +27,14 @@ from signdigits.config import ModelParameters, SourceParameters
 from signdigits.data import images, lineage, split
 from signdigits.data.corruptions import CORRUPTIONS, corrupt_image
 from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.data.names import Names
 from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
 from signdigits.data.sources import HANDWRITTEN_DIGITS
-from signdigits.errors import DataError
+from signdigits.errors import DataError, ModelError
 from signdigits.model import calibration
 from signdigits.packaging import reply
 from signdigits.promotion.comparison import wilson_interval
+from signdigits.promotion.predictions import find_fitted_checksums
 from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
@@ -57,17 +61,60 @@ class Scores:
 
 
 def evaluate(parameters: SourceParameters, which: ModelParameters) -> Scores:
-    """Score a model in a run of its own.
+    """Score a model in a run of its own: on its test images if it was trained on `parameters.data`, else on all of these.
 
-    Raises ModelError if there is no such model, or if it was trained on other photographs than `parameters.data`: their
-    split would not keep its training images out of the test (leakage).
+    Raises ModelError if there is no such model, and if it was trained on other photographs and `data` has its default.
     """
     model = registry.find_model(which.run_id, which.model_uri)
     dataset = scan_dataset(parameters)
-    parts = split.repeat_split(dataset, parameters.data, model.tags)
+    try:
+        parts = split.repeat_split(dataset, parameters.data, model.tags)
+    except (DataError, ModelError) as error:
+        if parameters.data == SourceParameters().data:  # probably forgotten
+            raise
+        log.info("%s: scored as a folder of its own", str(error).partition(";")[0])
+        return _score_folder(model, dataset, parameters)
     with runs.start_run("evaluate", f"evaluate {model.model_id}"):
         runs.log_params(asdict(parameters))
         return score_model(model, dataset, parts)
+
+
+def _score_folder(model: LoggedModel, dataset: Dataset, parameters: SourceParameters) -> Scores:
+    """Score `model` on photographs that it was not trained on; the scores are those of the run, and not tags of the model.
+
+    Raises ModelError if it was trained on all of them, or does not know a class.
+    """
+    scorer = Scorer(model.model_uri)
+    known = Names(scorer.class_names)
+    dataset = replace(dataset, class_names=tuple(known.find(name) or name for name in dataset.class_names))
+    if unknown := sorted(set(dataset.class_names) - set(scorer.class_names)):
+        raise ModelError(
+            f"{dataset.folder / unknown[0]}: no class of the model, which knows {', '.join(scorer.class_names)}"
+            f"{known.suggest(unknown[0])}; rename the folder, or remove it"
+        )
+    fitted = find_fitted_checksums(model.source_run_id)
+    unseen = np.array([i for i, p in enumerate(dataset.photographs) if p.checksum not in (fitted or ())], int)
+    n_known = len(dataset.photographs) - len(unseen)
+    if not len(unseen):
+        raise ModelError(
+            f"data={parameters.data}: the model was trained on all of the {n_known} photographs; pass some that it has not seen"
+        )
+    overlap = f"{n_known} more are left out, because it was trained on them"
+    if fitted is None:
+        overlap = "whether it was trained on some of them is not recorded"
+    with runs.start_run("evaluate", f"evaluate {model.model_id} on {dataset.name}"):
+        runs.log_params(asdict(parameters))
+        mlflow.set_tags({"dataset": dataset.name, "model_id": model.model_id})
+        mlflow.log_input(lineage.dataset_input(dataset, unseen), context="external")
+        if fitted is not None:
+            mlflow.log_metric("external_trained_on", n_known)
+        table = _predict_photographs(scorer, dataset, unseen)
+        scores, per_class = _log_scores(table, scorer, dataset, model, "external")
+        runs.set_description(
+            f"{len(table)} photographs of `{dataset.name}`: {overlap}. {scores}.\n\n" + _to_markdown(per_class)
+        )
+    log.info("%s: %s; %s. What `register` compares is unchanged", dataset.name, scores, overlap)
+    return scores
 
 
 def score_model(model: LoggedModel, dataset: Dataset, parts: split.Split) -> Scores:
@@ -77,27 +124,11 @@ def score_model(model: LoggedModel, dataset: Dataset, parts: split.Split) -> Sco
     mlflow.log_input(lineage.dataset_input(dataset, parts.testing), context="testing")
     scorer = Scorer(model.model_uri)
     table = _predict_photographs(scorer, dataset, parts.testing)
-    mlflow.log_text(files.to_csv(table), runs.PREDICTIONS)
     mlflow.log_text(files.to_csv(_make_reference(scorer, dataset, table)), runs.REFERENCE)
-    temperature = float(model.tags["temperature"])
-    scores = compute_scores(table, dataset.class_names, temperature)
-    mlflow.log_metrics({name: float(value) for name, value in asdict(scores).items()}, model_id=model.model_id)
-    per_class = _score_classes(table)
-    mlflow.log_text(files.to_csv(per_class), "test/per_class.csv")
-    _log_mlflow_evaluation(table)
-    bins = calibration.compute_reliability(*_to_arrays(table, dataset.class_names))
-    runs.log_figure(
-        "test/reliability.png",
-        lambda: plots.plot_reliability(bins.counts, bins.confidence, bins.accuracy, bins.error),
-    )
-    if not (wrong := table[table["label"] != table["prediction"]].nlargest(MAX_MISTAKES, "probability")).empty:
-        runs.log_figure("test/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset, scorer))
-    robustness = _score_robustness(scorer, dataset, table, temperature)
+    scores, per_class = _log_scores(table, scorer, dataset, model, "test")
+    robustness = _score_robustness(scorer, dataset, table, float(model.tags["temperature"]))
     outliers = _score_outliers(scorer, dataset, table)
-    sections = [
-        runs.markdown_table([list(frame), *frame.round(4).itertuples(index=False)])
-        for frame in (per_class, robustness, outliers)
-    ]
+    sections = map(_to_markdown, (per_class, robustness, outliers))
     runs.set_description(f"Test images of `{dataset.name}`: {scores}.\n\n" + "\n\n".join(sections))
     active = mlflow.active_run()
     assert active is not None
@@ -111,6 +142,35 @@ def score_model(model: LoggedModel, dataset: Dataset, parts: split.Split) -> Sco
     registry.tag_model(model, {name: str(value) for name, value in facts.items()})
     log.info("%s", scores)
     return scores
+
+
+def _log_scores(
+    table: pd.DataFrame, scorer: Scorer, dataset: Dataset, model: LoggedModel, part: str
+) -> tuple[Scores, pd.DataFrame]:
+    """Log scores, tables and pictures of predictions to the active run, under `part`; return the scores, and those by class.
+
+    The scores of the part `test` are also the model's.
+    """
+    class_names = tuple(scorer.class_names)
+    scores = compute_scores(table, class_names, float(model.tags["temperature"]))
+    metrics = {f"{part}{name.removeprefix('test')}": float(value) for name, value in asdict(scores).items()}
+    mlflow.log_metrics(metrics, model_id=model.model_id if part == "test" else None)
+    per_class = _score_classes(table)
+    mlflow.log_text(files.to_csv(table), f"{part}/predictions.csv")
+    mlflow.log_text(files.to_csv(per_class), f"{part}/per_class.csv")
+    _log_mlflow_evaluation(table, part)
+    bins = calibration.compute_reliability(*_to_arrays(table, class_names))
+    runs.log_figure(
+        f"{part}/reliability.png",
+        lambda: plots.plot_reliability(bins.counts, bins.confidence, bins.accuracy, bins.error),
+    )
+    if not (wrong := table[table["label"] != table["prediction"]].nlargest(MAX_MISTAKES, "probability")).empty:
+        runs.log_figure(f"{part}/worst_mistakes.png", lambda: _plot_mistakes(wrong, dataset, scorer))
+    return scores, per_class
+
+
+def _to_markdown(frame: pd.DataFrame) -> str:
+    return runs.markdown_table([list(frame), *frame.round(4).itertuples(index=False)])
 
 
 def _predict_photographs(scorer: Scorer, dataset: Dataset, indices: np.ndarray) -> pd.DataFrame:
@@ -265,15 +325,18 @@ def _score_classes(table: pd.DataFrame) -> pd.DataFrame:
     return per_class.astype({"images": int})
 
 
-def _log_mlflow_evaluation(table: pd.DataFrame) -> None:
+def _log_mlflow_evaluation(table: pd.DataFrame, part: str) -> None:
     """Log MLflow's evaluation of the predictions: accuracy, precision, recall, F1, confusion matrix."""
     read = table[["label", "prediction"]]
-    with matplotlib.rc_context({"text.parse_math": False}):  # MLflow leaves its style behind; $ may be in a name
+    with (
+        matplotlib.rc_context({"text.parse_math": False}),  # MLflow leaves its style behind; $ may be in a name
+        warnings.catch_warnings(action="ignore", category=UndefinedMetricWarning),  # of a class without predictions
+    ):
         mlflow.models.evaluate(
             data=mlflow.data.from_pandas(read, name="predictions", targets="label", predictions="prediction"),
             model_type="classifier",
             evaluators="default",
-            evaluator_config={"metric_prefix": "test_", "log_model_explainability": False},
+            evaluator_config={"metric_prefix": f"{part}_", "log_model_explainability": False},
         )
 
 

@@ -6,7 +6,7 @@ python -m signdigits links
 import logging
 
 from signdigits.config import LinkParameters
-from signdigits.tracking import runs, urls
+from signdigits.tracking import runs, store, urls
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,9 @@ def print_links(parameters: LinkParameters) -> None:
 def list_links(parameters: LinkParameters) -> list[str]:
     """Return one line per link: all runs, the latest study, its trials and the registry; a hint if there is no study."""
     ui = urls.ui_url(parameters.port)
-    studies = runs.search_runs("tags.role = 'study'", order_by=["attributes.start_time DESC"], max_results=1)
+    studies = runs.search_runs(
+        store.equals("tags.role", "study"), order_by=["attributes.start_time DESC"], max_results=1
+    )
     if not studies:
         return [f"no study yet: run `mlflow run . -e main`; the UI is at {ui}"]
     study = studies[0]

@@ -4,6 +4,7 @@ python -m signdigits main --data FOLDER --n_trials 12
 mlflow run . -e main -P data=FOLDER -P n_trials=12
 """
 
+import contextlib
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from signdigits import evaluate, prepare, register
 from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
-from signdigits.errors import TrainingDiverged
+from signdigits.errors import ModelError, TrainingDiverged
 from signdigits.model import architecture, training
 from signdigits.model.calibration import Calibration
 from signdigits.model.outliers import Detector
@@ -79,11 +80,12 @@ def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int) -> list[Logged
 
 
 def _find_model(search: Search, role: str, tags: Mapping[str, Any]) -> LoggedModel | None:
-    """Return the model of the study's finished run with this role and these tags, if there is one; it is evaluated."""
+    """Return the model of the study's finished run with this role and these tags, if it still exists; it is evaluated."""
     expected = {name: str(value) for name, value in tags.items()}
     for run in runs.nested_runs(search.run_id, role):
         if expected.items() <= run.data.tags.items() and run.info.status == "FINISHED":
-            return registry.find_model(run.info.run_id, "")
+            with contextlib.suppress(ModelError):  # its model was deleted, or its artifacts
+                return registry.find_model(run.info.run_id, "")
     return None
 
 
@@ -173,6 +175,7 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
     """Return the lines of the summary: the results, and the next commands."""
     tags = model.tags
     mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])
+    low, high = float(tags["test_accuracy_low"]), float(tags["test_accuracy_high"])
     rows = {
         "study": search.study.study_name,
         "chosen": choice.reason,
@@ -181,7 +184,7 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
         "network": f"mean of those with the seeds {tags['seeds']}"
         if "seeds" in tags
         else f"with the seed {tags['seed']}",
-        "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images",
+        "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images ({low:.4f} to {high:.4f})",
         f"over {float(tags['n_seeds']):.0f} seeds": f"{mean:.4f} +/- {std:.4f}",
         "robust accuracy": f"{float(tags['robust_accuracy']):.4f}, worst {float(tags['worst_accuracy']):.4f}: {tags['worst_corruption']}",
         "calibration error": f"{float(tags['test_ece']):.4f}, {float(tags['robust_ece']):.4f} under corruptions",
@@ -192,10 +195,10 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
     link = urls.compare_url(urls.ui_url(), runs.find_run(search.run_id))
     stock = f"mlflow models serve -m models:/{shlex.quote(decision.model_name)}@champion"
     serving = [f"  serve it     {stock} --env-manager uv"]
-    if urls.is_checkout():
+    if script := urls.script_command("serve"):
         serving = [
-            f"  serve it     scripts/serve{registry.name_option(decision.model_name)}, or: {stock}",
-            "  ask it       scripts/ask PHOTOGRAPH...",
+            f"  serve it     {script}{registry.name_option(decision.model_name)}, or: {stock}",
+            f"  ask it       {script.rpartition(' ')[2].removesuffix('serve')}ask PHOTOGRAPH...",
         ]
     return [
         "",

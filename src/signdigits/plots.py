@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from signdigits.drift import Drift
 
+matplotlib.rcdefaults()  # not those of a matplotlibrc, which may ask for LaTeX or for fonts that are not there
+
 
 def plot_learning_curves(history: Mapping[str, Sequence[float]]) -> Figure:
     """Plot the learning curves: accuracy and loss by epoch, for training and, if there is any, validation."""

@@ -25,6 +25,7 @@ from signdigits.batch.scoring import Chunk
 from signdigits.config import PredictParameters
 from signdigits.data import images
 from signdigits.data.names import locate
+from signdigits.errors import ModelError
 from signdigits.tracking import registry, runs
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def predict(parameters: PredictParameters) -> Output:
     with lock_output(folder, job) as output:
         if not output.is_finished:
             return _score_job(output, photographs, model, parameters)
-        runs.mark_resumed(runs.find_run(output.job.run_id))
+        with contextlib.suppress(ModelError):  # the run was deleted for good; the tables are here
+            runs.mark_resumed(runs.find_run(output.job.run_id))
         log.info("already finished, in run %s; the tables: %s and %s", output.job.run_id, output.parquet, output.csv)
         return output
 

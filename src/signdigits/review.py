@@ -49,7 +49,7 @@ def review(parameters: ReviewParameters) -> pd.DataFrame:
         raise DataError(
             f"corrections={folder}: {describe_file(folder) or f'no such folder; serve with --corrections {folder}'}"
         )
-    _read_record(folder)
+    _read_record(folder)  # fails before anything is changed
     pending = _list_photographs(folder / PENDING)
     if not pending:
         log.info("%s: no correction waits for a review", folder)
@@ -98,8 +98,9 @@ def _list_photographs(folder: Path) -> dict[str, Path]:
 
 def _read_facts(path: Path) -> dict[str, str]:
     """Return id and facts of a photograph as text; without its file, only id and label are known."""
+    file = path.with_suffix(".json")
     try:
-        facts = json.loads(path.with_suffix(".json").read_text())
+        facts = json.loads(file.read_text()) if file.is_file() else {}
     except (OSError, ValueError, RecursionError):
         facts = {}
     known = facts if isinstance(facts, dict) else {}

@@ -1,4 +1,4 @@
-"""Settings of MLflow, and the imports of TensorFlow and LiteRT without their start-up noise.
+"""The environment of every process, the settings of MLflow, and the import of TensorFlow without its start-up noise.
 
 TensorFlow 2.21 prints a dozen informative lines before it reads TF_CPP_MIN_LOG_LEVEL, and an error line if there is no
 GPU. A filter removes them; everything else reaches the terminal, even if the import aborts the process.
@@ -24,6 +24,18 @@ NOISE = "|".join(
     ]
 )
 
+# Read by these packages when they are imported.
+ENVIRONMENT = {
+    "MPLBACKEND": "agg",  # draws without a screen; a Jupyter kernel sets its own for every process that it starts
+    "KERAS_BACKEND": "tensorflow",
+    "KERAS_HOME": os.devnull,  # no keras.json, which may name another precision, image format or backend
+}
+REMOVED = (
+    "KERAS_",
+    "TF_USE_LEGACY_KERAS",
+)  # the beginnings of names; KERAS_MAX_EPOCHS, for example, shortens every training
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")  # the last for urllib
+
 MLFLOW_SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # bars that last a millisecond
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no usage data leaves the machine
@@ -32,6 +44,29 @@ MLFLOW_SETTINGS = {
     # written together, and the end of the fit wakes the thread.
     "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",
 }
+
+
+def set_environment() -> None:
+    """Replace settings that other projects leave in the environment, here and for the processes that this one starts.
+
+    The package calls it when it is imported, before a module that reads them. A process with `-m` whose interpreter has read
+    PYTHONOPTIMIZE (MLflow formats its docstrings) or errors in PYTHONWARNINGS starts again without.
+    """
+    for name in [name for name in os.environ if name.startswith(REMOVED)]:
+        del os.environ[name]
+    os.environ.update(ENVIRONMENT)
+    # Nothing on this machine is asked for through a proxy. Of the two spellings, all programs prefer the lower case.
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if direct != "*":
+        os.environ["no_proxy"] = ",".join(dict.fromkeys([*filter(None, direct.split(",")), *LOOPBACK]))
+    warnings = os.environ.get("PYTHONWARNINGS", "").split(",")
+    kept = ",".join(option for option in warnings if not option.strip().startswith("e"))  # error, or short for it
+    started = {name: os.environ.get(name, "") for name in ("PYTHONOPTIMIZE", "PYTHONWARNINGS")}
+    wanted = {"PYTHONOPTIMIZE": "", "PYTHONWARNINGS": kept}
+    if started != wanted:
+        os.environ.update(wanted)
+        if sys.argv[0] == "-m":  # as long as Python locates the module to run
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def configure_mlflow() -> None:

@@ -74,7 +74,7 @@ def _read_table(table: Path) -> BatchInput:
         raise DataError(
             f"{table}: {describe_file(table) or 'no such folder or table'}{suggest_file(table)}; pass --images a folder, or a CSV or Parquet file"
         )
-    if table.suffix.lower() not in READERS:
+    if table.suffix.lower() not in READERS or not table.is_file():
         unknown = f"neither a folder nor a table; the name of a table ends in {', '.join(READERS)}"
         raise DataError(f"{table}: {describe_file(table) or unknown}")
     try:

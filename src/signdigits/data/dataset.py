@@ -194,10 +194,10 @@ def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
     """Return the sorted names of the class folders in the first folder, after a check of all."""
     for folder in folders:
         if not folder.is_dir():
-            message = f"{folder}: {describe_file(folder) or 'no such folder'}"
+            message = f"{folder}: {describe_file(folder) or ('not a folder' if folder.exists() else 'no such folder')}"
             if not folder.exists():
                 if not folder.is_absolute():
-                    message += f" in {Path.cwd()}, the working directory of `mlflow run`; an absolute path is safer"
+                    message += f" in {Path.cwd()}, nor where the command was started; an absolute path is safer"
                 message += suggest_file(folder)
             if len(folders) > 1:
                 message += "; data=A,B joins existing folders or data sets, and a comma in a name is one between two"

@@ -2,8 +2,6 @@
 
 import contextlib
 import re
-import tarfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +11,10 @@ from signdigits.data import images
 JUNK_NAMES = (
     "__macosx", "icon\r", "network trash folder", "temporary items", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini",
     "$recycle.bin", "system volume information", "lost+found", "picasa.ini", "@eadir", "@tmp", "@recycle", "@recently-snapshot",
-    "#recycle", "#snapshot", "~snapshot",
+    "@sharesnap", "#recycle", "#snapshot", "~snapshot", "thumbs.db:encryptable", "zbthumbnail.info",
 )  # fmt: skip
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
-ARCHIVES = (".7z", ".rar")  # that Python does not recognise
+ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 
 
 def is_junk(path: Path) -> bool:
@@ -59,14 +57,16 @@ def count_junk(folder: Path) -> int:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Return `folder` and its subfolders, each once, however many symbolic links lead to it."""
+    """Return `folder` and its subfolders, each once, however many symbolic links lead to it; links upwards are skipped."""
+    root = folder.resolve()
     folders: dict[Path, Path] = {}
     pending, links = [folder], list[Path]()
     while pending or links:
         directory = pending.pop() if pending else links.pop(0)
-        if directory.resolve() in folders:
+        target = directory.resolve()
+        if target in folders or target in root.parents:
             continue
-        folders[directory.resolve()] = directory
+        folders[target] = directory
         for entry in list_folders(directory):
             (links if entry.is_symlink() else pending).append(entry)
     return sorted(folders.values(), key=str)
@@ -80,8 +80,8 @@ def describe_file(path: Path) -> str:
     if not path.is_file():
         return ""
     if suffix in SPREADSHEETS:
-        return "a spreadsheet; export it as CSV"
-    if suffix in ARCHIVES or zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+        return "a spreadsheet; a table must be a CSV or Parquet file"
+    if suffix in ARCHIVES:
         return "an archive; unpack it, and pass the folder"
     with contextlib.suppress(images.ImageError):
         images.open_image(images.read_file(path))

@@ -19,11 +19,12 @@ from mlflow.data.sources import LocalArtifactDatasetSource
 from signdigits.config import DataParameters
 from signdigits.data.dataset import Dataset
 from signdigits.data.loading import Data, load_data
+from signdigits.data.names import locate
 from signdigits.data.sources import ARCHIVE, HANDWRITTEN_DIGITS, PHOTOGRAPHS, PHOTOGRAPHS_DIGEST, split_source
 from signdigits.data.split import GROUPS, Split
 from signdigits.errors import DataError
 from signdigits.files import compute_digest
-from signdigits.tracking import runs
+from signdigits.tracking import runs, store
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ def log_photographs(dataset: Dataset, run_id: str) -> None:
     The URI of their zip file, the digest and the name of the data set become tags of the run.
     """
     digest = _archive_digest(dataset)
-    logged = runs.search_runs(f"tags.{PHOTOGRAPHS_DIGEST} = '{digest}' and tags.{PHOTOGRAPHS} LIKE 'runs:/%'")
+    logged = runs.search_runs(
+        f"{store.equals(f'tags.{PHOTOGRAPHS_DIGEST}', digest)} and tags.{PHOTOGRAPHS} LIKE 'runs:/%'"
+    )
     uris = [run.data.tags[PHOTOGRAPHS] for run in logged if run.info.run_id in run.data.tags[PHOTOGRAPHS]]
     uri = uris[0] if uris else _upload_archive(dataset, run_id)  # not that of a run which was deleted
     for tag, value in {"dataset": dataset.name, PHOTOGRAPHS_DIGEST: digest, PHOTOGRAPHS: uri}.items():
@@ -100,7 +103,7 @@ def load_study_data(parameters: DataParameters, digest: str, run_id: str) -> Dat
 
     Raises DataError if their digest differs from the study's.
     """
-    is_here = all(part == HANDWRITTEN_DIGITS or Path(part).is_dir() for part in split_source(parameters.data))
+    is_here = all(part == HANDWRITTEN_DIGITS or locate(Path(), part).is_dir() for part in split_source(parameters.data))
     source = parameters if is_here else replace(parameters, data=f"runs:/{run_id}")
     loaded = load_data(source)
     if loaded.split.digest != digest:

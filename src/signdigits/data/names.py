@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 def normalize_text(text: str) -> str:
     """Return `text` with composed letters and single spaces, without invisible characters."""
     if not text.isascii():
-        text = "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf")
+        text = "".join(c for c in unicodedata.normalize("NFC", text) if c < "\x80" or unicodedata.category(c) != "Cf")
     return " ".join(text.split())
 
 
@@ -34,8 +34,9 @@ class Names:
         self.names = frozenset(names)
         self._alike, self._close = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
         for name in sorted(self.names):
-            self._alike[_normalize_path(name)].append(name)
-            self._close[_simplify(name)].append(name)
+            path = _normalize_path(name)
+            self._alike[path].append(name)
+            self._close[_simplify(path)].append(name)
 
     def find(self, name: str) -> str | None:
         """Return `name` if it is here, or the only one that looks the same."""
@@ -46,7 +47,7 @@ class Names:
 
     def find_close(self, name: str) -> str | None:
         """Return the name that is closest to `name`, of another case, ending or folder; None if `name` is here."""
-        candidates = [] if name in self.names else self._close.get(_simplify(name), [])
+        candidates = [] if name in self.names else self._close.get(_simplify(_normalize_path(name)), [])
         return next(iter(difflib.get_close_matches(name, candidates, 1, 0)), None)
 
     def suggest(self, name: str) -> str:
@@ -55,8 +56,9 @@ class Names:
         return f"; perhaps {close} is meant" if close else ""
 
 
-def _simplify(name: str) -> str:
-    return PurePosixPath(_normalize_path(name)).stem.casefold()
+def _simplify(path: str) -> str:
+    """Return the name of a file without folder, ending and case."""
+    return posixpath.splitext(posixpath.basename(path))[0].casefold()
 
 
 def locate(folder: Path, path: str) -> Path:

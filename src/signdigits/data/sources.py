@@ -19,15 +19,13 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 from tqdm import tqdm
 
+from signdigits.config import HANDWRITTEN_DIGITS, SIGN_LANGUAGE_DIGITS
 from signdigits.data.names import locate
 from signdigits.errors import DataError, DownloadError
 from signdigits.files import atomic_folder, compute_digest
-from signdigits.tracking import runs
+from signdigits.tracking import runs, store
 
 log = logging.getLogger(__name__)
-
-HANDWRITTEN_DIGITS = "handwritten-digits"
-SIGN_LANGUAGE_DIGITS = "sign-language-digits"
 
 # Zeynep Dikle, Arda Mavi and the students of Turkey Ankara Ayrancı Anadolu High School; Apache-2.0; arXiv:2011.08927.
 SIGN_LANGUAGE_DIGITS_URL = "https://github.com/ardamavi/Sign-Language-Digits-Dataset/archive/4b09433.zip"
@@ -57,7 +55,8 @@ def resolve_source(data: str, home: Path = Path("data")) -> tuple[Path, ...]:
 
 def split_source(data: str) -> list[str]:
     """Return the parts of `data`: several if it has commas, unless there is a path of that name."""
-    return [data] if Path(data).exists() else [part.strip() for part in data.split(",") if part.strip()]
+    parts = [] if Path(data).exists() else [part.strip() for part in data.split(",")]
+    return [part for part in parts if part] or [data]
 
 
 def _resolve_folder(data: str, home: Path) -> Path:
@@ -184,7 +183,7 @@ def _find_logged_photographs(run_id: str) -> dict[str, str]:
     """Return the tags of a run whose photographs are logged: `run_id`, or another with the same `dataset_digest`."""
     tags: dict[str, str] = runs.find_run(run_id).data.tags
     if PHOTOGRAPHS not in tags and (digest := tags.get("dataset_digest")):
-        same = runs.search_runs(f"tags.dataset_digest = '{digest}' and tags.{PHOTOGRAPHS} LIKE 'runs:/%'")
+        same = runs.search_runs(f"{store.equals('tags.dataset_digest', digest)} and tags.{PHOTOGRAPHS} LIKE 'runs:/%'")
         tags = same[0].data.tags if same else tags
     if PHOTOGRAPHS not in tags:
         raise DataError(

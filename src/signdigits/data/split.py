@@ -8,10 +8,12 @@ and `group` (any text).
 """
 
 import errno
+import itertools
 import logging
 import re
 import stat
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +36,7 @@ GROUPS = "groups.csv"
 SPLIT_SEED = 1337
 TEST_FRACTION = 0.2
 VALIDATION_FRACTION = 0.2  # of the photographs that are not for the test
+FEW_GROUPS = 8  # every way to cut them is tried
 
 
 @dataclass(frozen=True)
@@ -168,21 +171,47 @@ def _split_classes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _split_groups(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return training, validation and test images, by group.
 
-    Each cut is the first of five folds of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the
-    groups allow.
+    Each cut is a fold of scikit-learn's StratifiedGroupKFold, which keeps the classes as even as the groups allow: the first of
+    five or, if a part would lack a class, another one, or one of fewer. Raises DataError if no cut gives each part every class.
     """
     group_names = read_groups(dataset)
+    for rest, testing in _cut_groups(dataset, group_names, np.arange(len(dataset.photographs))):
+        for training, validation in _cut_groups(dataset, group_names, rest):
+            return training, validation, testing
+    n_groups = len(np.unique(group_names))
+    counts = [len(np.unique(group_names[dataset.labels == label])) for label in range(len(dataset.class_names))]
+    rarest = int(np.argmin(counts))
+    lacking = f"class {dataset.class_names[rarest]} has photographs of {counts[rarest]}"
+    raise DataError(
+        f"{dataset.folder}: {n_groups} groups, and {lacking}; split=grouped needs three groups or more, and photographs of every "
+        "class in the training, validation and test groups: add those of another group, remove the class, or pass --split "
+        "stratified"
+    )
 
-    def cut(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=SPLIT_SEED)
-        try:
-            first, second = next(folds.split(indices, dataset.labels[indices], group_names[indices]))
-        except ValueError as error:  # a class has fewer photographs than folds
-            raise DataError(f"{dataset.folder}: too few photographs to split ({error}); add more") from error
-        return indices[first], indices[second]
 
-    rest, testing = cut(np.arange(len(dataset.photographs)))
-    return *cut(rest), testing
+def _cut_groups(
+    dataset: Dataset, group_names: np.ndarray, indices: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ways to cut `indices` in two that have every class on both sides: those of five folds, of fewer, and all of few groups."""
+    labels, groups = dataset.labels[indices], group_names[indices]
+    names = np.unique(groups)
+
+    def has_every_class(part: np.ndarray) -> bool:
+        return len(np.unique(labels[part])) == len(dataset.class_names)
+
+    for n_folds in range(min(5, len(names), np.bincount(labels).max()), 1, -1):
+        folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=SPLIT_SEED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a class with fewer photographs than folds
+            cuts = list(folds.split(indices, labels, groups))
+        for first, second in cuts:
+            if has_every_class(first) and has_every_class(second):
+                yield indices[first], indices[second]
+    for size in range(1, len(names) if len(names) <= FEW_GROUPS else 0):
+        for chosen in itertools.combinations(names, size):
+            second = np.isin(groups, chosen)
+            if has_every_class(~second) and has_every_class(second):
+                yield indices[~second], indices[second]
 
 
 def _require_each_class(dataset: Dataset, indices: np.ndarray, least: int, part: str) -> None:

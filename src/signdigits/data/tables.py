@@ -36,17 +36,17 @@ def read_table(file: Path, *required: str) -> pd.DataFrame:
     has_spaces = f"{separator} " in header_line or f'{separator} "' in text  # as in `path, group`
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=has_spaces, strict=True)
     rows: dict[int, list[str]] = {}
-    line = offset + 1
+    line, key = offset + 1, header.index(required[0])
     try:
         for row in reader:
-            if any(cell.strip() for cell in row[len(header) :]):
+            if "".join(row[len(header) :]).strip():
                 raise DataError(
                     f"{file}: line {line}: {len(row)} fields, but the header has {len(header)}; put a name that contains a "
                     "separator between double quotes"
                 )
-            if any(cell.strip() for cell in row):
+            if "".join(row).strip():
                 rows[line] = row = (row + [""] * len(header))[: len(header)]
-                if not row[header.index(required[0])].strip():
+                if not row[key].strip():
                     raise DataError(f"{file}: line {line}: no {required[0]}; remove or correct the row")
             line = offset + reader.line_num + 1
     except csv.Error as error:
@@ -75,7 +75,7 @@ def _read_header(file: Path, line: str, required: tuple[str, ...]) -> tuple[str,
     separator, header = min(headers.items(), key=lambda item: len(set(required) - set(item[1])))
     if missing := [name for name in required if name not in header]:
         raise DataError(
-            f"{file}: no column {' and '.join(missing)} (columns: {', '.join(header)[:100] or 'none'}); add one to the first line"
+            f"{file}: no column {' and '.join(missing)} (columns: {', '.join(header)[:100] or 'none'}); add one, in a first line with the names of the columns"
         )
     if twice := [name for name in required if header.count(name) > 1]:
         raise DataError(f"{file}: several columns {twice[0]}; keep one")

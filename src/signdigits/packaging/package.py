@@ -4,6 +4,7 @@ import base64
 import importlib.metadata
 import io
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 from signdigits import startup
 from signdigits.data import images, lineage
 from signdigits.data.loading import Data
+from signdigits.errors import ModelError
 from signdigits.model import architecture, outliers
 from signdigits.model.calibration import Calibration
 from signdigits.packaging import prediction_log, reply
@@ -62,10 +64,29 @@ def log_model(network: "keras.Model", calibration: Calibration, data: Data, fact
     prediction log (prediction_log.py) and the settings as artifacts: nothing is pickled. It predicts with the network in
     LiteRT's format; the Keras file beside it is for further training. The logits are divided by the temperature of
     `calibration`. `facts` become tags of the model and its version.
+
+    Raises ModelError, and deletes the model, if it cannot be loaded or does not answer its input example.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(network, calibration, data, Path(folder))
-        return log_files(Path(folder), data, {"temperature": calibration.temperature, **facts})
+        info = log_files(Path(folder), data, {"temperature": calibration.temperature, **facts})
+    try:
+        _check_answer(info)
+    except Exception as error:  # of MLflow, LiteRT or the model
+        mlflow.MlflowClient().delete_logged_model(info.model_id)
+        raise ModelError(
+            f"model {info.model_id}: cannot be loaded, or does not answer its input example ({error}); check the environment"
+        ) from error
+    return info
+
+
+def _check_answer(info: ModelInfo) -> None:
+    """Load a logged model as its endpoint does, and raise an error unless it answers its input example."""
+    with startup.filtered_stderr(), prediction_log.disable_log():
+        served = mlflow.pyfunc.load_model(info.model_uri)
+        (probabilities,) = served.predict(served.input_example)["probabilities"]
+    if not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3):
+        raise ValueError(f"probabilities: {probabilities}")
 
 
 def write_files(network: "keras.Model", calibration: Calibration, data: Data, folder: Path) -> None:

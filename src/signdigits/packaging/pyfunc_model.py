@@ -95,6 +95,8 @@ class SignDigits(PythonModel):
     ) -> pd.DataFrame:
         """Return `label`, its `probability` and the `probabilities` by class name, `outlier_score` and `is_outlier` of each row.
 
+        The reply has the index of the rows.
+
         An outlier, with a score above 1, resembles none of the training images; its label is meaningless. With the parameter
         `explain` each row also has an `explanation`, its occlusion map. Raises MlflowException (HTTP 400), naming each row
         at fault, if a row is not a usable photograph, or if there are more rows than MAX_ROWS or more pixels than
@@ -117,7 +119,8 @@ class SignDigits(PythonModel):
                 "probabilities": [dict(zip(self.class_names, row, strict=True)) for row in probabilities.tolist()],
                 "outlier_score": scores.astype(float),
                 "is_outlier": scores > 1,
-            }
+            },
+            index=model_input.index,  # pandas assigns a column by it
         )
         request = self.request.get()
         if self.prediction_log is not None and getattr(request, "is_logged", True):
@@ -128,7 +131,7 @@ class SignDigits(PythonModel):
                 seconds=time.perf_counter() - started,
             )
         if explain:
-            reply["explanation"] = pd.Series(list(map(self.explain, decoded, best)))
+            reply["explanation"] = pd.Series(list(map(self.explain, decoded, best)), reply.index)
         return reply
 
     def start_timer(self) -> Callable[[], bool]:

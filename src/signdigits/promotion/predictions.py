@@ -17,6 +17,7 @@ from signdigits import files
 from signdigits.batch.scoring import Scorer
 from signdigits.config import SourceParameters
 from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.data.names import normalize_text
 from signdigits.errors import DataError, IncomparableError, ModelError
 from signdigits.tracking import runs
 
@@ -61,7 +62,7 @@ def collect_predictions(version: ModelVersion, champion: ModelVersion) -> Predic
     scorer = _load_scorer(champion)
     _check_classes(scorer, challenger, champion)
     dataset = _scan_photographs(version, set(challenger["path"]))
-    fitted = find_fitted_checksums(champion)
+    fitted = find_fitted_checksums(champion.run_id)
     known = None if fitted is None else frozenset(p.path for p in dataset.photographs if p.checksum in fitted)
     unseen = challenger[~challenger["path"].isin(known or ())].reset_index(drop=True)
     if unseen.empty:
@@ -92,13 +93,13 @@ def list_classes(table: pd.DataFrame) -> list[str]:
     return sorted(column[2:-1] for column in map(str, table) if column.startswith("p("))
 
 
-def find_fitted_checksums(champion: ModelVersion) -> set[str] | None:
-    """Return the SHA-256 of the photographs that a version was trained or calibrated on; None if they are not recorded.
+def find_fitted_checksums(run_id: str) -> set[str] | None:
+    """Return the SHA-256 of the photographs that the model of a run was trained or calibrated on; None if not recorded.
 
-    The run that trained it has the table of files, or the study that its refit belongs to.
+    The run has the table of files, or the study that its refit belongs to.
     """
     try:
-        run = mlflow.get_run(champion.run_id)
+        run = mlflow.get_run(run_id)
     except MlflowException:  # deleted for good, or the version was registered without a run
         return None
     for run_id in (run.info.run_id, run.data.tags.get("mlflow.parentRunId")):
@@ -124,7 +125,7 @@ def _load_scorer(champion: ModelVersion) -> Scorer:
 def _check_classes(scorer: Scorer, challenger: pd.DataFrame, champion: ModelVersion) -> None:
     """Raise IncomparableError if the champion knows other classes than the challenger."""
     names, others = list_classes(challenger), sorted(scorer.class_names)
-    if names != others:
+    if {*map(normalize_text, names)} != {*map(normalize_text, others)}:
         raise IncomparableError(
             f"version {champion.version} knows other classes ({', '.join(others)}; not {', '.join(names)}), and cannot be "
             "compared; --model_name NAME gives these classes a champion of their own, --force true assigns the alias anyway"
@@ -161,7 +162,11 @@ def _predict_images(scorer: Scorer, challenger: pd.DataFrame, read: Callable[[st
     table = scorer.score_photographs(list(challenger["path"]), read)
     probabilities = [f"p({name})" for name in scorer.class_names]
     table.loc[table["label"].isna(), probabilities] = 1 / len(probabilities)
-    return table.rename(columns={"label": "prediction"}).assign(path=challenger["path"], label=challenger["label"])
+    spellings = {normalize_text(name): name for name in list_classes(challenger)}
+    classes = {name: spellings.get(normalize_text(name), name) for name in scorer.class_names}
+    table["prediction"] = table["label"].map(classes)
+    table = table.rename(columns={f"p({name})": f"p({spelling})" for name, spelling in classes.items()})
+    return table.assign(path=challenger["path"], label=challenger["label"])
 
 
 def _describe_images(champion: ModelVersion, unseen: pd.DataFrame, known: frozenset[str] | None) -> str:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -122,9 +123,21 @@ def _post_json(url: str, body: Any, token: str = "") -> Any:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
-        raise UsageError(f"{url} rejected the request: {_error_message(error.read())}") from error
+        raise UsageError(f"{url} rejected the request{_name_proxy(url)}: {_error_message(error.read())}") from error
     except (urllib.error.URLError, ValueError, OSError) as error:
-        raise UsageError(f"{url} does not reply ({error}); start scripts/serve, or pass --url") from error
+        raise UsageError(
+            f"{url} does not reply{_name_proxy(url)} ({error}); start scripts/serve, or pass --url"
+        ) from error
+
+
+def _name_proxy(url: str) -> str:
+    """Return the proxy of the environment through which `url` was requested, for a message; empty without one."""
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return ""
+    shown = re.sub("//[^/@]*@", "//", proxy)  # without its password
+    return f" through the proxy {shown} ({parts.scheme}_proxy; for a direct request, add {parts.hostname} to no_proxy)"
 
 
 def _error_message(reply: bytes) -> str:

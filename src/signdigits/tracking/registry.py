@@ -15,37 +15,39 @@ from mlflow.exceptions import MlflowException
 from signdigits import files
 from signdigits.config import MODEL_NAME
 from signdigits.errors import ModelError
-from signdigits.tracking import store
-from signdigits.tracking.runs import find_run
+from signdigits.tracking import runs, store
 
 
 def find_model(run_id: str, model_uri: str) -> LoggedModel:
-    """Return the logged model that `run_id` trained, or that `model_uri` names. Raises ModelError if there is none."""
+    """Return the logged model that `run_id` trained, or that `model_uri` names.
+
+    Raises ModelError if there is none, or if it was deleted or has lost its artifacts, and UsageError for a deleted run.
+    """
     if bool(run_id) == bool(model_uri):
         raise ModelError(f"run_id={run_id!r}, model_uri={model_uri!r}: give one of the two")
+    given = f"model_uri={model_uri}"
     if run_id:
-        outputs = find_run(run_id).outputs
+        outputs = runs.find_run(run_id).outputs
+        if runs.is_deleted(run_id):
+            raise runs.deleted_error(run_id)
         if not outputs or not outputs.model_outputs:
             raise ModelError(f"run_id={run_id}: the run has no model; pass a run with the role train or refit")
-        given, model_id = f"run_id={run_id}", outputs.model_outputs[-1].model_id
-    else:
-        given = f"model_uri={model_uri}"
-        try:
-            model_id = mlflow.models.get_model_info(model_uri).model_id
-        except (MlflowException, OSError) as error:
-            raise ModelError(f"{given}: no such model ({error})") from error
+        given, model_uri = f"run_id={run_id}", f"models:/{outputs.model_outputs[-1].model_id}"
+    try:
+        model_id = mlflow.models.get_model_info(model_uri).model_id
         if model_id is None:
             raise ModelError(f"{given}: not a logged model of this tracking store")
-    try:
         return mlflow.get_logged_model(model_id)
-    except MlflowException as error:  # deleted, or of another store
-        raise ModelError(f"{given}: its model {model_id} is not in {store.store_address()}; train it again") from error
+    except (MlflowException, OSError) as error:  # deleted, without its artifacts, or of another store
+        raise ModelError(
+            f"{given}: no such model in {store.store_address()} ({error}); restore it, or train it again"
+        ) from error
 
 
 def find_alias(model_name: str, alias: str) -> ModelVersion | None:
     """Return the version of a registered model with `alias`, if there is one."""
     client = mlflow.MlflowClient()
-    found = client.search_registered_models(_equals("name", model_name))
+    found = client.search_registered_models(store.equals("name", model_name))
     if not found or alias not in found[0].aliases:
         return None
     return client.get_model_version(model_name, found[0].aliases[alias])
@@ -53,7 +55,7 @@ def find_alias(model_name: str, alias: str) -> ModelVersion | None:
 
 def list_versions(model_name: str) -> list[ModelVersion]:
     """Return the versions of a registered model."""
-    return list(mlflow.MlflowClient().search_model_versions(_equals("name", model_name)))
+    return list(mlflow.MlflowClient().search_model_versions(store.equals("name", model_name)))
 
 
 def copy_model(version: ModelVersion, folder: Path) -> None:
@@ -99,7 +101,7 @@ def find_version(model_name: str, model: LoggedModel) -> ModelVersion | None:
 
 def _find_versions(model: LoggedModel) -> list[ModelVersion]:
     """Return the versions of any registered model that are `model`."""
-    return list(mlflow.MlflowClient().search_model_versions(_equals("source_path", f"models:/{model.model_id}")))
+    return list(mlflow.MlflowClient().search_model_versions(store.equals("source_path", f"models:/{model.model_id}")))
 
 
 def create_version(model_name: str, model: LoggedModel) -> ModelVersion:
@@ -141,12 +143,6 @@ def assign_command(model_name: str, version: str, alias: str) -> str:
 def name_option(model_name: str) -> str:
     """Return the option of a command that names the registered model; empty for the default."""
     return "" if model_name == MODEL_NAME else f" --model_name {shlex.quote(model_name)}"
-
-
-def _equals(field: str, value: str) -> str:
-    """Return MLflow's filter for a text, which may hold either quotation mark, but not both."""
-    mark = '"' if "'" in value else "'"
-    return f"{field} = {mark}{value}{mark}"
 
 
 DESCRIPTION = """\

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from signdigits.errors import ModelError, UsageError
@@ -35,6 +35,9 @@ PACKAGES = ("mlflow", "tensorflow", "keras", "optuna", "numpy", "pillow", "panda
 
 # The tag with the process that works on a run, as host:pid:start.
 PROCESS = "process"
+
+# MLflow's tag of a nested run, in a filter.
+PARENT = "tags.`mlflow.parentRunId`"
 
 # The artifact with the predictions of the test images, which the champion/challenger comparison reads.
 PREDICTIONS = "test/predictions.csv"
@@ -156,19 +159,14 @@ def mark_resumed(continued: Run) -> None:
 
 def nested_runs(run_id: str, role: str = "") -> list[Run]:
     """Return the nested runs of a run, oldest first, without deleted ones, optionally of one `role`."""
-    return search_runs(f"tags.`mlflow.parentRunId` = '{run_id}'" + (f" and tags.role = '{role}'" if role else ""))
+    nested = store.equals(PARENT, run_id)
+    return search_runs(f"{nested} and {store.equals('tags.role', role)}" if role else nested)
 
 
 def search_runs(filter_string: str, **options: Any) -> list[Run]:
     """Return the runs of all experiments that match, oldest first unless `order_by` says otherwise."""
     options = {"order_by": ["attributes.start_time ASC"], "search_all_experiments": True} | options
     return list(mlflow.search_runs(filter_string=filter_string, output_format="list", **options))
-
-
-def deleted_runs(run_id: str) -> set[str]:
-    """Return the deleted nested runs of a run."""
-    deleted = search_runs(f"tags.`mlflow.parentRunId` = '{run_id}'", run_view_type=ViewType.DELETED_ONLY)
-    return {run.info.run_id for run in deleted}
 
 
 def close_interrupted(run: Run) -> None:
@@ -236,8 +234,9 @@ def is_alive(identity: str) -> bool:
 
 def _close_stale_runs() -> None:
     """End the runs that killed processes of this machine left RUNNING, as KILLED."""
-    for left in search_runs(f"tags.{PROCESS} LIKE '{platform.node()}:%' and attributes.status = 'RUNNING'"):
-        if not is_alive(left.data.tags[PROCESS]):
+    for left in search_runs(f"tags.{PROCESS} LIKE '%:%' and {store.equals('attributes.status', 'RUNNING')}"):
+        process = left.data.tags[PROCESS]
+        if process.startswith(f"{platform.node()}:") and not is_alive(process):  # in LIKE, a name's _ is any letter
             close_interrupted(left)
 
 

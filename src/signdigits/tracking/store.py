@@ -59,6 +59,16 @@ def make_absolute() -> None:
         mlflow.set_tracking_uri(f"sqlite:///{file.absolute()}")
 
 
+def equals(field: str, text: str) -> str:
+    """Return MLflow's filter for a field that is `text`.
+
+    MLflow has no escape: a text with both quotation marks, or with a backslash at its end, cannot be searched for
+    (`NameParameters` refuses it).
+    """
+    mark = '"' if "'" in text else "'"
+    return f"{field} = {mark}{text}{mark}"
+
+
 def store_address() -> str:
     """Return the address of the tracking store, its password masked."""
     return re.sub(r"://([^:/@]*):[^/@]*@", r"://\1:***@", mlflow.get_tracking_uri())

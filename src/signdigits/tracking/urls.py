@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,14 +23,25 @@ def ui_url(port: int = LinkParameters().port) -> str:
     return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
 
 
-def is_checkout() -> bool:
-    """Tell whether the working directory is the project's folder, with its scripts, and not a home of its own."""
-    return Path("scripts", "ui").is_file()
+def script_command(name: str) -> str:
+    """Return the command of a script of the project for the tracking store; empty if the project's folder will not last."""
+    script = Path("scripts", name)
+    if script.is_file():
+        return str(script)
+    project = Path(__file__).parents[3]
+    if is_temporary(project) or not (project / script).is_file():
+        return ""
+    return f"MLFLOW_TRACKING_URI={shlex.quote(store.store_address())} {shlex.quote(str(project / script))}"
+
+
+def is_temporary(folder: Path) -> bool:
+    """Tell whether a folder is a temporary clone, as `mlflow run` makes one of a git address."""
+    return folder.parent == Path(tempfile.gettempdir()).resolve() and folder.name.startswith(tempfile.gettempprefix())
 
 
 def ui_command() -> str:
-    """Return the command that starts the UI of the tracking store from the working directory."""
-    return "scripts/ui" if is_checkout() else f"mlflow ui --backend-store-uri {shlex.quote(store.store_address())}"
+    """Return the command that starts the UI of the tracking store."""
+    return script_command("ui") or f"mlflow ui --backend-store-uri {shlex.quote(store.store_address())}"
 
 
 def experiment_url(ui: str, experiment_id: str) -> str:
@@ -43,7 +55,13 @@ def run_url(ui: str, run: Run) -> str:
 def compare_url(ui: str, study: Run) -> str:
     """Return the link to the compare view of a study's finished trials, the most accurate ones if there are many."""
     trials = runs.search_runs(
-        f"tags.`mlflow.parentRunId` = '{study.info.run_id}' and tags.role = 'trial' and attributes.status = 'FINISHED'",
+        " and ".join(
+            [
+                store.equals(runs.PARENT, study.info.run_id),
+                store.equals("tags.role", "trial"),
+                store.equals("attributes.status", "FINISHED"),
+            ]
+        ),
         order_by=["metrics.val_accuracy DESC"],
         max_results=MAX_COMPARED,
     )

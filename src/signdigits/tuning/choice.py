@@ -60,7 +60,7 @@ def choose_trial(study: optuna.Study, metric: str) -> Choice:
     kept = f"trial {first.number}, the first; trial {best.number}"
     try:
         difference, error = _compare_trials(first, best, metric)
-    except MlflowException:
+    except (MlflowException, OSError):
         return Choice(first, f"{kept} may be better, but {SCORES} of one of the two is missing")
     if difference > STANDARD_ERRORS * error:
         gain = f"{difference:.4f} better than the first in {metric}: {difference / error:.1f} standard errors"

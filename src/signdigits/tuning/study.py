@@ -13,7 +13,7 @@ from signdigits.config import StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import UsageError
-from signdigits.tracking import runs
+from signdigits.tracking import runs, store
 from signdigits.tuning import storage
 from signdigits.tuning.space import Space
 
@@ -108,20 +108,23 @@ def _enqueue_best(study: optuna.Study, source: str, backend: optuna.storages.Bas
     except KeyError as error:
         names = ", ".join(optuna.get_all_study_names(backend))
         raise UsageError(f"warm_start={source}: no such study in the storage; it has {names}") from error
-    for trial in rank_trials(found)[:WARM_START_TRIALS]:
+    ranked = rank_trials(found)
+    if not ranked:
+        log.info("warm_start=%s: none of its complete trials has a run in %s", source, store.store_address())
+    for trial in ranked[:WARM_START_TRIALS]:
         params = space.clip({name: value for name, value in trial.params.items() if name in space.ranges})
         study.enqueue_trial(params, user_attrs={"origin": f"{source}/{trial.number}"}, skip_if_exists=True)
 
 
 def rank_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the complete trials whose MLflow runs are not deleted, best first.
+    """Return the complete trials whose MLflow runs exist and are not deleted, best first.
 
     Ties, which are likely with a few hundred validation images, are broken by the validation loss.
     """
-    deleted = runs.deleted_runs(study.user_attrs.get("mlflow_run_id", ""))
+    existing = {run.info.run_id for run in runs.nested_runs(study.user_attrs.get("mlflow_run_id", ""), "trial")}
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    kept = [trial for trial in complete if trial.user_attrs.get("mlflow_run_id") not in deleted]
+    kept = [trial for trial in complete if trial.user_attrs.get("mlflow_run_id") in existing]
     return sorted(kept, key=lambda trial: (sign * (trial.value or 0.0), trial.user_attrs.get("val_loss", 0.0)))
 
 
