@@ -1,1 +1,1 @@
-"""The server: nginx, supervisor, worker processes, page and client."""
+"""The endpoint: page, limits, versions and the processes that answer."""

@@ -64,7 +64,7 @@ NO_TABLE = 'no table in JSON; send {"dataframe_records": [{"image": BASE64}]}, o
 def create_app(parameters: ServeParameters, home: Path) -> Starlette:
     """Return the application of a process; it answers when the version that `home` names is loaded."""
     os.environ[MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.name] = str(parameters.timeout)  # the model reads it, too
-    versions = Versions(home, supervised=parameters.supervise, shadow_share=parameters.shadow_share)
+    versions = Versions(home, parameters)
     endpoint = Endpoint(versions, parameters)
     admission = Admission(parameters)
     routes = [

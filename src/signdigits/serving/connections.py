@@ -6,6 +6,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD = 32_000  # bytes: request line and headers
+GRACE = 1.0  # seconds in which a request on its way to a process that stops is still answered
 
 
 class Connection(HttpToolsProtocol):
@@ -36,6 +37,10 @@ class Connection(HttpToolsProtocol):
             self.head += len(data)
             if self.head > MAX_HEAD:
                 self.transport.close()
+
+    def shutdown(self) -> None:
+        """Close the connection, but not while its next request may be on the way: that would be a reset."""
+        self.loop.call_later(GRACE, super().shutdown)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.stop_waiting()

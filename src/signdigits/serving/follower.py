@@ -171,9 +171,7 @@ class Follower:
         raise VersionFailed(f"it does not start within {self.parameters.start_timeout:g} seconds", may_pass=True)
 
     def report(self, version: ModelVersion, replaced: ModelVersion | None) -> None:
-        metrics.VERSION.set(int(version.version))
-        metrics.CREATED.set(version.creation_timestamp / 1000)
-        metrics.IS_CURRENT.set(1)
+        report_version(version)
         self.record(version, SERVED)
         if replaced is None:
             log.info("version %s is live", version.version)
@@ -237,6 +235,13 @@ def describe_version(version: ModelVersion, alias: str, folder: Path) -> Publica
     return Publication(
         version.name, str(version.version), alias, str(folder), now, version.tags.get("test_accuracy", "")
     )
+
+
+def report_version(version: ModelVersion) -> None:
+    """Set the metrics of the served version."""
+    metrics.VERSION.set(int(version.version))
+    metrics.CREATED.set(version.creation_timestamp / 1000)
+    metrics.IS_CURRENT.set(1)
 
 
 def check_version(publication: Publication, parameters: ServeParameters) -> None:

@@ -15,7 +15,7 @@ from signdigits.errors import UsageError
 from signdigits.serving import handover, metrics
 from signdigits.serving.app import create_app
 from signdigits.serving.connections import Connection
-from signdigits.serving.follower import Follower, describe_version, find_served
+from signdigits.serving.follower import Follower, describe_version, find_served, report_version
 from signdigits.serving.options import ServeParameters
 from signdigits.serving.version import Version, VersionFailed
 from signdigits.serving.versions import LIVE
@@ -56,7 +56,7 @@ def run_one(parameters: ServeParameters, home: Path, listening: socket.socket, f
     except VersionFailed as failure:
         raise UsageError(f"version {version.version} cannot be served: {failure}") from failure
     publication.write(home / LIVE)
-    metrics.VERSION.set(int(version.version))
+    report_version(version)
     log.info("version %s is live: %s", version.version, parameters.url)
     if former:
         former.send(b".")

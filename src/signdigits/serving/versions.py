@@ -20,6 +20,7 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 
 from signdigits.files import atomic_file
 from signdigits.serving import metrics
+from signdigits.serving.options import ServeParameters
 from signdigits.serving.shadow import Shadow
 from signdigits.serving.version import INVOCATION, Publication, Version, VersionFailed
 
@@ -65,10 +66,10 @@ class Delegate:
 class Versions:
     """The live version of a process, and its shadow; they follow the files that the parent process writes."""
 
-    def __init__(self, home: Path, *, supervised: bool, shadow_share: float = 0.0) -> None:
-        self.home, self.supervised = home, supervised
+    def __init__(self, home: Path, parameters: ServeParameters) -> None:
+        self.home, self.supervised, self.timeout = home, parameters.supervise, parameters.timeout
         self.live: Version
-        self.shadow = Shadow(shadow_share)
+        self.shadow = Shadow(parameters.shadow_share)
         self.failed: dict[str, Publication] = {}
         self.health: asyncio.Task[str] | None = None
 
@@ -84,9 +85,16 @@ class Versions:
             following.cancel()
 
     async def watch(self, parent: int) -> None:
+        """Follow the files; end the process if its parent has ended, or if the model has not answered for `timeout` seconds."""
+        healthy = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             await self.refresh()
+            if await self.is_healthy():
+                healthy = time.monotonic()
+            elif time.monotonic() - healthy > self.timeout:
+                log.error("version %s has not answered for %d seconds: exiting", self.live.number, self.timeout)
+                os._exit(1)  # its threads do not end
             if self.supervised and os.getppid() != parent:
                 log.warning("the parent process is gone: stopping")
                 signal.raise_signal(signal.SIGTERM)
