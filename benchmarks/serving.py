@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 from PIL import Image
+from tests.conftest import serving
 
 from benchmarks import servers
 from benchmarks.measure import Row, in_turns, temporary_store
@@ -41,14 +42,14 @@ def rows(photographs: str) -> list[Row]:
     small = [servers.read_photograph(loaded, i) for i in range(MANY)]
     large = [enlarge(content) for content in small]
     with temporary_store("serving") as folder, contextlib.ExitStack() as stack:
-        ports = {
-            name: stack.enter_context(servers.serve_with_mlflow(uri, Path(folder)))
+        urls = {
+            name: stack.enter_context(serving(uri, Path(folder, f"{name}.log")))
             for name, uri in log_models(network, loaded).items()
         }
         ask = {
-            "ours": make_client(ports["ours"], make_request(small[0])),
-            "stock": make_client(ports["stock"], {"instances": loaded.training.x[:1].tolist()}),
-            "nothing": make_client(ports["nothing"], make_request(small[0])),
+            "ours": make_client(urls["ours"], make_request(small[0])),
+            "stock": make_client(urls["stock"], {"instances": loaded.training.x[:1].tolist()}),
+            "nothing": make_client(urls["nothing"], make_request(small[0])),
             "forward": lambda: forward(pixels).numpy(),
         }
         seconds = in_turns(ask, ROUNDS, EACH)
@@ -58,8 +59,8 @@ def rows(photographs: str) -> list[Row]:
             (f"{MANY} JPEGs of 12 megapixels in one request", large, LARGE_ROUNDS, 1, 1.8),
         ):
             clients = {
-                "many": make_client(ports["ours"], make_request(*contents)),
-                "one": make_client(ports["ours"], make_request(contents[0])),
+                "many": make_client(urls["ours"], make_request(*contents)),
+                "one": make_client(urls["ours"], make_request(contents[0])),
             }
             taken = in_turns(clients, rounds, each)
             detail = f"{MANY / taken['many']:.1f} against {1 / taken['one']:.1f} photographs a second"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
+from tests.conftest import serving
 
 from benchmarks import servers
 from benchmarks.measure import Row, in_turns, temporary_store
@@ -75,7 +76,7 @@ def read_first_line(command: str, folder: Path) -> None:
 
 
 def start_endpoint(folder: Path) -> None:
-    with servers.serve_with_mlflow("models:/sign-digits/1", folder):
+    with serving("models:/sign-digits/1", folder / "mlflow.log"):
         pass
 
 

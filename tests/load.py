@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 JSON = {"Content-Type": "application/json"}
 PAUSE = 0.02  # seconds between a reply and a thread's next request
@@ -34,7 +35,7 @@ class Load:
         self.ended = threading.Event()
         self.threads = [threading.Thread(target=self.work, args=(number,)) for number in range(threads)]
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> Self:
         for thread in self.threads:
             thread.start()
         return self

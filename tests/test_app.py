@@ -274,6 +274,14 @@ def test_slow_bodies_hold_nobody_up(shared: Endpoint) -> None:
         assert b" 408 " in slow[0].recv(1000)
 
 
+def test_unfinished_bodies_exclude_nobody(shared: Endpoint) -> None:
+    """Two clients hold as many bytes as a process takes; the larger of the bodies makes room."""
+    with contextlib.ExitStack() as clients:
+        first, _ = [clients.enter_context(open_request(shared, b"a" * 7_999_999, 8_000_000)) for _ in range(2)]
+        assert shared.post(FIVE)[0] == 200
+        assert b" 503 " in first.recv(1000)
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /invoc", b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\nGET /pi"])
 def test_silent_client_is_disconnected(shared: Endpoint, sent: bytes) -> None:
     with socket.create_connection(("127.0.0.1", shared.port), timeout=30) as slow:

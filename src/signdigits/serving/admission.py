@@ -21,7 +21,7 @@ from signdigits.serving.options import ServeParameters, read_token
 # so that small ones need not wait for it.
 SMALL_REQUESTS, LARGE_REQUESTS = 4, 1
 LARGE_BODY = 2_000_000  # bytes
-HELD_BODIES = 2  # bodies of the maximum size, or as many bytes of smaller ones, that a process holds at once
+HELD_BODIES = 2  # bodies of the maximum size, or as many bytes, that a process holds at once; small ones have one more
 
 # Bytes of a body outside base64's alphabet: a row has a dozen. Parsing 64 MB of empty rows, or of spaces, takes a gigabyte.
 # The backslash is in the alphabet here: some clients escape each slash.
@@ -72,7 +72,9 @@ class Admission:
         self.token = read_token(parameters.token_file)
         self.max_body = parameters.max_body_mb * 1_000_000
         self.small, self.large = asyncio.Semaphore(SMALL_REQUESTS), asyncio.Semaphore(LARGE_REQUESTS)
-        self.waiting = self.held = 0
+        self.waiting = 0
+        self.complete = 0  # bytes of the bodies that wait for their turn, or are worked on
+        self.arriving: dict[asyncio.Timeout, bytearray] = {}  # the others, by their deadlines
 
     def allows(self, request: Request) -> bool:
         """Tell whether the request has the token, if one is needed."""
@@ -110,20 +112,51 @@ class Admission:
     async def read_body(self, request: Request) -> AsyncIterator[bytes]:
         """Yield the body. Raises Refused if it is not allowed, too large, too slow, or not what a table of photographs is."""
         self.check_head(request)
-        stream, body = request.stream(), bytearray()
+        body = await self.receive(request)
+        self.complete += len(body)
         try:
-            while chunk := await self.read_chunk(stream):
-                body += chunk
-                self.held += len(chunk)
-                if len(body) > self.max_body:
-                    raise Refused(self.too_large())
-                if self.held > HELD_BODIES * self.max_body:
-                    raise Refused(BUSY)
-            if len(body.translate(None, BASE64)) > MAX_STRUCTURE:
-                raise Refused(TOO_MUCH_STRUCTURE)
-            yield bytes(body)
+            yield body
         finally:
-            self.held -= len(body)
+            self.complete -= len(body)
+
+    async def receive(self, request: Request) -> bytes:
+        """Return the body; its deadline moves with each part. Raises Refused."""
+        size, structure, body = 0, 0, bytearray()
+        deadline = asyncio.timeout(self.parameters.client_timeout)
+        self.arriving[deadline] = body
+        try:
+            async with deadline:
+                async for chunk in request.stream():
+                    if deadline not in self.arriving:
+                        raise Refused(BUSY)
+                    deadline.reschedule(asyncio.get_running_loop().time() + self.parameters.client_timeout)
+                    size += len(chunk)
+                    structure += len(chunk.translate(None, BASE64))
+                    if size > self.max_body:
+                        raise Refused(self.too_large())
+                    if structure <= MAX_STRUCTURE:  # else the rest is only read: the client waits for the end with it
+                        body += chunk
+                        self.make_room(deadline)
+        except TimeoutError:
+            raise Refused(TOO_SLOW if deadline in self.arriving else BUSY) from None
+        finally:
+            is_dropped = self.arriving.pop(deadline, None) is None
+        if is_dropped:
+            raise Refused(BUSY)
+        if structure > MAX_STRUCTURE:
+            raise Refused(TOO_MUCH_STRUCTURE)
+        return bytes(body)
+
+    def make_room(self, deadline: asyncio.Timeout) -> None:
+        """Drop the largest of the bodies that arrive, until there is room for this one: slow clients exclude nobody."""
+        while deadline in self.arriving:
+            is_small = len(self.arriving[deadline]) <= LARGE_BODY
+            held = self.complete + sum(map(len, self.arriving.values()))
+            if held <= (HELD_BODIES + is_small) * self.max_body:
+                return
+            largest = max(self.arriving, key=lambda other: len(self.arriving[other]))
+            largest.reschedule(asyncio.get_running_loop().time())
+            self.arriving.pop(largest).clear()
 
     def check_head(self, request: Request) -> None:
         if not self.allows(request):
@@ -134,14 +167,6 @@ class Admission:
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.max_body:
             raise Refused(self.too_large())
-
-    async def read_chunk(self, stream: AsyncIterator[bytes]) -> bytes:
-        """Return the next part of a body, empty at its end."""
-        try:
-            async with asyncio.timeout(self.parameters.client_timeout):
-                return await anext(stream, b"")
-        except TimeoutError:
-            raise Refused(TOO_SLOW) from None
 
     def too_large(self) -> Response:
         limit = self.parameters.max_body_mb

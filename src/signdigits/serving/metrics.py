@@ -5,6 +5,7 @@ is set before this module is imported: each process keeps its values in files th
 """
 
 import os
+from collections import Counter as Counts
 
 import pandas as pd
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
@@ -47,10 +48,12 @@ for status in (200, 400, 413, 503, 504):
 
 def count_predictions(predictions: pd.DataFrame) -> None:
     """Count the rows of a reply, by label."""
+    labels = Counts(
+        label for label, outlier in zip(predictions["label"], predictions["is_outlier"], strict=True) if not outlier
+    )
     ROWS.inc(len(predictions))
-    outliers = predictions["is_outlier"]
-    OUTLIERS.inc(int(outliers.sum()))
-    for label, count in predictions["label"][~outliers].value_counts().items():
+    OUTLIERS.inc(len(predictions) - labels.total())
+    for label, count in labels.items():
         PREDICTIONS.labels(label).inc(count)
 
 

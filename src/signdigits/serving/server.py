@@ -125,6 +125,8 @@ class Supervisor(Multiprocess):
 
     def keep_subprocess_alive(self) -> None:
         before = [process.pid for process in self.processes]
+        for process in self.processes:
+            process.child_conn.close()  # its own end is open: if it is killed while it is asked, the wait ends at once
         super().keep_subprocess_alive()
         for pid, process in zip(before, self.processes, strict=False):
             if pid and pid != process.pid:
