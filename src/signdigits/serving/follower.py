@@ -267,7 +267,8 @@ def check_version(publication: Publication, parameters: ServeParameters) -> None
 
 def _try_version(publication: Publication, sender: Connection) -> None:
     try:
-        Version(publication)
+        # MLflow's look at all installed packages takes most of the time; each process that answers warns once.
+        Version(publication, suppress_warnings=True)
         sender.send(("", False))
     except SignDigitsError as error:
         sender.send((str(error), getattr(error, "may_pass", True)))

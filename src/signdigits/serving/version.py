@@ -73,12 +73,14 @@ INVOCATION = ContextVar[Invocation]("invocation")
 class Version:
     """A version in memory. Raises VersionFailed unless it loads and answers its own input example."""
 
-    def __init__(self, publication: Publication) -> None:
+    def __init__(self, publication: Publication, *, suppress_warnings: bool = False) -> None:
         self.publication, self.folder = publication, Path(publication.folder)
         os.environ[prediction_log.VERSION] = publication.version  # a model does not know its own version
         try:
             with startup.filtered_stderr():
-                self.model: PyFuncModel = mlflow.pyfunc.load_model(publication.folder)
+                self.model: PyFuncModel = mlflow.pyfunc.load_model(
+                    publication.folder, suppress_warnings=suppress_warnings
+                )
         except Exception as error:
             raise VersionFailed(f"it does not load ({type(error).__name__}: {error})", may_pass=True) from error
         self.python_model: Any = self.model.unwrap_python_model()
