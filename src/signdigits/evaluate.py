@@ -158,7 +158,8 @@ def _log_scores(
     per_class = _score_classes(table)
     mlflow.log_text(files.to_csv(table), f"{part}/predictions.csv")
     mlflow.log_text(files.to_csv(per_class), f"{part}/per_class.csv")
-    _log_mlflow_evaluation(table, part)
+    if table["label"].nunique() > 1:  # MLflow refuses a single class
+        _log_mlflow_evaluation(table, part)
     bins = calibration.compute_reliability(*_to_arrays(table, class_names))
     runs.log_figure(
         f"{part}/reliability.png",

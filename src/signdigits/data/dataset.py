@@ -125,7 +125,7 @@ def scan_folders(folders: Sequence[Path], parameters: SourceParameters, cache: P
 
     `folders` are those that `resolve_source` returned for `parameters.data`.
     Class names are the sorted names of the first's folders. Hidden and junk files and folders (such as .DS_Store) are skipped.
-    Raises DataError for a missing folder, fewer than two classes, an empty class, a class that the first folder has not, or
+    Raises DataError for a missing folder, no class folders, an empty class, a class that the first folder has not, or
     an unreadable file (unless `skip_unreadable`, which lists it in the result instead).
     """
     try:
@@ -211,8 +211,6 @@ def _find_classes(folders: Sequence[Path]) -> tuple[str, ...]:
         raise DataError(
             f"{folder}: no class folders; put the photographs of each class into a folder named after the class"
         )
-    if len(names) == 1:
-        raise DataError(f"{folder}: only one class folder, {names[0]!r}; a classifier needs two or more")
     for name in names:
         if not _is_utf8(Path(name)):
             raise DataError(f"{folder / name}: the name is not UTF-8; rename it")

@@ -66,8 +66,12 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
     Of a joined data set (`data=A,B`), the photographs of the first are split as if they were alone, so that models trained with
     and without the others can be compared on the same test images.
 
-    Raises DataError if a class is missing from one of the three parts.
+    Raises DataError if there is only one class, or a class is missing from one of the three parts.
     """
+    if len(dataset.class_names) == 1:
+        raise DataError(
+            f"{dataset.folder}: only one class folder, {dataset.class_names[0]!r}; a classifier needs two or more"
+        )
     is_added = np.array([photograph.is_added for photograph in dataset.photographs])
     original, added = np.flatnonzero(~is_added), np.flatnonzero(is_added)
     first = replace(dataset, name=dataset.origin, photographs=tuple(dataset.photographs[i] for i in original))
