@@ -36,7 +36,8 @@ def script_command(name: str) -> str:
 
 def is_temporary(folder: Path) -> bool:
     """Tell whether a folder is a temporary clone, as `mlflow run` makes one of a git address."""
-    return folder.parent == Path(tempfile.gettempdir()).resolve() and folder.name.startswith(tempfile.gettempprefix())
+    is_inside = folder.resolve().parent == Path(tempfile.gettempdir()).resolve()
+    return is_inside and folder.name.startswith(tempfile.gettempprefix())
 
 
 def ui_command() -> str:
