@@ -51,6 +51,7 @@ def serve(parameters: ServeParameters) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a file
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # in the processes that answer
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # there, glibc gives back what a large body took
     with _runtime_folder() as home:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(home / "metrics")
         from signdigits.serving import server  # with its metrics, which need the variable
