@@ -41,8 +41,8 @@ FRAMES = {
 class Others(Load):
     """Two clients that behave, and the largest memory of a process that answers them."""
 
-    def __init__(self, server: Endpoint, body: bytes, more_ports: Sequence[int] = ()) -> None:
-        super().__init__(server.port, body, 2, more_ports)
+    def __init__(self, server: Endpoint, body: bytes) -> None:
+        super().__init__(server.port, body, 2)
         self.server, self.memory = server, 0
         self.threads.append(threading.Thread(target=self.watch_memory))
 
@@ -67,6 +67,14 @@ class Visitors(Others):
             for connection in connections:
                 stack.callback(connection.close)
             return super().ask(connections)
+
+
+class Retrying(Others):
+    """The same; a request whose connection breaks is sent again, over a new connection."""
+
+    def ask(self, connections: Sequence[http.client.HTTPConnection]) -> tuple[int, str]:
+        status, version = super().ask(connections)
+        return (status, version) if status else super().ask(connections)
 
 
 def rows(
@@ -324,9 +332,9 @@ def make_hostile_body(numbers: random.Random) -> bytes:
 
 
 def kill_processes(folder: Path, body: bytes, times: int) -> list[Row]:
-    """Kill each process below the server's parent under load; a client sends a request whose connection breaks again."""
+    """Kill each process below the server's parent under load."""
     taken: dict[str, list[float]] = {"answering": [], "other": []}
-    with serve(folder, "--processes", "2") as server, Others(server, body, more_ports=[server.port]) as load:
+    with serve(folder, "--processes", "2") as server, Retrying(server, body) as load:
         answering = next(folder.glob("sign-digits-*/processes"))  # a file for each process that answers
 
         def are_back() -> bool:
