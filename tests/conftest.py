@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROJECT = Path(__file__).parents[1]
-PATIENCE = 60.0  # seconds: a busy machine is slow, and a failure is rare
+PATIENCE = 600.0  # seconds: a busy machine is slow, and a failure is rare
 SIZE = 16  # pixels: the smallest network that still has its three poolings
 # Of `finished_job`.
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)

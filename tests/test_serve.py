@@ -391,13 +391,14 @@ def versions_from_now(load: Load) -> set[str]:
 
 
 def test_metrics_are_merged(first: Endpoint, registry: Registry) -> None:
+    promote(first, registry, 2)
     before = first.metrics()
     for _ in range(20):  # to either process
         first.post(registry.request)
     metrics = first.metrics()
     assert metrics['signdigits_requests_total{status="200"}'] - before['signdigits_requests_total{status="200"}'] == 20
     assert metrics["signdigits_promotions_total"] >= 1
-    assert metrics["signdigits_served_version"] == 1
+    assert metrics["signdigits_served_version"] == 2
 
 
 def test_unreachable_model_is_waited_for(first: Endpoint, registry: Registry) -> None:

@@ -214,15 +214,13 @@ def test_nan_loss_fails_the_run(store: str, loaded: loading.Data) -> None:
 
 def interrupt(line: list[str], number: int) -> tuple[int, str]:
     """Start a training, send it a signal in the middle, and return its exit code and what it said."""
+    environment = settings_of_others(Path.cwd())
+    if "mlflow" in line:  # MLflow itself does not start with these
+        del environment["PYTHONOPTIMIZE"], environment["PYTHONWARNINGS"]
     process = subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=settings_of_others(Path.cwd()),
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
     )
-    wait_until(lambda: mlflow.search_runs(filter_string="metrics.val_loss > 0", search_all_experiments=True).size, 120)
+    wait_until(lambda: mlflow.search_runs(filter_string="metrics.val_loss > 0", search_all_experiments=True).size)
     os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=60)
     return process.returncode, said

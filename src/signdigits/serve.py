@@ -22,6 +22,8 @@ from signdigits.serving.options import ServeParameters, read_token
 
 log = logging.getLogger(__name__)
 
+METRICS = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client
+
 
 def check(parameters: ServeParameters) -> None:
     """Say where the server will be. Raises UsageError if a file cannot be read, or the port cannot be listened on."""
@@ -53,8 +55,7 @@ def serve(parameters: ServeParameters) -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # in the processes that answer
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # there, glibc gives back what a large body took
     with _runtime_folder() as home:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(home / "metrics")
-        from signdigits.serving import server  # with its metrics, which need the variable
+        from signdigits.serving import server  # with its metrics, which need the folder's variable
 
         taken = handover.take_socket(parameters.address)
         listening, former = taken or (listen(parameters), None)
@@ -94,9 +95,11 @@ def _runtime_folder() -> Iterator[Path]:
         home = Path(name).resolve()
         for folder in ("metrics", "processes"):
             (home / folder).mkdir()
+        os.environ[METRICS] = str(home / "metrics")
         descriptor = os.open(name, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             yield home
         finally:
             os.close(descriptor)
+            del os.environ[METRICS]

@@ -170,6 +170,10 @@ class Follower:
             time.sleep(TICK)
         raise VersionFailed(f"it does not start within {self.parameters.start_timeout:g} seconds", may_pass=True)
 
+    def has_reported(self, pid: int | None) -> bool:
+        """Tell whether a process serves a version already."""
+        return (self.home / PROCESSES / str(pid)).exists()
+
     def report(self, version: ModelVersion, replaced: ModelVersion | None) -> None:
         report_version(version)
         self.record(version, SERVED)

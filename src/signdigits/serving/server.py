@@ -94,6 +94,7 @@ class Supervisor(Multiprocess):
         super().__init__(config, [listening])
         self.follower = follower
         self.error: Exception | None = None
+        self.last_start = time.monotonic()
 
     def run(self) -> None:
         threading.Thread(target=self.follow, daemon=True).start()
@@ -121,9 +122,17 @@ class Supervisor(Multiprocess):
         """Replace one process after the other, each when its successor answers, which may take as long as a start."""
         self.config.timeout_worker_healthcheck = round(self.follower.parameters.start_timeout)
         super().restart_all()
-        self.config.timeout_worker_healthcheck = SILENCE
 
     def keep_subprocess_alive(self) -> None:
+        """Restart what has exited, or does not answer; a process that starts cannot answer while it imports its modules."""
+        starting = not all(self.follower.has_reported(process.pid) for process in self.processes)
+        limit = self.follower.parameters.start_timeout
+        if starting and time.monotonic() - self.last_start < limit:
+            if all(process.process.is_alive() for process in self.processes):
+                return
+            self.config.timeout_worker_healthcheck = round(limit)
+        else:
+            self.config.timeout_worker_healthcheck = SILENCE
         before = [process.pid for process in self.processes]
         for process in self.processes:
             process.child_conn.close()  # its own end is open: if it is killed while it is asked, the wait ends at once
@@ -131,5 +140,6 @@ class Supervisor(Multiprocess):
         for pid, process in zip(before, self.processes, strict=False):
             if pid and pid != process.pid:
                 log.warning("process %s exited or hung: restarted", pid)
+                self.last_start = time.monotonic()
                 metrics.RESTARTS.inc()
                 metrics.forget_process(pid)
