@@ -200,7 +200,10 @@ def test_killed_parent_leaves_no_orphans(registry: Registry, tmp_path: Path) -> 
         server.process.kill()
         wait_until(lambda: not any(map(is_alive, below)))
     move(3)
-    with serving_endpoint(tmp_path / "again.log", cwd=registry.folder, **settings_of_others(tmp_path)) as server:
+    temporary = tmp_path / ("batch-system-" * 8)
+    temporary.mkdir()
+    others = settings_of_others(tmp_path) | {"TMPDIR": str(temporary)}
+    with serving_endpoint(tmp_path / "again.log", cwd=registry.folder, **others) as server:
         assert server.version(registry.request) == "2"
         assert "version 3 is refused" in server.said()
 

@@ -22,6 +22,7 @@ from signdigits.serving.options import ServeParameters, read_token
 
 log = logging.getLogger(__name__)
 
+LONGEST_FOLDER = 70  # characters of TMPDIR: multiprocessing listens at a socket below it, whose path may have 107
 METRICS = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client
 
 
@@ -54,6 +55,8 @@ def serve(parameters: ServeParameters) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a file
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # in the processes that answer
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # there, glibc gives back what a large body took
+    if len(tempfile.gettempdir()) > LONGEST_FOLDER:
+        tempfile.tempdir = "/tmp"
     with _runtime_folder() as home:
         from signdigits.serving import server  # with its metrics, which need the folder's variable
 
