@@ -4,7 +4,6 @@ import base64
 import importlib.metadata
 import io
 import json
-import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,9 +83,9 @@ def _check_answer(info: ModelInfo) -> None:
     """Load a logged model as its endpoint does, and raise an error unless it answers its input example."""
     with startup.filtered_stderr(), prediction_log.disable_log():
         served = mlflow.pyfunc.load_model(info.model_uri)
-        (probabilities,) = served.predict(served.input_example)["probabilities"]
-    if not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3):
-        raise ValueError(f"probabilities: {probabilities}")
+        (row,) = served.predict(served.input_example).to_dict("records")
+    if problem := reply.find_problem(row):
+        raise ValueError(problem)
 
 
 def write_files(network: "keras.Model", calibration: Calibration, data: Data, folder: Path) -> None:

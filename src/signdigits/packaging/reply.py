@@ -4,6 +4,7 @@ From this list follow the signature of a model, and with it the columns and type
 log and the columns that `monitor` compares; the table of `scripts/ask`; and the list in docs/parameters.md.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,20 @@ FIELDS = (
         is_required=False,
     ),
 )
+
+
+def find_problem(row: Any) -> str:
+    """Return what is wrong with the reply to a photograph; empty if nothing is."""
+    try:
+        probabilities = row["probabilities"]
+        if row["label"] not in probabilities:
+            return f"the label {row['label']!r}, which is not one of its classes"
+        if not math.isclose(total := sum(probabilities.values()), 1, abs_tol=1e-3):
+            return f"probabilities that add up to {total:.3f}"
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"a reply without label, probability and probabilities ({error!r})"
+    return ""
+
 
 LOGGED = tuple(field.name for field in FIELDS if field.is_logged)
 COMPARED = tuple(field.name for field in FIELDS if field.is_logged and field.type is float)

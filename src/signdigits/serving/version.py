@@ -1,7 +1,6 @@
 """One version in memory: loaded from its folder, and asked for its own input example."""
 
 import json
-import math
 import os
 import sys
 import threading
@@ -20,7 +19,7 @@ from mlflow.pyfunc import PyFuncModel, scoring_server
 from signdigits import startup
 from signdigits.errors import SignDigitsError
 from signdigits.files import atomic_file
-from signdigits.packaging import prediction_log
+from signdigits.packaging import prediction_log, reply
 
 INPUT_EXAMPLE = "serving_input_example.json"  # MLflow's name of the file in a model
 
@@ -90,7 +89,9 @@ class Version:
         self.answered = 0.0
         if problem := self.find_problem():
             raise VersionFailed(f"it answers its own input example with {problem}")
-        _forget_code(self.python_model)
+        # Or the module that MLflow has imported the model from would stay for as long as the process.
+        sys.modules.pop(type(self.python_model).__module__, None)
+        mlflow.models.model.__mlflow_model__ = None
 
     @property
     def number(self) -> str:
@@ -113,7 +114,7 @@ class Version:
             predictions = json.loads(text.getvalue())["predictions"]
             if len(predictions) != len(self.example):
                 return f"{len(predictions)} predictions for {len(self.example)} rows"
-            problem = next(filter(None, map(_find_problem_in_row, predictions)), "")
+            problem = next(filter(None, map(reply.find_problem, predictions)), "")
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         self.answered = time.monotonic() if not problem else self.answered
@@ -131,21 +132,3 @@ def read_example(folder: Path) -> pd.DataFrame:
         return pd.DataFrame(table["data"], columns=table["columns"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VersionFailed(f"it has no usable input example ({error!r})") from error
-
-
-def _find_problem_in_row(row: Any) -> str:
-    try:
-        probabilities = row["probabilities"]
-        if row["label"] not in probabilities:
-            return f"the label {row['label']!r}, which is not one of its classes"
-        if not math.isclose(total := sum(probabilities.values()), 1, abs_tol=1e-3):
-            return f"probabilities that add up to {total:.3f}"
-    except (KeyError, TypeError, AttributeError) as error:
-        return f"a reply without label, probability and probabilities ({error!r})"
-    return ""
-
-
-def _forget_code(python_model: Any) -> None:
-    """Let go of the module that MLflow has imported the model from, or it would stay for as long as the process."""
-    sys.modules.pop(type(python_model).__module__, None)
-    mlflow.models.model.__mlflow_model__ = None
