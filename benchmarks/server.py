@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -62,19 +62,17 @@ class Others(Load):
 class Visitors(Others):
     """The same, with a new connection for each request."""
 
-    def ask(self, connections: Sequence[http.client.HTTPConnection]) -> tuple[int, str]:
-        with contextlib.ExitStack() as stack:
-            for connection in connections:
-                stack.callback(connection.close)
-            return super().ask(connections)
+    def ask(self, connection: http.client.HTTPConnection) -> tuple[int, str]:
+        with contextlib.closing(connection):
+            return super().ask(connection)
 
 
 class Retrying(Others):
     """The same; a request whose connection breaks is sent again, over a new connection."""
 
-    def ask(self, connections: Sequence[http.client.HTTPConnection]) -> tuple[int, str]:
-        status, version = super().ask(connections)
-        return (status, version) if status else super().ask(connections)
+    def ask(self, connection: http.client.HTTPConnection) -> tuple[int, str]:
+        status, version = super().ask(connection)
+        return (status, version) if status else super().ask(connection)
 
 
 def rows(

@@ -3,7 +3,6 @@
 import http.client
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -24,16 +23,13 @@ class Reply:
 
 
 class Load:
-    """Threads that ask again and again, each over a connection that stays open, until the block is left.
+    """Threads that ask again and again, each over a connection that stays open, until the block is left."""
 
-    With several ports, a request that gets no reply from one goes to the next, as a load balancer would send it.
-    """
-
-    def __init__(self, port: int, body: bytes, threads: int = 4, more_ports: Sequence[int] = ()) -> None:
-        self.ports, self.body = (port, *more_ports), body
+    def __init__(self, port: int, body: bytes, threads: int = 4) -> None:
+        self.port, self.body = port, body
         self.replies: list[Reply] = []
         self.ended = threading.Event()
-        self.threads = [threading.Thread(target=self.work, args=(number,)) for number in range(threads)]
+        self.threads = [threading.Thread(target=self.work) for _ in range(threads)]
 
     def __enter__(self) -> Self:
         for thread in self.threads:
@@ -45,26 +41,23 @@ class Load:
         for thread in self.threads:
             thread.join()
 
-    def work(self, number: int) -> None:
-        first = number % len(self.ports)
-        ports = self.ports[first:] + self.ports[:first]
-        connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=120) for port in ports]
+    def work(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         while not self.ended.wait(PAUSE):
             sent = time.monotonic()
-            status, version = self.ask(connections)
+            status, version = self.ask(connection)
             self.replies.append(Reply(sent, time.monotonic() - sent, status, version))
 
-    def ask(self, connections: Sequence[http.client.HTTPConnection]) -> tuple[int, str]:
-        """Return status and version of the first reply; 0 and no version if none replies."""
-        for connection in connections:
-            try:
-                connection.request("POST", "/invocations", self.body, JSON)
-                reply = connection.getresponse()
-                reply.read()
-                return reply.status, reply.getheader("Model-Version", "")
-            except (OSError, http.client.HTTPException):
-                connection.close()
-        return 0, ""
+    def ask(self, connection: http.client.HTTPConnection) -> tuple[int, str]:
+        """Return status and version of the reply; 0 and no version if none comes."""
+        try:
+            connection.request("POST", "/invocations", self.body, JSON)
+            reply = connection.getresponse()
+            reply.read()
+            return reply.status, reply.getheader("Model-Version", "")
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            return 0, ""
 
     def failed(self) -> int:
         return sum(reply.status != 200 for reply in self.replies)
