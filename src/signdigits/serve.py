@@ -18,12 +18,12 @@ from pathlib import Path
 
 from signdigits.errors import UsageError
 from signdigits.serving import handover
-from signdigits.serving.options import ServeParameters, read_token
+from signdigits.serving.options import METRICS, PROCESSES, ServeParameters, read_token
 
 log = logging.getLogger(__name__)
 
 LONGEST_FOLDER = 70  # characters of TMPDIR: multiprocessing listens at a socket below it, whose path may have 107
-METRICS = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client
 
 
 def check(parameters: ServeParameters) -> None:
@@ -96,13 +96,13 @@ def _runtime_folder() -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="sign-digits-") as name:
         home = Path(name).resolve()
-        for folder in ("metrics", "processes"):
+        for folder in (METRICS, PROCESSES):
             (home / folder).mkdir()
-        os.environ[METRICS] = str(home / "metrics")
+        os.environ[METRICS_VARIABLE] = str(home / METRICS)
         descriptor = os.open(name, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             yield home
         finally:
             os.close(descriptor)
-            del os.environ[METRICS]
+            del os.environ[METRICS_VARIABLE]

@@ -18,7 +18,6 @@ import mlflow
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.pyfunc import scoring_server
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -37,9 +36,7 @@ from signdigits.serving.version import INVOCATION, Invocation
 from signdigits.serving.versions import Delegate, Versions
 
 PAGE = Path(__file__).parent / "page"
-LIVE_FRAME = (
-    "live-frame"  # header of the page's requests while the camera reads: one visitor is no window of predictions
-)
+LIVE_FRAME = "live-frame"  # header of most requests of the page's camera, which are not logged: a visitor is no window
 
 # The browser connects the page to no other host, and lets only this page use the camera.
 PAGE_HEADERS = {
@@ -52,7 +49,9 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # the page is revalidated: 304 if it has not changed
 }
+ENCODED_HEADERS = [(name.lower().encode(), value.encode()) for name, value in PAGE_HEADERS.items()]
 
 REPLIES = {
     404: make_error(404, "ENDPOINT_NOT_FOUND", "not found; send photographs to /invocations"),
@@ -179,12 +178,9 @@ class Envelope:
             size += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["Model-Version"] = state.setdefault("version", self.versions.live.number)
-                headers["X-Request-ID"] = state["id"]
-                for name, value in PAGE_HEADERS.items():
-                    headers[name] = value
-                headers.setdefault("Cache-Control", "no-cache")  # the page is revalidated: 304 if it has not changed
+                version = state.setdefault("version", self.versions.live.number)
+                own = [(b"model-version", version.encode()), (b"x-request-id", state["id"].encode())]
+                message["headers"] = [*message["headers"], *own, *ENCODED_HEADERS]
                 if scope["path"] == "/invocations":
                     metrics.REQUESTS.labels(status).inc()
             await send(message)

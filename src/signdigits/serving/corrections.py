@@ -59,7 +59,8 @@ class Corrections:
         """Keep a photograph with its label and the model's answer. Raises MlflowException for no image, OSError."""
         answer = live.predict(pd.DataFrame({"image": [image]})).iloc[0]
         content = base64.b64decode(image.partition(",")[2] or image)  # without the head of a data URL
-        if _measure(self.folder / PENDING) + len(content) > self.limit:
+        kept = sum(path.stat().st_size for path in (self.folder / PENDING).rglob("*") if path.is_file())
+        if kept + len(content) > self.limit:
             return FULL
         suffix = live.python_model.images.open_image(content).format.lower()
         digest = hashlib.sha256(label.encode() + b"\0" + content).hexdigest()[:16]
@@ -81,8 +82,3 @@ class Corrections:
 def count_pending(folder: Path) -> int:
     """Return the number of corrections that wait for a review."""
     return sum(1 for _ in folder.glob(f"{PENDING}/*/*.json"))
-
-
-def _measure(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

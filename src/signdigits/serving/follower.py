@@ -22,9 +22,8 @@ from signdigits.errors import ModelError, SignDigitsError, UsageError
 from signdigits.notify import notify
 from signdigits.serving import metrics
 from signdigits.serving.corrections import count_pending
-from signdigits.serving.options import ServeParameters
+from signdigits.serving.options import LIVE, PROCESSES, SHADOW, ServeParameters
 from signdigits.serving.version import Publication, Version, VersionFailed
-from signdigits.serving.versions import LIVE, PROCESSES, SHADOW
 from signdigits.tracking import registry, store
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Follower:
         self.rejected = ""  # the version of the alias, if it was refused
         self.attempts = self.failed_starts = 0  # of the version of the alias
         self.next_start = self.next_look = 0.0
-        self.last_warning = self.last_shadow_warning = ""
+        self.warnings: dict[str, str] = {}  # the last one about each alias
 
     def start(self) -> None:
         """Serve the version of the alias, or the previously served one if that fails. Raises UsageError."""
@@ -79,8 +78,8 @@ class Follower:
                 metrics.PENDING.set(count_pending(Path(self.parameters.corrections)))
 
     def look(self) -> None:
-        version = self.find_version()
         assert self.live is not None
+        version = self.find_version()
         if version is None or time.monotonic() < self.next_start:
             return
         metrics.IS_CURRENT.set(version.version == self.live.version)
@@ -92,14 +91,13 @@ class Follower:
 
     def find_version(self) -> ModelVersion | None:
         """Return the version of the alias; None, with a warning, if the registry does not reply or the alias is gone."""
+        assert self.live is not None
         try:
             version = registry.find_alias(self.parameters.model_name, self.parameters.alias)
             warning = "" if version else f"alias {self.parameters.alias} is gone"
         except Exception as error:  # of MLflow, a driver or the network; the next look may succeed
             version, warning = None, f"{store.store_address()} does not reply ({str(error).splitlines()[0]})"
-        if warning and warning != self.last_warning:
-            log.warning("%s; still serving version %s", warning, self.live.version if self.live else "none")
-        self.last_warning = warning
+        self.warn_once(self.parameters.alias, warning and f"{warning}; still serving version {self.live.version}")
         return version
 
     def look_at_shadow(self) -> None:
@@ -119,9 +117,13 @@ class Follower:
                 log.info("version %s gets %.0f %% of the requests as a shadow", self.shadow, share)
         except Exception as error:
             warning = f"shadow {alias}: {str(error).splitlines()[0]}"
-        if warning and warning != self.last_shadow_warning:
+        self.warn_once(alias, warning)
+
+    def warn_once(self, alias: str, warning: str) -> None:
+        """Log a warning about an alias, unless it is the last one about it; an empty one says that all is well again."""
+        if warning and warning != self.warnings.get(alias):
             log.warning("%s", warning)
-        self.last_shadow_warning = warning
+        self.warnings[alias] = warning
 
     def switch_to(self, version: ModelVersion) -> bool:
         """Serve the version, and tell whether that succeeded."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from signdigits.config import ALIAS, URL, NameParameters, parameter
 from signdigits.errors import UsageError
 
+# In the server's folder: the versions to serve, a file per process with the one that it serves, and the metrics' values.
+LIVE, SHADOW, PROCESSES, METRICS = "live", "shadow", "processes", "metrics"
 TOKEN = r"[A-Za-z0-9._~+/=-]{16,512}"
 
 

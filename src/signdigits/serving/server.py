@@ -16,9 +16,8 @@ from signdigits.serving import handover, metrics
 from signdigits.serving.app import create_app
 from signdigits.serving.connections import Connection
 from signdigits.serving.follower import Follower, describe_version, find_served, report_version
-from signdigits.serving.options import ServeParameters
+from signdigits.serving.options import LIVE, ServeParameters
 from signdigits.serving.version import Version, VersionFailed
-from signdigits.serving.versions import LIVE
 from signdigits.tracking import registry
 
 log = logging.getLogger(__name__)

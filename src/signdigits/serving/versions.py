@@ -20,13 +20,12 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 
 from signdigits.files import atomic_file
 from signdigits.serving import metrics
-from signdigits.serving.options import ServeParameters
+from signdigits.serving.options import LIVE, PROCESSES, SHADOW, ServeParameters
 from signdigits.serving.shadow import Shadow
 from signdigits.serving.version import INVOCATION, Publication, Version, VersionFailed
 
 log = logging.getLogger(__name__)
 
-LIVE, SHADOW, PROCESSES = "live", "shadow", "processes"  # in the server's folder
 WATCH_INTERVAL = 0.1  # seconds between two looks at the files
 HEALTH_INTERVAL = 2.0  # seconds for which an answer to the input example proves health
 
