@@ -1,6 +1,7 @@
 """Fixtures: generated photographs, a SQLite store per test, trained models, real servers on free ports."""
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROJECT = Path(__file__).parents[1]
+FIRST_PORT = 10000 + 100 * (os.getpid() % 200)
+PORTS = itertools.cycle(range(FIRST_PORT, FIRST_PORT + 100))  # a process's own, below those that Linux gives to clients
 PATIENCE = 600.0  # seconds: a busy machine is slow, and a failure is rare
 SIZE = 16  # pixels: the smallest network that still has its three poolings
 # Of `finished_job`.
@@ -300,9 +303,12 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that no other test's server or connection takes before it is used."""
+    for port in itertools.islice(PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the ports of this process are in use")
 
 
 def serve_command(port: int | str, *options: str) -> list[str]:
