@@ -7,7 +7,7 @@ from pathlib import Path
 from signdigits import config
 from signdigits.cli import COMMANDS
 from signdigits.packaging.reply import FIELDS
-from signdigits.serving.options import ServeParameters
+from signdigits.serving.options import RecordParameters, ServeParameters
 from signdigits.tuning import space
 
 HEAD = """\
@@ -33,6 +33,7 @@ GROUPS = {
     "Export": config.ExportParameters,
     "MLflow UI": config.LinkParameters,
     "Server": ServeParameters,
+    "Recording": RecordParameters,
 }
 
 

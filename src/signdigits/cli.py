@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import signdigits
 from signdigits import config
 from signdigits.errors import SignDigitsError, UsageError, escape_undecodable
-from signdigits.serving.options import ServeParameters
+from signdigits.serving.options import RecordParameters, ServeParameters
 from signdigits.tuning import space
 from signdigits.tuning.space import Space
 
@@ -43,6 +43,7 @@ class Command:
     is_entry_point: bool = True  # of MLproject; it opens a run
     needs_tensorflow: bool = False
     is_resumable: bool = False
+    needs_mlflow: bool = True
     is_checked: bool = False  # by the function `check` of its module, before MLflow is imported, which takes seconds
 
 
@@ -87,6 +88,12 @@ COMMANDS = {
         (ServeParameters,),
         is_entry_point=False,
         is_checked=True,
+    ),
+    "record": Command(
+        "record photographs of your own classes with the camera of this machine",
+        (RecordParameters,),
+        is_entry_point=False,
+        needs_mlflow=False,
     ),
 }
 
@@ -254,6 +261,9 @@ def _run_command(command: str, **values: Any) -> None:
     module, _, function = (declared.function or f"{command}:{command}").partition(":")
     if declared.is_checked:
         importlib.import_module(f"signdigits.{module}").check(*groups)
+    if not declared.needs_mlflow:
+        getattr(importlib.import_module(f"signdigits.{module}"), function)(*groups)
+        return
     from signdigits import startup
 
     startup.configure_mlflow()

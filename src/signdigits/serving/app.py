@@ -20,11 +20,9 @@ from mlflow.pyfunc import scoring_server
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from signdigits.data import images
@@ -32,26 +30,11 @@ from signdigits.serving import metrics
 from signdigits.serving.admission import Admission, make_error
 from signdigits.serving.corrections import Corrections
 from signdigits.serving.options import ServeParameters
+from signdigits.serving.pages import ENCODED_HEADERS, PAGE, route_files
 from signdigits.serving.version import INVOCATION, Invocation
 from signdigits.serving.versions import Delegate, Versions
 
-PAGE = Path(__file__).parent / "page"
 LIVE_FRAME = "live-frame"  # header of most requests of the page's camera, which are not logged: a visitor is no window
-
-# The browser connects the page to no other host, and lets only this page use the camera.
-PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob: mediastream:; object-src 'none'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # the page is revalidated: 304 if it has not changed
-}
-ENCODED_HEADERS = [(name.lower().encode(), value.encode()) for name, value in PAGE_HEADERS.items()]
 
 REPLIES = {
     404: make_error(404, "ENDPOINT_NOT_FOUND", "not found; send photographs to /invocations"),
@@ -78,8 +61,7 @@ def create_app(parameters: ServeParameters, home: Path) -> Starlette:
     if parameters.corrections:
         corrections = Corrections(versions, Path(parameters.corrections), parameters.corrections_mb * 1_000_000)
         routes.append(Route("/corrections", admission.admitted(corrections.reply), methods=["POST"]))
-    page = GZipMiddleware(StaticFiles(directory=PAGE, html=True))
-    routes += [Route(f"/{name}", page) for name in ("", *(file.name for file in PAGE.iterdir()))]
+    routes += route_files(PAGE)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from signdigits.config import ALIAS, URL, NameParameters, parameter
+from signdigits.config import ALIAS, URL, Checked, NameParameters, parameter
 from signdigits.errors import UsageError
 
 # In the server's folder: the versions to serve, a file per process with the one that it serves, and the metrics' values.
@@ -86,6 +86,18 @@ class ServeParameters(NameParameters):
     @property
     def url(self) -> str:
         return f"{'https' if self.certificate else 'http'}://{self.address}"
+
+
+@dataclass(frozen=True)
+class RecordParameters(Checked):
+    """The folder that is recorded into, and the port of the page on this machine."""
+
+    data: str = parameter(
+        "",
+        "folder of class folders to record into; it is created, or continued if it exists",
+        pattern=(r"(?s).+", "a folder to record into"),
+    )
+    port: int = parameter(5002, "port of the page, on the loopback interface", low=1, high=65_535)
 
 
 def read_token(path: str) -> str:

@@ -1,5 +1,7 @@
 // Takes photographs from files, drops or the camera, asks /invocations about them, and shows the answers or the trouble.
 
+import { Trouble, canSee, capture, draw, getCamera, pause, showStream, stop } from "./camera.js";
+
 const LONGEST_SIDE = 1024; // pixels; the network sees a tenth of it, and a telephone's photograph has 4000
 const LIVE_SIDE = 256; // pixels of what is sent while the camera is open
 const LIVE_INTERVAL = 250; // milliseconds from one question about the camera's picture to the next, at least
@@ -22,6 +24,7 @@ const WORDS = {
 };
 
 const CAMERA_WORDS = {
+  InsecureContext: "Browsers open the camera only for an address that begins with https. Choose a photograph.",
   NotAllowedError: "The camera was refused. Allow it for this page in the browser's settings, or choose a photograph.",
   NotFoundError: "No camera was found. Choose a photograph instead.",
   NotReadableError: "The camera is used by another program. Close that one, or choose a photograph.",
@@ -49,15 +52,6 @@ settings.then(({ reads_digits }) => {
 let photograph = null; // the Blob that was sent last, for another attempt or an explanation
 let work = new AbortController(); // what is under way: whatever the visitor does next ends it
 let stream = null; // the camera's
-
-/** What went wrong, in words for the visitor. */
-class Trouble extends Error {
-  constructor(words, { again = false, asksForToken = false } = {}) {
-    super(words);
-    this.again = again; // whether the same photograph may pass another time
-    this.asksForToken = asksForToken;
-  }
-}
 
 /* What the visitor does */
 
@@ -165,23 +159,9 @@ async function prepare(file) {
   const { width, height } = picture;
   const small = Math.max(width, height) <= LONGEST_SIDE && file.size <= max_bytes;
   const kept = small && media_types.includes(file.type);
-  const blob = kept ? file : await draw(picture, { left: 0, top: 0, width, height });
+  const blob = kept ? file : await draw(picture, { left: 0, top: 0, width, height }, LONGEST_SIDE);
   picture.close();
   return { blob, shown: true };
-}
-
-/** A part of a picture as a JPEG, no longer than `longest`. */
-function draw(picture, { left, top, width, height }, longest = LONGEST_SIDE) {
-  const scale = Math.min(1, longest / Math.max(width, height));
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(width * scale));
-  canvas.height = Math.max(1, Math.round(height * scale));
-  const context = canvas.getContext("2d");
-  context.imageSmoothingQuality = "high";
-  context.fillStyle = "white"; // behind what is transparent, as the model has it
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(picture, left, top, width, height, 0, 0, canvas.width, canvas.height);
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
 }
 
 /* The camera */
@@ -189,23 +169,11 @@ function draw(picture, { left, top, width, height }, longest = LONGEST_SIDE) {
 async function openCamera() {
   const signal = begin("Opening the camera …");
   try {
-    const opened = await getCamera();
+    const opened = await getCamera(CAMERA_WORDS);
     if (signal.aborted) return stop(opened);
     showCamera(opened, signal);
   } catch (trouble) {
     if (!signal.aborted) showTrouble(trouble);
-  }
-}
-
-/** The camera's stream, the one away from the visitor where there are two. Throws Trouble. */
-async function getCamera() {
-  if (!navigator.mediaDevices) {
-    throw new Trouble("Browsers open the camera only for an address that begins with https. Choose a photograph.");
-  }
-  try {
-    return await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
-  } catch (error) {
-    throw new Trouble(CAMERA_WORDS[error.name] ?? `The camera cannot be opened (${error.message}).`);
   }
 }
 
@@ -217,9 +185,7 @@ function showCamera(opened, signal) {
     begin("Not read.");
     showTrouble(new Trouble("The camera has gone. Connect it again, or choose a photograph."));
   });
-  page("video").srcObject = stream;
-  // As in a mirror, unless the camera looks away from the visitor. What is sent is what the camera sees.
-  page("video").classList.toggle("mirrored", track.getSettings().facingMode !== "environment");
+  showStream(page("video"), stream);
   showInFrame("video");
   page("sources").hidden = true;
   page("shutter").hidden = false;
@@ -234,12 +200,12 @@ async function readLive(signal) {
   let answers = [];
   let logged = -Infinity; // one frame in ten seconds is a prediction to be monitored: a visitor is not a hundred
   while (!signal.aborted) {
-    if (!canSee() || document.hidden) {
+    if (!canSee(page("video")) || document.hidden) {
       await pause(LIVE_INTERVAL);
       continue;
     }
     const next = performance.now() + LIVE_INTERVAL;
-    photograph = await draw(page("video"), framedSquare(), LIVE_SIDE);
+    photograph = await capture(page("video"), LIVE_SIDE);
     try {
       const isLive = performance.now() - logged < LOGGED;
       const answer = await post(photograph, signal, { isLive });
@@ -272,27 +238,11 @@ function meanAnswer(answers) {
   return { label, probability, probabilities: Object.fromEntries(means), is_outlier, version };
 }
 
-function pause(milliseconds) {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
-}
-
-/** Whether the camera's first picture has come: its size is known before. */
-function canSee() {
-  return page("video").readyState >= HTMLMediaElement.HAVE_CURRENT_DATA;
-}
-
-/** The square of the camera's picture that the frame shows. */
-function framedSquare() {
-  const { videoWidth, videoHeight } = page("video");
-  const side = Math.min(videoWidth, videoHeight);
-  return { left: (videoWidth - side) / 2, top: (videoHeight - side) / 2, width: side, height: side };
-}
-
 /** Ask about the square that the frame shows, and keep it there. */
 async function takePicture() {
-  if (!canSee()) return;
+  if (!canSee(page("video"))) return;
   const signal = begin("Reading …");
-  photograph = await draw(page("video"), framedSquare());
+  photograph = await capture(page("video"), LONGEST_SIDE);
   closeCamera();
   showPhotograph(photograph);
   page("open-camera").focus(); // for the next one; the button that was pressed has gone
@@ -307,10 +257,6 @@ function closeCamera() {
   page("sources").hidden = false;
   page("shutter").hidden = true;
   showEmpty(EMPTY);
-}
-
-function stop(opened) {
-  for (const track of opened.getTracks()) track.stop();
 }
 
 /* The question */
