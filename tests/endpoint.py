@@ -1,11 +1,13 @@
-"""A real server, `python -m signdigits serve`, on a free port."""
+"""A real server, of `python -m signdigits serve` or `record`, on a free port."""
 
 import contextlib
 import http.client
 import json
 import os
+import resource
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +83,34 @@ def serving_endpoint(log: Path, *options: str, cwd: Path | None = None, **enviro
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(90)
+
+
+@contextmanager
+def recording(folder: Path, log: Path) -> Iterator[Endpoint]:
+    """Run the recorder on a folder until the block is left; its output goes to the file `log`."""
+    port = free_port()
+    line = [sys.executable, "-m", "signdigits", "record", "--data", folder.name, "--port", str(port)]
+    with log.open("w") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=file, cwd=folder.parent, start_new_session=True)
+    endpoint = Endpoint(process, port, log)
+    try:
+        wait_until(lambda: answers(f"{endpoint.url}/folder.json") or process.poll() is not None)
+        assert process.poll() is None, endpoint.said()
+        yield endpoint
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+@contextmanager
+def short_of_space(endpoint: Endpoint) -> Iterator[None]:
+    """Let the server write no file of more than 100 bytes."""
+    before = resource.prlimit(endpoint.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(endpoint.process.pid, resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(endpoint.process.pid, resource.RLIMIT_FSIZE, before)
 
 
 def command_line(pid: int) -> str:

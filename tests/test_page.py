@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, FilePayload, Page, Request, Route, expect
 
 from . import browser
+from .browser import beside, film, jpeg, visit, wait_for_the_camera
 
 pytestmark = [
     pytest.mark.slow,
@@ -81,16 +81,6 @@ def window(made: Made) -> Iterator[Browser]:
         yield opened
 
 
-def film(folder: Path, *scenes: Image.Image) -> tuple[str, str]:
-    """Chromium's flags for a camera that sees the scenes in turn, each for three seconds.
-
-    Chromium takes a film's levels, 0 to 255, for those of video, 16 to 235.
-    """
-    path = folder / f"camera-{len(scenes)}.mjpeg"
-    path.write_bytes(b"".join(jpeg(scene.point(lambda level: 16 + level * 219 / 255)) * 90 for scene in scenes))
-    return "--use-fake-device-for-media-stream", f"--use-file-for-fake-video-capture={path}"
-
-
 def in_camera(made: Made, label: str) -> Image.Image:
     """A photograph in the middle of a camera's picture, which is wider than high."""
     return beside(Image.open(made.photographs / label / "IMG_0003.JPG"))
@@ -106,48 +96,6 @@ def stripes() -> Image.Image:
 def page(window: Browser, url: str) -> Iterator[Page]:
     with visit(window, url) as opened:
         yield opened
-
-
-@contextmanager
-def visit(window: Browser, url: str, camera: bool = True, **options: Any) -> Iterator[Page]:
-    """The page in a window of its own; afterwards, nothing may stand in its console, and no other host was asked."""
-    context = window.new_context(**options)
-    if camera:
-        context.grant_permissions(["camera"], origin=url)
-    page = context.new_page()
-    complaints: list[str] = []
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on(
-        "console",
-        lambda message: complaints.append(f"{message.location}: {message.text}") if is_complaint(message) else None,
-    )
-    page.goto(url)
-    try:
-        yield page
-    finally:
-        context.close()
-    assert complaints == []
-    assert {urlsplit(address).netloc for address in asked if not address.startswith("blob:")} == {urlsplit(url).netloc}
-
-
-def is_complaint(message: Any) -> bool:
-    """Chromium notes every refused request in the console; those of photographs belong to the tests."""
-    return message.type in ("error", "warning") and not message.location["url"].endswith("/invocations")
-
-
-def beside(square: Image.Image) -> Image.Image:
-    """The square in the middle of a camera's picture, with black on either side."""
-    picture = Image.new("RGB", (640, 480))
-    picture.paste(square.resize((480, 480)), (80, 0))
-    return picture
-
-
-def jpeg(picture: Image.Image, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
 
 
 def expect_answer(page: Page, label: str) -> None:
@@ -295,12 +243,6 @@ def test_dropped_text_is_reported(page: Page) -> None:
 def open_camera(page: Page) -> None:
     page.get_by_role("button", name="Use the camera").click()
     expect(page.get_by_label("Live view of the camera")).to_be_visible()
-
-
-def wait_for_the_camera(page: Page) -> None:
-    """Wait for some frames: Chromium's first one may be blank. The page's policy allows no wait inside the page."""
-    frames = "document.querySelector('video').getVideoPlaybackQuality().totalVideoFrames"
-    wait_until(lambda: page.evaluate(frames) >= 3)
 
 
 def test_camera_sends_the_framed_square(page: Page) -> None:

@@ -58,7 +58,7 @@ def record(parameters: RecordParameters) -> None:
         listening = socket.create_server((HOST, parameters.port))
     except OSError as error:
         raise UsageError(
-            f"port={parameters.port}: {error.strerror}; stop the process that listens there, or choose another port: "
+            f"port={parameters.port}: {os.strerror(error.errno or 0)}; stop the process that listens there, or choose another port: "
             "PORT=... scripts/record, or --port"
         ) from error
     log.info("recording into %s: %d photographs in %d classes", recorder.folder, sum(counts.values()), len(counts))
@@ -133,7 +133,7 @@ class Recorder:
             raise HTTPException(400, "Name the class first.")
         if len(label) > MAX_NAME:
             raise HTTPException(400, f"The name of a class has {MAX_NAME} characters at most.")
-        if not label.isprintable() or set(label) & set("/\\") or is_junk(folder):
+        if folder.name != label or "\\" in label or not label.isprintable() or is_junk(folder):
             raise HTTPException(
                 400, f"{label!a} cannot be a class: its folder would not be read. Use letters, digits and spaces."
             )

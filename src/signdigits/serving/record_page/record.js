@@ -109,7 +109,7 @@ function release() {
 async function record() {
   const label = page("label").value.trim();
   if (!label) {
-    page("label").focus();
+    setTimeout(() => page("label").focus()); // after the press, which moves it to the button
     throw new Trouble("Name the class first.");
   }
   isRecording = true;
