@@ -133,7 +133,7 @@ def measure_accuracy(opened: Search, number: int, unseen: Images) -> float:
     data, space = opened.data, opened.space
     hyperparameters = replace(space.complete(opened.study.trials[number].params), seed=NEW_SEED)
     with mlflow.start_run():
-        network = training.new_network(data.fitting, data.n_classes, hyperparameters)
+        network = training.new_network(data, data.fitting, hyperparameters)
         fitted = training.fit_network(network, data.fitting, None, hyperparameters)
     flips = 0.5 if space.includes_mirror_images() else 0.0
     changes = [input_pipeline.NONE]

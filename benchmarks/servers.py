@@ -20,7 +20,7 @@ from signdigits.tracking import runs
 def log_untrained(loaded: loading.Data) -> ModelInfo:
     """Log the notebook's network with its initial weights, for measurements of speed."""
     with runs.start_run("train", "train"):
-        network = training.new_network(loaded.training, loaded.n_classes, Hyperparameters())
+        network = training.new_network(loaded, loaded.training, Hyperparameters())
         fitted = training.Fit(network, {}, Hyperparameters())
         calibration = training.calibrate_network(fitted, loaded.training, loaded.validation)
         return package.log_model(network, calibration, loaded, {})

@@ -91,7 +91,7 @@ def test_every_epoch_is_logged(trained: dict[str, Trained], name: str) -> None:
 
 
 def fit(loaded: loading.Data, hyperparameters: Hyperparameters) -> training.Fit:
-    network = training.new_network(loaded.training, loaded.n_classes, hyperparameters)
+    network = training.new_network(loaded, loaded.training, hyperparameters)
     return training.fit_network(network, loaded.training, loaded.validation, hyperparameters)
 
 

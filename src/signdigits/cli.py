@@ -250,13 +250,16 @@ _parse_count.__name__ = "int or auto"  # argparse's name for it in messages
 def _run_command(command: str, **values: Any) -> None:
     """Check the parameters, open the experiment, load the photographs, and call the command's function."""
     declared = COMMANDS[command]
+    given = values
+    if "space" in values:
+        values = {**values, "space": space.resolve_space(values["space"], values["start_from"])}
     groups: list[Any] = []
     for group in declared.parameters:
         chosen = {field.name: values[field.name] for field in _list_fields(group)}
         groups.append(Space.of(values["space"], **chosen) if group is Space else group(**chosen))
     if declared.needs_tensorflow:  # its import, and MLflow's, take seconds
         defaults = parse_arguments([command])
-        changed = [f"{option}={value}" for option, value in values.items() if value != defaults[option]]
+        changed = [f"{option}={value}" for option, value in values.items() if given[option] != defaults[option]]
         log.info("%s: %s", command, ", ".join(changed) or "all parameters have their defaults")
     module, _, function = (declared.function or f"{command}:{command}").partition(":")
     if declared.is_checked:

@@ -92,6 +92,12 @@ class SourceParameters(Checked):
 class DataParameters(SourceParameters):
     """The photographs, their split and their preprocessing."""
 
+    start_from: str = parameter(
+        "",
+        "model whose weights are the beginning, and whose image size and colors are used: models:/sign-digits@champion or another "
+        "model of this project, runs:/RUN, or a Keras file; empty: train from nothing",
+        is_input=True,
+    )
     split: str = parameter(
         "auto",
         "random: the notebook's split; stratified: class by class; grouped: each group of groups.csv, such as a signer, is in "
@@ -184,6 +190,13 @@ class Hyperparameters(Checked):
         low=0,
         high=0.9999,
     )
+    frozen_blocks: int = parameter(
+        0,
+        "with start_from: convolution blocks, from the first, whose weights are kept; 8: all, and only the head is trained, on "
+        "features that are computed once",
+        low=0,
+        high=8,
+    )
     precision: str = parameter(
         "float32",
         "float32, mixed_bfloat16 (mixed precision), or auto: mixed_bfloat16 where the hardware has bfloat16",
@@ -202,9 +215,10 @@ class StudyParameters(Checked):
     """The search."""
 
     space: str = parameter(
-        "extended",
-        "search space: notebook (initial_learning_rate, decay_rate, epochs) or extended (also augmentation, dropout, filters)",
-        choices=("notebook", "extended"),
+        "auto",
+        "search space: notebook (initial_learning_rate, decay_rate, epochs), extended (also augmentation, dropout, filters) or "
+        "transfer (those of the notebook, dropout and weight_decay of a head); auto: transfer with start_from, else extended",
+        choices=("auto", "notebook", "extended", "transfer"),
     )
     n_trials: int = parameter(12, "total number of finished trials", low=1)
     timeout: float = parameter(0.0, "seconds after which no new trial starts; 0: no limit", low=0)
@@ -218,7 +232,7 @@ class StudyParameters(Checked):
         "auto",
         "metric that the search optimizes, at the last epoch: val_accuracy, or the minimum of val_loss or val_brier (the Brier "
         "score); robust_accuracy and robust_brier count eight changed copies of each validation image as much as the image; auto: "
-        "robust_brier in the extended space, else val_brier",
+        "val_brier in the notebook's space, else robust_brier",
         choices=("auto", *METRICS),
     )
     pruner: str = parameter(
@@ -247,7 +261,7 @@ class StudyParameters(Checked):
         """The metric that the search optimizes."""
         if self.objective != "auto":
             return self.objective
-        return "robust_brier" if self.space == "extended" else "val_brier"
+        return "val_brier" if self.space == "notebook" else "robust_brier"
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:

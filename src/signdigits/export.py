@@ -29,9 +29,9 @@ from signdigits.batch.scoring import Scorer
 from signdigits.config import ExportParameters, SourceParameters
 from signdigits.data import split
 from signdigits.data.dataset import scan_dataset
+from signdigits.data.start import find_artifact
 from signdigits.errors import DataError, DownloadError, ModelError, UsageError, install_hint
 from signdigits.model import architecture
-from signdigits.packaging import package
 from signdigits.tracking import registry, runs
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def export(parameters: ExportParameters) -> ExportComparison:
                 file = Path(workshop, target.name)
                 comparison = _export_network(folder, file, photographs, parameters.format)
                 file.replace(target)
-            shutil.copy(package.find_artifact(folder, "settings"), output / f"network-{version}.json")
+            shutil.copy(find_artifact(folder, "settings"), output / f"network-{version}.json")
         except OSError as error:
             raise UsageError(f"output={output}: {error.strerror}; choose a folder that can be written") from error
         _log_export(target, comparison, photographs)
@@ -123,7 +123,7 @@ def _export_network(folder: Path, file: Path, photographs: Photographs, format: 
         pixels = [served.images.decode_image(content, served.image_size, served.color_mode) for content in contents]
         return np.array(pixels, np.float32)
 
-    network = load_model(package.find_artifact(folder, "keras"), compile=False)
+    network = load_model(find_artifact(folder, "keras"), compile=False)
     write_network(
         architecture.with_probabilities(network, served.temperature), file, format, decode(photographs.training)
     )

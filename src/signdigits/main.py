@@ -22,7 +22,7 @@ from signdigits.config import RefitParameters, RegistryParameters, StudyParamete
 from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import ModelError, TrainingDiverged
-from signdigits.model import architecture, training
+from signdigits.model import architecture, training, transfer
 from signdigits.model.calibration import Calibration
 from signdigits.model.outliers import Detector
 from signdigits.packaging import package
@@ -97,14 +97,14 @@ def _refit_best(search: Search, best: FrozenTrial, seed: int) -> LoggedModel:
     threshold the same multiple of the spacing of the features. Raises TrainingDiverged if the training accuracy is less than
     half of the trial's.
     """
-    data = search.data
     hyperparameters = replace(search.space.complete(best.params), seed=seed)
+    data = transfer.freeze_features(search.data, hyperparameters)
     facts = {"study": search.study.study_name, "trial": best.number, "seed": seed}
     with runs.start_run("refit", f"refit, seed {seed}"):
         mlflow.set_tags(facts)
         runs.log_params(asdict(hyperparameters))
         lineage.log_data(data, parts=("fitting",))
-        network = training.new_network(data.fitting, data.n_classes, hyperparameters)
+        network = training.new_network(data, data.fitting, hyperparameters)
         fitted = training.fit_network(network, data.fitting, None, hyperparameters)
         # At high learning rates some seeds end with dead ReLUs and learn nothing. The training images show it.
         accuracy, trial_accuracy = fitted.last("accuracy"), best.user_attrs.get("accuracy", 0.0)
@@ -120,7 +120,7 @@ def _refit_best(search: Search, best: FrozenTrial, seed: int) -> LoggedModel:
         scale = spacing / best.user_attrs.get("outlier_spacing", spacing)  # trials of version 0.2 have none
         detector = detector.with_threshold(scale * best.user_attrs["outlier_threshold"])
         calibration = Calibration(best.user_attrs["temperature"], detector)
-        return _log_scored_model(search, best, fitted.in_float32(), calibration, facts)
+        return _log_scored_model(search, best, fitted.in_float32(data.start), calibration, facts)
 
 
 def _average_refits(search: Search, best: FrozenTrial, models: Sequence[LoggedModel]) -> LoggedModel:

@@ -24,12 +24,12 @@ from signdigits.config import StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
 from signdigits.errors import StorageError
-from signdigits.model import architecture
+from signdigits.model import architecture, transfer
 from signdigits.tracking import runs, urls
 from signdigits.tuning import executors, storage
 from signdigits.tuning.choice import Choice, choose_trial
 from signdigits.tuning.space import Space, format_value
-from signdigits.tuning.study import Search, count_finished, load_study, reconcile_stores, study_settings
+from signdigits.tuning.study import Search, count_finished, load_study, reconcile_stores, share_features, study_settings
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     space = space.for_data_set(data.dataset.origin)
     # Fail before the search, not in the middle of it.
     deepest = space.complete({name: r.high for name, r in space.ranges.items()})
-    architecture.check_blocks(deepest, data.image_size)
+    transfer.check_start(data, deepest)
+    if not data.start:
+        architecture.check_blocks(deepest, data.image_size)
     settings = study_settings(data, space, parameters)
     name = parameters.study_name
     if name == "auto":
@@ -63,7 +65,7 @@ def open_study(data: Data, space: Space, parameters: StudyParameters) -> Iterato
     with storage.lock_study(parameters.storage, name):
         study = load_study(name, settings, space, parameters)
         with _study_run(study) as run_id:
-            opened = Search(study, run_id, data, space, parameters)
+            opened = Search(study, run_id, share_features(data, space), space, parameters)
             _describe_study(opened)
             reconcile_stores(study)
             yield opened

@@ -13,7 +13,7 @@ from signdigits import files
 from signdigits.config import Hyperparameters
 from signdigits.data import lineage, quality
 from signdigits.data.loading import Data
-from signdigits.model import training
+from signdigits.model import training, transfer
 from signdigits.packaging import package
 from signdigits.tracking import runs
 
@@ -32,13 +32,16 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
         if data.parameters.log_data:
             lineage.log_photographs(data.dataset, run.info.run_id)
         runs.log_versions()
-        network = training.new_network(data.training, data.n_classes, hyperparameters)
+        data = transfer.freeze_features(data, hyperparameters)
+        network = training.new_network(data, data.training, hyperparameters)
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters)
         training.log_curves(fitted)
         runs.check_recorded(asdict(hyperparameters), "val_accuracy", hyperparameters.epochs)
         calibration = training.calibrate_network(fitted, data.training, data.validation)
         mlflow.log_metric("temperature", calibration.temperature)
-        package.log_model(fitted.in_float32(), calibration, data, {"val_accuracy": fitted.last("val_accuracy")})
+        package.log_model(
+            fitted.in_float32(data.start), calibration, data, {"val_accuracy": fitted.last("val_accuracy")}
+        )
         score = [fitted.last("val_loss"), fitted.last("val_accuracy")]
         log.info("Validation score [loss, accuracy]: %s", [round(value, 4) for value in score])
         log.info("run %s; score it on the test images with: python -m signdigits evaluate --data %s --run_id %s",

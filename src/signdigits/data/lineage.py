@@ -15,6 +15,7 @@ import mlflow
 import numpy as np
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
+from mlflow.entities import LoggedModelInput
 
 from signdigits.config import DataParameters
 from signdigits.data.dataset import Dataset
@@ -32,6 +33,12 @@ log = logging.getLogger(__name__)
 def log_data(data: Data, *, parts: tuple[str, ...]) -> None:
     """Log the data of the active run: digests as tags, and `parts` of the split as dataset inputs."""
     mlflow.set_tags(data_tags(data.dataset, data.split))
+    if data.start:
+        mlflow.set_tags(data.start.facts())
+        if model_id := data.start.model_id:
+            run = mlflow.active_run()
+            assert run is not None
+            mlflow.MlflowClient().log_inputs(run.info.run_id, models=[LoggedModelInput(model_id)])
     for part in parts:
         mlflow.log_input(dataset_input(data.dataset, getattr(data.split, part)), context=part)
 

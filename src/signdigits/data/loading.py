@@ -10,6 +10,7 @@ from signdigits.data.cache import FOLDER, DiskArray, PhotographCache
 from signdigits.data.dataset import Dataset, scan_folders
 from signdigits.data.sources import default_image_size, resolve_source
 from signdigits.data.split import Split, split_dataset
+from signdigits.data.start import Start, find_start
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,23 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Features(Images):
+    """The features that a frozen network computes of photographs, in place of their pixels.
+
+    `x` has the shape (n, 1 + COPIES, features): those of each photograph, then those of changed copies of it.
+    """
+
+    x: np.ndarray
+
+    @property
+    def n_features(self) -> int:
+        return int(self.x.shape[-1])
+
+    def part(self, chosen: slice | np.ndarray) -> "Features":
+        return Features(self.x[chosen], self.y[chosen])
+
+
+@dataclass(frozen=True)
 class Data:
     """The data of a training or a search: `fitting` holds the training images, then the validation images.
 
@@ -47,11 +65,12 @@ class Data:
     split: Split
     parameters: DataParameters
     fitting: Images
+    start: Start | None = None  # the model that trainings start from
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image."""
-        return self.fitting.shape
+        return self.start.image_shape if self.start else self.fitting.shape
 
     @property
     def image_size(self) -> int:
@@ -76,6 +95,8 @@ def load_data(parameters: DataParameters) -> Data:
 
     Raises DataError, naming the path, if the folder cannot be used.
     """
+    start = find_start(parameters.start_from) if parameters.start_from else None
+    parameters = start.adapt(parameters) if start else parameters
     folders = resolve_source(parameters.data)
     cache = PhotographCache(parameters.image_size or default_image_size(folders[0]), parameters.color_mode)
     dataset = scan_folders(folders, parameters, cache)
@@ -86,4 +107,4 @@ def load_data(parameters: DataParameters) -> Data:
         log.info("reading the decoded photographs from %s, beyond %d MB", FOLDER, parameters.memory_budget)
     else:
         fitting = Images(fitting.x[:], fitting.y)
-    return Data(dataset, split, parameters, fitting)
+    return Data(dataset, split, parameters, fitting, start)

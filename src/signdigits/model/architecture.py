@@ -80,6 +80,8 @@ def with_features(network: "keras.Model") -> "keras.Model":
     """
     from keras import Model, layers
 
+    if own := [layer for layer in network.layers if layer.name == "features"]:  # of transfer.py
+        return Model(network.inputs[0], layers.Concatenate(name="outputs")([network.outputs[0], own[0].output]))
     if averaged := [layer for layer in network.layers if isinstance(layer, Model)]:
         return average_networks([with_features(each) for each in averaged])
     hidden, logits = network.layers[-2].output, network.layers[-1].output

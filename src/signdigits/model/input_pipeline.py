@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import tensorflow as tf
 
-from signdigits.data.loading import Images
+from signdigits.data.loading import Features, Images
 from signdigits.model.augmentation import Augmentation, augment_batch
 
 PREFETCH = 2  # batches
@@ -19,7 +19,8 @@ def training_batches(images: Images, batch_size: int, augmentation: Augmentation
 
     An epoch has `steps_per_epoch` batches; the last one may be smaller. The same seed gives the same batches.
     """
-    order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed).batch(batch_size)
+    n = count_versions(images)
+    order = tf.data.Dataset.range(n).shuffle(n, seed=seed).batch(batch_size)
     # Steps are counted over all epochs, so that each batch has its own augmentation seed.
     return _read_batches(order.repeat(), images, augmentation, seed)
 
@@ -29,15 +30,29 @@ def validation_batches(
 ) -> tf.data.Dataset:
     """Return all images, or those with the numbers `chosen`, once, in order, augmented in the same way each time."""
     numbers = np.arange(len(images)) if chosen is None else chosen
+    if isinstance(images, Features):  # the n-th time that a photograph is chosen, its n-th copy
+        versions = images.x.shape[1]
+        copies = (1 + np.arange(len(numbers)) // len(images)) % versions if augmentation else 0
+        numbers = numbers * versions + copies
     return _read_batches(tf.data.Dataset.from_tensor_slices(numbers).batch(batch_size), images, augmentation, seed=0)
 
 
 def steps_per_epoch(images: Images, batch_size: int) -> int:
-    return math.ceil(len(images) / batch_size)
+    return math.ceil(count_versions(images) / batch_size)
+
+
+def count_versions(images: Images) -> int:
+    """Return the number of images of an epoch; where features were computed, the changed copies are among them."""
+    return len(images) * (images.x.shape[1] if isinstance(images, Features) else 1)
 
 
 def _read_batches(numbers: tf.data.Dataset, images: Images, augmentation: Augmentation, seed: int) -> tf.data.Dataset:
     """Read, augment and prefetch the batches with these image numbers."""
+    if isinstance(images, Features):
+        copies = images.x.shape[1]
+        # copied before
+        flat = Images(images.x.reshape(-1, images.n_features), np.repeat(images.y, copies))
+        return _prefetch_batches(numbers.map(_make_reader(flat)))
     read = _make_reader(images)
     # For images of this size, OpenCV's threads only take the cores from TensorFlow: a sixth of an epoch.
     cv2.setNumThreads(0)
@@ -69,6 +84,6 @@ def _make_reader(images: Images) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Te
 
     def read(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x = tf.numpy_function(images.x.__getitem__, [chosen], tf.as_dtype(images.x.dtype), stateful=False)
-        return tf.ensure_shape(x, [None, *images.shape]), tf.gather(images.y, chosen)
+        return tf.ensure_shape(x, [None, *images.x.shape[1:]]), tf.gather(images.y, chosen)
 
     return read

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from signdigits import plots
 from signdigits.config import Hyperparameters
-from signdigits.data.loading import Images
+from signdigits.data.loading import Data, Features, Images
+from signdigits.data.start import Start
 from signdigits.errors import TrainingDiverged
-from signdigits.model import architecture, calibration, input_pipeline
+from signdigits.model import architecture, calibration, input_pipeline, transfer
 from signdigits.model.augmentation import Augmentation
 from signdigits.model.calibration import Calibration
 from signdigits.model.outliers import MAX_KNOWN, Detector
@@ -44,25 +45,39 @@ class Fit:
     def last(self, metric: str) -> float:
         return self.history[metric][-1]
 
-    def in_float32(self) -> keras.Model:
-        """Return the network with float32 computation; its weights are float32 in any precision."""
+    def in_float32(self, start: Start | None = None) -> keras.Model:
+        """Return the network with float32 computation; its weights are float32 in any precision.
+
+        One that was trained from `start` has that network's blocks before its head.
+        """
+        if start:
+            is_head = len(self.network.input_shape) == 2
+            return transfer.join_head(start, self.network) if is_head else self.network
         shape, n_classes = self.network.input_shape[1:], self.network.output_shape[-1]
         network = architecture.build_network(shape, n_classes, self.hyperparameters)
         network.set_weights(self.network.get_weights())
         return network
 
 
-def new_network(images: Images, n_classes: int, hyperparameters: Hyperparameters) -> keras.Model:
-    """Build and compile a network for a training on `images`, from the seed in `hyperparameters`.
+def new_network(data: Data, images: Images, hyperparameters: Hyperparameters) -> keras.Model:
+    """Build and compile a network for a training on `images` of `data`, from the seed in `hyperparameters`.
 
+    If `data` has a model to start from, with its weights, or, for features that it computed, only a new head.
     Its precision becomes a tag of the active run.
     """
-    precision = architecture.resolve_precision(hyperparameters.precision)
+    precision = "float32" if data.start else architecture.resolve_precision(hyperparameters.precision)
     mlflow.set_tag("precision", precision)
     # Keras and TensorFlow keep the graphs of earlier networks. Python frees them in its own time: to force it takes a second.
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(hyperparameters.seed)  # after MLflow, which draws from the same generator
-    network = architecture.build_network(images.shape, n_classes, hyperparameters, precision, for_training=True)
+    if isinstance(images, Features):
+        network = transfer.new_head(images.n_features, data.n_classes, hyperparameters)
+    elif data.start:
+        network = transfer.new_network(data.start, data.dataset.class_names, hyperparameters)
+    else:
+        network = architecture.build_network(
+            images.shape, data.n_classes, hyperparameters, precision, for_training=True
+        )
     steps = hyperparameters.epochs * input_pipeline.steps_per_epoch(images, hyperparameters.batch_size)
     architecture.compile_network(network, hyperparameters, steps)
     return network

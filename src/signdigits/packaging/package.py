@@ -13,7 +13,7 @@ import mlflow
 import mlflow.pyfunc
 import pandas as pd
 from mlflow.entities import LoggedModel
-from mlflow.models import Model, ModelSignature
+from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types.schema import Array, ColSpec, DataType, Map, ParamSchema, ParamSpec, Schema
 from PIL import Image
@@ -21,6 +21,7 @@ from PIL import Image
 from signdigits import startup
 from signdigits.data import images, lineage
 from signdigits.data.loading import Data
+from signdigits.data.start import find_artifact
 from signdigits.errors import ModelError
 from signdigits.model import architecture, outliers
 from signdigits.model.calibration import Calibration
@@ -126,6 +127,7 @@ def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     )
     commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
     tags = lineage.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
+    tags |= data.start.facts() if data.start else {}
     mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
     return info
 
@@ -138,12 +140,6 @@ def read_model(model: LoggedModel) -> tuple["keras.Model", Calibration]:
     network = load_model(find_artifact(folder, "keras"), compile=False)
     detector = outliers.Detector.load(find_artifact(folder, "detector"))
     return network, Calibration(float(model.tags["temperature"]), detector)
-
-
-def find_artifact(folder: Path, name: str) -> Path:
-    """Return a file of the logged model in `folder`."""
-    path: str = Model.load(str(folder)).flavors["python_function"]["artifacts"][name]["path"]
-    return folder / path
 
 
 def make_input_example(data: Data) -> pd.DataFrame:

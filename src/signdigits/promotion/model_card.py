@@ -21,7 +21,7 @@ from signdigits.data.sources import LICENCES, name_original
 from signdigits.promotion.comparison import wilson_interval
 from signdigits.promotion.predictions import list_classes
 from signdigits.tracking import runs
-from signdigits.tuning.space import AUTO, Space
+from signdigits.tuning.space import AUTO, Space, resolve_space
 
 FILE = "MODEL_CARD.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -133,6 +133,7 @@ def _list_changed(run: Run, groups: tuple[type, ...]) -> dict[str, str]:
     defaults = {f.name: f.default for f in declared}
     params = {name: value for name, value in run.data.params.items() if name in defaults}
     if name := params.get("space"):
+        defaults["space"] = resolve_space(AUTO, params.get("start_from", ""))
         defaults |= Space.of(name).for_data_set(name_original(run.data.tags["dataset"])).values
         params = {name: value for name, value in params.items() if value != AUTO}
     return {name: value for name, value in params.items() if value.lower() != str(defaults[name]).lower()}

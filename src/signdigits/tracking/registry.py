@@ -88,6 +88,12 @@ def download_version(model_uri: str, folder: Path) -> ModelVersion:
     return ModelVersion(name, str(number), int(created.timestamp() * 1000))
 
 
+def describe_model(model: LoggedModel) -> str:
+    """Return the registered name and version of `model`, or its id if it is not registered."""
+    found = _find_versions(model)
+    return f"{found[0].name} version {found[0].version}" if found else f"model {model.model_id}"
+
+
 def version_of(model: LoggedModel) -> str:
     """Return the version number of `model`, or its id if it is not registered."""
     found = _find_versions(model)

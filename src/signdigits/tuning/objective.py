@@ -10,8 +10,8 @@ import optuna
 
 from signdigits.config import METRICS
 from signdigits.data import lineage
-from signdigits.data.loading import Data
-from signdigits.model import training
+from signdigits.data.loading import Data, Images
+from signdigits.model import training, transfer
 from signdigits.tracking import runs
 from signdigits.tuning.choice import log_scores
 from signdigits.tuning.study import FAILURE_REASON, RUNGS, Search
@@ -19,12 +19,12 @@ from signdigits.tuning.study import FAILURE_REASON, RUNGS, Search
 
 def objective(trial: optuna.Trial, search: Search) -> float:
     """Train with the hyperparameters that the trial suggests, and return the metric that the study optimizes."""
-    data = search.data
     with _trial_run(trial, search):
         hyperparameters = search.space.suggest(trial)
         mlflow.log_params(asdict(hyperparameters))
-        network = training.new_network(data.training, data.n_classes, hyperparameters)
-        rungs = Rungs(trial, search, hyperparameters.epochs)
+        data = transfer.freeze_features(search.data, hyperparameters)
+        network = training.new_network(data, data.training, hyperparameters)
+        rungs = Rungs(trial, search, data.validation, hyperparameters.epochs)
         fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[rungs])
         _log_result(trial, fitted, rungs, data)
     if rungs.pruned:
@@ -69,12 +69,12 @@ class Rungs(training.ValidationScores):
     It does not raise TrialPruned, as optuna-integration's callback does: autologging writes its last metrics after `fit`.
     """
 
-    def __init__(self, trial: optuna.Trial, search: Search, epochs: int) -> None:
+    def __init__(self, trial: optuna.Trial, search: Search, validation: Images, epochs: int) -> None:
         self.percentages = {math.ceil(epochs * percentage / 100): percentage for percentage in RUNGS}
         self.trial, self.metric, self.pruned = trial, search.parameters.metric, False
         mirrored = search.space.includes_mirror_images()
         copies = self.metric.startswith("robust")
-        super().__init__(search.data.validation, self.percentages, copies=copies, mirrored=mirrored)
+        super().__init__(validation, self.percentages, copies=copies, mirrored=mirrored)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         super().on_epoch_end(epoch, logs)

@@ -61,7 +61,29 @@ EXTENDED: Mapping[str, Range | Value] = {
     "precision": "auto",
 }
 
-SPACES = {"notebook": NOTEBOOK, "extended": EXTENDED}
+# With start_from: a head on the features of a network that is kept as it is.
+TRANSFER: Mapping[str, Range | Value] = {
+    "initial_learning_rate": Range(5e-4, 1e-2, log=True, start=3e-3),
+    "decay_rate": Range(0.01, 0.3, log=True, start=0.05),
+    "decay_steps": 0,
+    "schedule": "cosine",
+    "epochs": Range(8, 24, start=12),
+    "batch_size": 32,
+    "augmentation": 1.6,
+    "horizontal_flip": 0.5,
+    "photometric": 1.0,
+    "dropout": Range(0.1, 0.7, start=0.4),
+    "weight_decay": Range(1e-3, 0.3, log=True, start=0.03),
+    "frozen_blocks": 8,
+}
+
+SPACES = {"notebook": NOTEBOOK, "extended": EXTENDED, "transfer": TRANSFER}
+
+
+def resolve_space(name: str, start_from: str) -> str:
+    """Return the search space that `auto` means: transfer with a model to start from, else extended."""
+    return name if name != AUTO else "transfer" if start_from else "extended"
+
 
 # What `auto` means for a named data set, where it is not what the space says.
 DATA_SET_VALUES: Mapping[tuple[str, str], Mapping[str, Range | Value]] = {

@@ -43,15 +43,27 @@ class Search:
 
 def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
     """Return the settings that identify a study: data, split, search space, objective and pruner."""
+    start = {"start_digest": data.start.facts()["start_digest"]} if data.start else {}
+    fixed = {name: value for name, value in space.fixed.items() if name != "frozen_blocks" or data.start}
     return {
+        **start,
         **lineage.data_tags(data.dataset, data.split),
         "image_size": data.image_size,
         "color_mode": data.parameters.color_mode,
         **{name: str(r) for name, r in space.ranges.items()},
-        **space.fixed,
+        **fixed,
         "objective": parameters.metric,
         "pruner": parameters.pruner,
     }
+
+
+def share_features(data: Data, space: Space) -> Data:
+    """Return the data with the features of a frozen network in place of images, if all trials of `space` train on the same."""
+    from signdigits.model import transfer
+
+    if space.ranges.keys() & {"frozen_blocks", "augmentation", "horizontal_flip", "photometric"}:
+        return data  # each trial computes its own
+    return transfer.freeze_features(data, space.complete(space.baseline()))
 
 
 def load_study(name: str, settings: dict[str, Any], space: Space, parameters: StudyParameters) -> optuna.Study:

@@ -24,7 +24,7 @@ from signdigits.config import DataParameters, StudyParameters
 from signdigits.data import lineage
 from signdigits.tuning import storage
 from signdigits.tuning.space import Space
-from signdigits.tuning.study import FAILURE_REASON, Search, make_pruner, make_sampler
+from signdigits.tuning.study import FAILURE_REASON, Search, make_pruner, make_sampler, share_features
 
 Result = tuple[str, int | None, str]  # of a call of a worker: its host, the number of the ended trial, and the error
 
@@ -148,7 +148,7 @@ class TrialWorker:
         mlflow.set_experiment(experiment_id=mlflow.get_run(config.run_id).info.experiment_id)
         data = lineage.load_study_data(config.data, config.digest, config.run_id)
         startup.import_tensorflow(threads=config.cpus)
-        return Search(study, config.run_id, data, config.space, config.parameters)
+        return Search(study, config.run_id, share_features(data, config.space), config.space, config.parameters)
 
     def run(self, seed: int) -> Result:
         """Run one trial, sampled with its own seed."""
