@@ -101,8 +101,9 @@ class DataParameters(SourceParameters):
     split: str = parameter(
         "auto",
         "random: the notebook's split; stratified: class by class; grouped: each group of groups.csv, such as a signer, is in "
-        "one part only; auto: random for the named data sets, stratified for other folders",
-        choices=("auto", "random", "stratified", "grouped"),
+        "one part only; folds: no parts, each photograph is tested once by a model that was trained on other folds; auto: random "
+        "for the named data sets, folds with start_from and fewer than 30 photographs of a class, else stratified",
+        choices=("auto", "random", "stratified", "grouped", "folds"),
     )
     image_size: int = parameter(
         0, "height and width after resizing, in pixels; 0: 100, or 32 for handwritten-digits", low=0, high=1024
@@ -273,7 +274,13 @@ class StudyParameters(Checked):
 class RefitParameters(Checked):
     """The refits of the chosen trial."""
 
-    n_seeds: int = parameter(3, "refits with successive seeds, each scored on the test images", low=1, high=100)
+    n_seeds: int = parameter(
+        0,
+        "refits with successive seeds, each scored on the test images; auto or 0: 3, and 1 where split=folds scores",
+        low=0,
+        high=100,
+        auto=True,
+    )
     ensemble: bool = parameter(
         True, "register the mean of the refits as one network; false: the first refit, smaller and faster"
     )

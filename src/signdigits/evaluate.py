@@ -74,6 +74,11 @@ def evaluate(parameters: SourceParameters, which: ModelParameters) -> Scores:
             raise
         log.info("%s: scored as a folder of its own", str(error).partition(";")[0])
         return _score_folder(model, dataset, parameters)
+    if parts.folds:
+        raise ModelError(
+            f"model {model.model_id}: was trained on all photographs of {dataset.name}, and its folds have tested it; pass --data other "
+            "photographs"
+        )
     with runs.start_run("evaluate", f"evaluate {model.model_id}"):
         runs.log_params(asdict(parameters))
         return score_model(model, dataset, parts)
@@ -117,12 +122,15 @@ def _score_folder(model: LoggedModel, dataset: Dataset, parameters: SourceParame
     return scores
 
 
-def score_model(model: LoggedModel, dataset: Dataset, parts: split.Split) -> Scores:
-    """Score `model` on the test images; log metrics, tables and pictures to the active run and the model."""
+def score_model(model: LoggedModel, dataset: Dataset, parts: split.Split, scorer: Scorer | None = None) -> Scores:
+    """Score `model`, or what `scorer` asks in its place, on the test images.
+
+    Logs metrics, tables and pictures to the active run and the model.
+    """
     tags = lineage.data_tags(dataset, parts)
     mlflow.set_tags(tags)
     mlflow.log_input(lineage.dataset_input(dataset, parts.testing), context="testing")
-    scorer = Scorer(model.model_uri)
+    scorer = scorer or Scorer(model.model_uri)
     table = _predict_photographs(scorer, dataset, parts.testing)
     mlflow.log_text(files.to_csv(_make_reference(scorer, dataset, table)), runs.REFERENCE)
     scores, per_class = _log_scores(table, scorer, dataset, model, "test")

@@ -7,8 +7,10 @@ mlflow run . -e main -P data=FOLDER -P n_trials=12
 import contextlib
 import logging
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -18,6 +20,7 @@ from mlflow.entities import LoggedModel
 from optuna.trial import FrozenTrial
 
 from signdigits import evaluate, prepare, register
+from signdigits.batch.scoring import FoldScorer, Scorer
 from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
@@ -29,6 +32,7 @@ from signdigits.packaging import package
 from signdigits.search import open_study, optimize_study
 from signdigits.tracking import registry, runs, urls
 from signdigits.tuning.choice import Choice
+from signdigits.tuning.folds import fit_folds
 from signdigits.tuning.space import Space, format_value
 from signdigits.tuning.study import Search
 
@@ -46,7 +50,7 @@ def main(
         runs.log_params(asdict(refits) | asdict(promotion))
         prepare.log_report(data)
         choice = optimize_study(search)
-        models = _refit_seeds(search, choice.trial, refits.n_seeds)
+        models = _refit_seeds(search, choice.trial, refits.n_seeds or (1 if data.split.folds else 3))
         model = _average_refits(search, choice.trial, models) if refits.ensemble and len(models) > 1 else models[0]
         _log_refit_scores(models, model)
         decision = register.previous_decision(promotion.model_name, model) or register.promote_model(model, promotion)
@@ -148,8 +152,22 @@ def _log_scored_model(
     """Log a network that was fitted on training and validation images to the active run, and score its test images."""
     facts = {**facts, "val_accuracy": best.user_attrs["val_accuracy"]}
     info = package.log_model(network, calibration, search.data, facts)
-    evaluate.score_model(mlflow.get_logged_model(info.model_id), search.data.dataset, search.data.split)
+    model = mlflow.get_logged_model(info.model_id)
+    with tempfile.TemporaryDirectory() as folder:
+        scorer = _make_fold_scorer(search, model, Path(folder)) if search.data.split.folds else None
+        evaluate.score_model(model, search.data.dataset, search.data.split, scorer)
     return mlflow.get_logged_model(info.model_id)
+
+
+def _make_fold_scorer(search: Search, model: LoggedModel, place: Path) -> FoldScorer:
+    """Return a scorer that tests each photograph with the model of its fold, saved in `place` as it would be served."""
+    scorers: dict[str, Scorer] = {}
+    for number, fold in enumerate(fit_folds(search), start=1):
+        folder = place / str(number)
+        package.save_model(fold.fitted.in_float32(fold.data.start), fold.calibration, fold.data, folder)
+        scorers |= dict.fromkeys(fold.paths, Scorer(str(folder)))
+        log.info("fold %d/%d: a model that tests %d photographs", number, len(search.data.split.folds), len(fold.paths))
+    return FoldScorer(model.model_uri, scorers)
 
 
 def _log_refit_scores(models: Sequence[LoggedModel], registered: LoggedModel) -> None:
@@ -180,7 +198,7 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
         "study": search.study.study_name,
         "chosen": choice.reason,
         **{name: format_value(value) for name, value in choice.trial.params.items()},
-        "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(search.data.validation)} images",
+        "validation accuracy": f"{float(tags['val_accuracy']):.4f} on {len(search.data.validation) or tags['test_images']} images",
         "network": f"mean of those with the seeds {tags['seeds']}"
         if "seeds" in tags
         else f"with the seed {tags['seed']}",

@@ -5,14 +5,15 @@ mlflow run . -e train -P epochs=8
 """
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import mlflow
 
 from signdigits import files
 from signdigits.config import Hyperparameters
 from signdigits.data import lineage, quality
-from signdigits.data.loading import Data
+from signdigits.data.loading import Data, load_data
+from signdigits.errors import UsageError
 from signdigits.model import training, transfer
 from signdigits.packaging import package
 from signdigits.tracking import runs
@@ -25,6 +26,10 @@ def train(data: Data, hyperparameters: Hyperparameters) -> str:
 
     Raises TrainingDiverged if the loss becomes NaN or infinite; the run is then FAILED, with the reason as a tag.
     """
+    if data.split.folds and data.parameters.split != "auto":
+        raise UsageError("split=folds: one training has no folds; pass --split stratified, or use main")
+    if data.split.folds:
+        data = load_data(replace(data.parameters, split="stratified"))
     with runs.start_run("train", "train") as run:
         runs.log_params(asdict(data.parameters) | asdict(hyperparameters))
         lineage.log_data(data, parts=("training", "validation"))

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,22 @@ class Scorer:
                 return [error.message.removeprefix("row 0: ")]
             half = len(contents) // 2
             return self._predict_readable(contents[:half]) + self._predict_readable(contents[half:])
+
+
+class FoldScorer(Scorer):
+    """Scores each photograph of a data set with a model that was not trained on it, and others as `Scorer` does."""
+
+    def __init__(self, model_uri: str, folds: Mapping[str, Scorer]) -> None:
+        super().__init__(model_uri)
+        self.folds = folds  # by path
+
+    def score_photographs(self, paths: Sequence[str], read: Callable[[str], bytes | str]) -> pd.DataFrame:
+        tables = []
+        for scorer in {id(self.folds.get(path)): self.folds.get(path) for path in paths}.values():
+            own = [path for path in paths if self.folds.get(path) is scorer]
+            score = scorer.score_photographs if scorer else super().score_photographs
+            tables.append(score(own, read).set_axis([paths.index(path) for path in own]))
+        return pd.concat(tables).sort_index()
 
 
 def read_photograph(path: Path) -> bytes | str:

@@ -40,7 +40,8 @@ def log_data(data: Data, *, parts: tuple[str, ...]) -> None:
             assert run is not None
             mlflow.MlflowClient().log_inputs(run.info.run_id, models=[LoggedModelInput(model_id)])
     for part in parts:
-        mlflow.log_input(dataset_input(data.dataset, getattr(data.split, part)), context=part)
+        if len(indices := getattr(data.split, part)):  # with folds, none is for validation only
+            mlflow.log_input(dataset_input(data.dataset, indices), context=part)
 
 
 def data_tags(dataset: Dataset, split: Split) -> dict[str, str]:

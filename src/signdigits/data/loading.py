@@ -1,7 +1,7 @@
 """Load a folder of class folders as labelled arrays for training and validation, without TensorFlow."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,6 +89,16 @@ class Data:
     def validation(self) -> Images:
         return self.fitting.part(slice(len(self.split.training), None))
 
+    def folds(self) -> "list[Data]":
+        """Return the data of each fold: its photographs for validation, and those of the other folds for training."""
+        everything = np.arange(len(self.fitting))  # with folds, in the order of the photographs
+        folds = []
+        for held in self.split.folds:
+            rest = np.setdiff1d(everything, held)
+            parts = replace(self.split, training=rest, validation=held, testing=held, folds=())
+            folds.append(replace(self, split=parts, fitting=self.fitting.part(np.concatenate([rest, held]))))
+        return folds
+
 
 def load_data(parameters: DataParameters) -> Data:
     """Scan and split the photographs, and decode those for training and validation.
@@ -101,7 +111,7 @@ def load_data(parameters: DataParameters) -> Data:
     cache = PhotographCache(parameters.image_size or default_image_size(folders[0]), parameters.color_mode)
     dataset = scan_folders(folders, parameters, cache)
     pixels = DiskArray(cache, np.array([photograph.checksum for photograph in dataset.photographs]))
-    split = split_dataset(dataset, parameters.split)
+    split = split_dataset(dataset, parameters.split, has_start=start is not None)
     fitting = Images(pixels, dataset.labels).part(split.fitting)
     if fitting.x.nbytes > parameters.memory_budget * 1e6:
         log.info("reading the decoded photographs from %s, beyond %d MB", FOLDER, parameters.memory_budget)

@@ -1,7 +1,8 @@
 """The split into training, validation and test photographs.
 
 `random` is the notebook's split, `stratified` divides class by class, and `grouped` keeps each group, such as one signer's
-photographs, in one part. What another folder adds (`data=A,B`) is divided by checksum.
+photographs, in one part. What another folder adds (`data=A,B`) is divided by checksum. `folds` is for few photographs: cross-
+validation, stratified by class and, with a groups.csv, by group.
 
 The groups are in `groups.csv` beside the class folders, with the columns `path` (relative to the folder, with forward slashes)
 and `group` (any text).
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
 from signdigits import files
 from signdigits.data import sources
@@ -37,11 +38,16 @@ SPLIT_SEED = 1337
 TEST_FRACTION = 0.2
 VALIDATION_FRACTION = 0.2  # of the photographs that are not for the test
 FEW_GROUPS = 8  # every way to cut them is tried
+FEW_PHOTOGRAPHS = 30  # of a class: below, a fifth of them tells little about a model
+FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices into a data set's photographs; no photograph is in two parts, and every one is in one."""
+    """Indices into a data set's photographs; no photograph is in two parts, and every one is in one.
+
+    With folds, a model is trained on all photographs, and each of them is tested: by a model of the other folds.
+    """
 
     name: str
     training: np.ndarray
@@ -49,6 +55,7 @@ class Split:
     testing: np.ndarray
     digest: str  # digest of the photographs and their parts: 32 hexadecimal digits
     test_digest: str  # digest of the test photographs
+    folds: tuple[np.ndarray, ...] = ()
 
     @property
     def fitting(self) -> np.ndarray:
@@ -57,11 +64,13 @@ class Split:
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
+        if self.folds:
+            return {f"fold {number}": fold for number, fold in enumerate(self.folds, start=1)}
         return {"training": self.training, "validation": self.validation, "testing": self.testing}
 
 
-def split_dataset(dataset: Dataset, name: str) -> Split:
-    """Return the split called `name`, or chosen by the photographs if that is `auto`.
+def split_dataset(dataset: Dataset, name: str, *, has_start: bool = False) -> Split:
+    """Return the split called `name`, or chosen by the photographs, and by whether a model is started from, if that is `auto`.
 
     Of a joined data set (`data=A,B`), the photographs of the first are split as if they were alone, so that models trained with
     and without the others can be compared on the same test images.
@@ -77,17 +86,50 @@ def split_dataset(dataset: Dataset, name: str) -> Split:
     first = replace(dataset, name=dataset.origin, photographs=tuple(dataset.photographs[i] for i in original))
     if name == "auto":  # random for the named data sets, wherever they lie
         is_named = first.name == sources.HANDWRITTEN_DIGITS or first.digest == sources.SIGN_LANGUAGE_DIGITS_DIGEST
-        name = "random" if is_named else "stratified"
+        is_small = has_start and min(dataset.counts().values()) < FEW_PHOTOGRAPHS
+        name = "random" if is_named else "folds" if is_small else "stratified"
+    if name == "folds":
+        return _split_folds(dataset)
     training, validation, testing = (
         np.concatenate([original[indices], more])
         for indices, more in zip(_split_first(first, name), _split_added(dataset, added), strict=True)
     )
-    digest = files.compute_digest(
+    parts = {"training": training, "validation": validation, "testing": testing}
+    return Split(name, training, validation, testing, _digest_parts(dataset, parts), dataset.part_digest(testing))
+
+
+def _digest_parts(dataset: Dataset, parts: Mapping[str, np.ndarray]) -> str:
+    return files.compute_digest(
         (dataset.photographs[i].path, f"{part} {dataset.photographs[i].checksum}")
-        for part, indices in {"training": training, "validation": validation, "testing": testing}.items()
+        for part, indices in parts.items()
         for i in indices
     )
-    return Split(name, training, validation, testing, digest, dataset.part_digest(testing))
+
+
+def _split_folds(dataset: Dataset) -> Split:
+    """Return five folds, or as many as the smallest class has photographs: scikit-learn's stratified ones, by group if there are groups.
+
+    Raises DataError if a model of the other folds would lack a class.
+    """
+    everything = np.arange(len(dataset.photographs))
+    _require_each_class(dataset, everything, least=2, part="two folds")
+    n_folds = min(FOLDS, *dataset.counts().values())
+    has_groups = (dataset.folder / GROUPS).exists()
+    if has_groups:
+        groups = read_groups(dataset)
+        n_folds = min(n_folds, len(np.unique(groups)))
+    if n_folds < 2:
+        raise DataError(f"{dataset.folder / GROUPS}: one group; split=folds needs two or more, or no {GROUPS}")
+    kind = StratifiedGroupKFold if has_groups else StratifiedKFold
+    cuts = kind(n_folds, shuffle=True, random_state=SPLIT_SEED).split(
+        everything, dataset.labels, groups if has_groups else None
+    )
+    folds = tuple(held for _, held in cuts if len(held))
+    for fold in folds:
+        _require_each_class(dataset, np.setdiff1d(everything, fold), least=1, part="the other folds")
+    digest = _digest_parts(dataset, {f"fold {number}": fold for number, fold in enumerate(folds)})
+    nothing = np.array([], int)
+    return Split("folds", everything, nothing, everything, digest, dataset.part_digest(everything), folds)
 
 
 def _split_first(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

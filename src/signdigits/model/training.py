@@ -90,18 +90,21 @@ def fit_network(
     hyperparameters: Hyperparameters,
     *,
     callbacks: Sequence[keras.callbacks.Callback] = (),
+    is_logged: bool = True,
 ) -> Fit:
-    """Train a new network, autologged to the active run.
+    """Train a new network, autologged to the active run if `is_logged`.
 
     The same seed, images, machine and versions give the same result. Raises TrainingDiverged if a loss is no longer a
     finite number.
     """
     # Of autolog's 14.6 s a run, nearly all is checkpoints, a stock model saved beside ours, and a second Python
     # that imports TensorFlow to list requirements. Parameters and metrics of every epoch stay.
-    mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False)
+    mlflow.tensorflow.autolog(log_models=False, log_datasets=False, checkpoint=False, disable=not is_logged)
     batch_size = hyperparameters.batch_size
     averaging = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)] if hyperparameters.ema_momentum else []
     validating = [Validation(validation, batch_size)] if validation else []
+    # A head on features takes a second.
+    progress = [] if isinstance(training, Features) else [ProgressBar()]
     history = network.fit(
         input_pipeline.training_batches(training, batch_size, Augmentation.of(hyperparameters), hyperparameters.seed),
         steps_per_epoch=input_pipeline.steps_per_epoch(training, batch_size),
@@ -109,7 +112,7 @@ def fit_network(
         # The pipeline shuffles and batches; autolog records these two, and would record a batch_size of None.
         shuffle=False,
         batch_size=batch_size,
-        callbacks=[keras.callbacks.TerminateOnNaN(), *averaging, *validating, *callbacks, ProgressBar()],
+        callbacks=[keras.callbacks.TerminateOnNaN(), *averaging, *validating, *callbacks, *progress],
         verbose=0,
     ).history
     for name in sorted(
@@ -203,6 +206,7 @@ class ValidationScores(keras.callbacks.Callback):
             changed = input_pipeline.validation_batches(validation, CHUNK, augmentation, chosen)
             self.batches = self.batches.concatenate(changed.cache())  # in memory
         self.by_image: dict[str, np.ndarray] = {}
+        self.logits = np.array([])  # of the images themselves, of shape (images, classes)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert logs is not None
@@ -210,6 +214,7 @@ class ValidationScores(keras.callbacks.Callback):
             return
         # Not `predict`, which would trace a graph of its own for each network.
         logits = np.concatenate([np.asarray(self.model(x, training=False)) for x, _ in self.batches])
+        self.logits = logits[: len(self.labels)]
         log_probabilities = logits - logsumexp(logits, axis=1, keepdims=True)
         labels = np.tile(self.labels, len(logits) // len(self.labels))
         expected = np.eye(logits.shape[1])[labels]

@@ -109,10 +109,26 @@ def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     """Log a model with the files of `write_files` to the active run; `facts` become its tags."""
     active = mlflow.active_run()
     assert active is not None
-    info = mlflow.pyfunc.log_model(
-        name="model",
-        python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts={
+    info = mlflow.pyfunc.log_model(name="model", **_describe_model(folder, data))
+    commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
+    tags = lineage.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
+    tags |= data.start.facts() if data.start else {}
+    mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
+    return info
+
+
+def save_model(network: "keras.Model", calibration: Calibration, data: Data, folder: Path) -> None:
+    """Save a model as `log_model` logs it to `folder`, for this job only."""
+    with tempfile.TemporaryDirectory() as place:
+        write_files(network, calibration, data, Path(place))
+        mlflow.pyfunc.save_model(folder, **_describe_model(Path(place), data))
+
+
+def _describe_model(folder: Path, data: Data) -> dict[str, Any]:
+    """Return what MLflow needs to know of a model with the files of `write_files` in `folder`."""
+    return {
+        "python_model": str(Path(__file__).with_name("pyfunc_model.py")),
+        "artifacts": {
             "network": str(folder / "network.tflite"),
             "keras": str(folder / "network.keras"),
             "settings": str(folder / "settings.json"),
@@ -121,15 +137,10 @@ def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
             "outliers": outliers.__file__,
             "prediction_log": prediction_log.__file__,
         },
-        signature=SIGNATURE,
-        input_example=make_input_example(data),
-        pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
-    )
-    commit = mlflow.get_run(active.info.run_id).data.tags.get("mlflow.source.git.commit", "unknown")
-    tags = lineage.data_tags(data.dataset, data.split) | {"git_commit": commit, "data": data.parameters.data}
-    tags |= data.start.facts() if data.start else {}
-    mlflow.set_logged_model_tags(info.model_id, {name: str(value) for name, value in {**tags, **facts}.items()})
-    return info
+        "signature": SIGNATURE,
+        "input_example": make_input_example(data),
+        "pip_requirements": [f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
+    }
 
 
 def read_model(model: LoggedModel) -> tuple["keras.Model", Calibration]:

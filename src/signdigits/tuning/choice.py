@@ -1,6 +1,6 @@
 """The choice of the trial that is fitted again: the first, unless another is better beyond luck."""
 
-import io
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import mlflow
@@ -29,9 +29,9 @@ class Choice:
     reason: str
 
 
-def log_scores(data: Data, by_image: dict[str, np.ndarray]) -> None:
-    """Log a row per validation image to the active run: path, class, and the scores of the trial."""
-    photographs = [data.dataset.photographs[number] for number in data.split.validation]
+def log_scores(data: Data, images: np.ndarray, by_image: Mapping[str, np.ndarray]) -> None:
+    """Log a row for each of `images`, the numbers of photographs, to the active run: path, class, and the scores of the trial."""
+    photographs = [data.dataset.photographs[number] for number in images]
     table = pd.DataFrame({
         "path": [photograph.path for photograph in photographs],
         "class": [data.dataset.class_names[photograph.label] for photograph in photographs],
@@ -40,13 +40,15 @@ def log_scores(data: Data, by_image: dict[str, np.ndarray]) -> None:
     mlflow.log_text(files.to_csv(table.round(6)), SCORES)
 
 
-def choose_trial(study: optuna.Study, metric: str) -> Choice:
+def choose_trial(study: optuna.Study, metric: str, images: Collection[str] | None = None) -> Choice:
     """Choose the first trial, unless the best is better by two standard errors of their paired difference by image.
 
     The best of a dozen values is often the luckiest: Schneider, Bischl and Feurer, "Overtuning in hyperparameter optimization",
-    2025, arXiv:2506.19540. Raises UsageError if no trial is complete.
+    2025, arXiv:2506.19540. With `images`, paths, only those count. Raises UsageError if no trial is complete.
     """
     ranked = rank_trials(study)
+    if images is not None:
+        ranked = sorted(ranked, key=lambda trial: float(_read_losses(trial, metric, images).mean()))
     if not ranked:
         raise UsageError(
             f"study {study.study_name}: no complete trial (or its run was deleted in the UI); raise --timeout or --n_trials"
@@ -59,9 +61,10 @@ def choose_trial(study: optuna.Study, metric: str) -> Choice:
         return Choice(first, f"trial {first.number}, the first and the best of {len(ranked)}")
     kept = f"trial {first.number}, the first; trial {best.number}"
     try:
-        difference, error = _compare_trials(first, best, metric)
+        gains = _read_losses(first, metric, images) - _read_losses(best, metric, images)
     except (MlflowException, OSError):
         return Choice(first, f"{kept} may be better, but {SCORES} of one of the two is missing")
+    difference, error = float(gains.mean()), max(float(gains.std(ddof=1) / np.sqrt(len(gains))), 1e-9)
     if difference > STANDARD_ERRORS * error:
         gain = f"{difference:.4f} better than the first in {metric}: {difference / error:.1f} standard errors"
         return Choice(best, f"trial {best.number}, {gain}")
@@ -69,14 +72,17 @@ def choose_trial(study: optuna.Study, metric: str) -> Choice:
     return Choice(first, f"{kept} is {gain}")
 
 
-def _compare_trials(first: FrozenTrial, best: FrozenTrial, metric: str) -> tuple[float, float]:
-    """Return by how much `best` is better than `first` in the mean over the validation images, and the standard error of that."""
+def _read_losses(trial: FrozenTrial, metric: str, images: Collection[str] | None) -> np.ndarray:
+    """Return what the study minimizes of each validation image, or of those with the paths `images`; an accuracy is negated."""
+    table = read_scores(trial)
+    if images is not None:
+        table = table[table["path"].isin(images)]
     score = metric.rpartition("_")[2]
-    scores = [_read_scores(trial)[score].to_numpy() for trial in (first, best)]
-    gains = scores[1] - scores[0] if score == "accuracy" else scores[0] - scores[1]
-    return float(gains.mean()), max(float(gains.std(ddof=1) / np.sqrt(len(gains))), 1e-9)
+    losses: np.ndarray = table[score].to_numpy(float) * (-1 if score == "accuracy" else 1)
+    return losses
 
 
-def _read_scores(trial: FrozenTrial) -> pd.DataFrame:
-    run_id = trial.user_attrs["mlflow_run_id"]
-    return pd.read_csv(io.StringIO(mlflow.artifacts.load_text(f"runs:/{run_id}/{SCORES}")))
+def read_scores(trial: FrozenTrial) -> pd.DataFrame:
+    """Return the table of a trial that `log_scores` logged."""
+    text = mlflow.artifacts.load_text(f"runs:/{trial.user_attrs['mlflow_run_id']}/{SCORES}")
+    return files.read_csv(text, lambda column: column not in ("path", "class"))

@@ -8,12 +8,13 @@ from dataclasses import asdict
 import mlflow
 import optuna
 
-from signdigits.config import METRICS
+from signdigits.config import METRICS, Hyperparameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data, Images
 from signdigits.model import training, transfer
 from signdigits.tracking import runs
 from signdigits.tuning.choice import log_scores
+from signdigits.tuning.folds import cross_validate
 from signdigits.tuning.study import FAILURE_REASON, RUNGS, Search
 
 
@@ -23,13 +24,21 @@ def objective(trial: optuna.Trial, search: Search) -> float:
         hyperparameters = search.space.suggest(trial)
         mlflow.log_params(asdict(hyperparameters))
         data = transfer.freeze_features(search.data, hyperparameters)
-        network = training.new_network(data, data.training, hyperparameters)
-        rungs = Rungs(trial, search, data.validation, hyperparameters.epochs)
-        fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[rungs])
-        _log_result(trial, fitted, rungs, data)
-    if rungs.pruned:
+        train = cross_validate if data.split.folds else train_once
+        value, pruned = train(trial, search, data, hyperparameters)
+        mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
+    if pruned:
         raise optuna.TrialPruned
-    return fitted.last(search.parameters.metric)
+    return value
+
+
+def train_once(trial: optuna.Trial, search: Search, data: Data, hyperparameters: Hyperparameters) -> tuple[float, bool]:
+    """Train on the training images; return the metric over the validation images, and whether the trial was pruned."""
+    network = training.new_network(data, data.training, hyperparameters)
+    rungs = Rungs(trial, search, data.validation, hyperparameters.epochs)
+    fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[rungs])
+    _log_result(trial, fitted, rungs, data)
+    return fitted.last(search.parameters.metric), rungs.pruned
 
 
 @contextmanager
@@ -51,7 +60,7 @@ def _log_result(trial: optuna.Trial, fitted: training.Fit, rungs: "Rungs", data:
     """Log the last epoch and the calibration to the trial and its run, and check that MLflow logged the rest."""
     for metric in fitted.history.keys() & {"accuracy", *METRICS}:
         trial.set_user_attr(metric, fitted.last(metric))
-    log_scores(data, rungs.by_image)
+    log_scores(data, data.split.validation, rungs.by_image)
     if not rungs.pruned:  # a pruned trial is never refitted
         calibration = training.calibrate_network(fitted, data.training, data.validation)
         trial.set_user_attr("temperature", calibration.temperature)
@@ -59,7 +68,6 @@ def _log_result(trial: optuna.Trial, fitted: training.Fit, rungs: "Rungs", data:
         trial.set_user_attr("outlier_spacing", calibration.detector.measure_spacing())
         mlflow.log_metric("temperature", calibration.temperature)
     mlflow.log_metric("val_loss_fluctuation", training.loss_fluctuation(fitted.history["val_loss"]))
-    mlflow.set_tag("trial_state", "PRUNED" if rungs.pruned else "COMPLETE")
     runs.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))
 
 

@@ -63,17 +63,17 @@ EXTENDED: Mapping[str, Range | Value] = {
 
 # With start_from: a head on the features of a network that is kept as it is.
 TRANSFER: Mapping[str, Range | Value] = {
-    "initial_learning_rate": Range(5e-4, 1e-2, log=True, start=3e-3),
+    "initial_learning_rate": Range(1e-3, 2e-2, log=True, start=5e-3),
     "decay_rate": Range(0.01, 0.3, log=True, start=0.05),
     "decay_steps": 0,
     "schedule": "cosine",
-    "epochs": Range(8, 24, start=12),
+    "epochs": Range(10, 40, start=20),
     "batch_size": 32,
     "augmentation": 1.6,
     "horizontal_flip": 0.5,
     "photometric": 1.0,
-    "dropout": Range(0.1, 0.7, start=0.4),
-    "weight_decay": Range(1e-3, 0.3, log=True, start=0.03),
+    "dropout": Range(0.1, 0.6, start=0.4),
+    "weight_decay": Range(0.01, 0.3, log=True, start=0.03),
     "frozen_blocks": 8,
 }
 

@@ -1,0 +1,103 @@
+"""Cross-validation, for few photographs: each is judged, and tested, by a network that was trained on other folds.
+
+Hastie, Tibshirani and Friedman, "The elements of statistical learning", 2009, 7.10. What is tested on a fold is the whole procedure:
+its trial is chosen by the other folds, so that no photograph chooses what reports on it (Varma and Simon, "Bias in error
+estimation when using cross-validation for model selection", 2006).
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import mlflow
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial
+from scipy.special import logsumexp
+
+from signdigits.config import Hyperparameters
+from signdigits.data.loading import Data, Features
+from signdigits.model import training, transfer
+from signdigits.model.calibration import Calibration, fit_temperature
+from signdigits.model.outliers import Detector
+from signdigits.tracking import runs
+from signdigits.tuning.choice import choose_trial, log_scores, read_scores
+from signdigits.tuning.study import Search
+
+LOGIT = "logit {}"  # column of the table of a trial's scores, by class
+
+
+@dataclass(frozen=True)
+class FoldModel:
+    """A network that was trained on the other folds, its calibration, and the paths of the photographs that it tests."""
+
+    fitted: training.Fit
+    calibration: Calibration
+    data: Data
+    paths: tuple[str, ...]
+
+
+def cross_validate(
+    trial: optuna.Trial, search: Search, data: Data, hyperparameters: Hyperparameters
+) -> tuple[float, bool]:
+    """Train on all folds but one, for each; return the study's metric over all photographs, and whether the trial was pruned.
+
+    Each photograph is judged once. The mean over the folds so far is reported to the trial after each, but a head on features,
+    which takes a second, is not pruned. The run's learning curves are those of the first fold.
+    """
+    metric = search.parameters.metric
+    folds, tables, accuracies, detectors = data.folds(), list[pd.DataFrame](), list[float](), list[Detector]()
+    for number, fold in enumerate(folds, start=1):
+        network = training.new_network(fold, fold.training, hyperparameters)
+        copies, mirrored = metric.startswith("robust"), search.space.includes_mirror_images()
+        scores = training.ValidationScores(fold.validation, {hyperparameters.epochs}, copies=copies, mirrored=mirrored)
+        fitted = training.fit_network(
+            network, fold.training, None, hyperparameters, callbacks=[scores], is_logged=number == 1
+        )
+        logits = pd.DataFrame(scores.logits, columns=list(map(LOGIT.format, data.dataset.class_names)))
+        tables.append(pd.DataFrame(scores.by_image).join(logits).set_index(fold.split.validation))
+        accuracies.append(fitted.last("accuracy"))
+        detectors.append(training.calibrate_network(fitted, fold.training, fold.validation).detector)
+        value = float(pd.concat(tables)[metric.rpartition("_")[2]].mean())
+        trial.report(value, step=round(100 * number / len(folds)))
+        if number < len(folds) and not isinstance(data.fitting, Features) and trial.should_prune():
+            return value, True
+    table = pd.concat(tables).sort_index()
+    log_scores(data, table.index.to_numpy(), {str(name): column.to_numpy() for name, column in table.items()})
+    labels, outputs = data.fitting.y, table[logits.columns].to_numpy()
+    results = {
+        "accuracy": float(np.mean(accuracies)),
+        "val_accuracy": float((outputs.argmax(axis=1) == labels).mean()),
+        "val_loss": float(np.mean(logsumexp(outputs, axis=1) - outputs[np.arange(len(labels)), labels])),
+        metric: value,
+        "temperature": fit_temperature(outputs, labels),
+    }
+    mlflow.log_metrics(results | {"folds": len(folds)})
+    results["outlier_threshold"] = float(np.mean([detector.threshold for detector in detectors]))
+    results["outlier_spacing"] = float(np.mean([detector.measure_spacing() for detector in detectors]))
+    for name, result in results.items():
+        trial.set_user_attr(name, result)
+    runs.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
+    return value, False
+
+
+def fit_folds(search: Search) -> Iterator[FoldModel]:
+    """Yield a model for each fold: its trial chosen, its network trained and its temperature fitted on the others."""
+    data, names = search.data, search.data.dataset.class_names
+    for held in data.split.folds:
+        paths = tuple(data.dataset.photographs[number].path for number in held)
+        others = {photograph.path for photograph in data.dataset.photographs}.difference(paths)
+        trial: FrozenTrial = choose_trial(search.study, search.parameters.metric, others).trial
+        hyperparameters = search.space.complete(trial.params)
+        frozen = transfer.freeze_features(data, hyperparameters)
+        fold = next(fold for fold in frozen.folds() if np.array_equal(fold.split.validation, held))
+        network = training.new_network(fold, fold.training, hyperparameters)
+        fitted = training.fit_network(network, fold.training, None, hyperparameters, is_logged=False)
+        table = read_scores(trial)
+        table = table[table["path"].isin(others)]
+        logits = table[list(map(LOGIT.format, names))].to_numpy(float)
+        temperature = fit_temperature(logits, np.array([names.index(name) for name in table["class"]]))
+        detector = training.fit_detector(fitted, fold.training)
+        ratio = trial.user_attrs["outlier_threshold"] / trial.user_attrs["outlier_spacing"]
+        detector = detector.with_threshold(ratio * detector.measure_spacing())
+        yield FoldModel(fitted, Calibration(temperature, detector), fold, paths)
