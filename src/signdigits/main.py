@@ -21,9 +21,10 @@ from optuna.trial import FrozenTrial
 
 from signdigits import evaluate, prepare, register
 from signdigits.batch.scoring import FoldScorer, Scorer
-from signdigits.config import RefitParameters, RegistryParameters, StudyParameters
+from signdigits.config import MODEL_NAME, RefitParameters, RegistryParameters, StudyParameters
 from signdigits.data import lineage
 from signdigits.data.loading import Data
+from signdigits.data.split import FEW_PHOTOGRAPHS
 from signdigits.errors import ModelError, TrainingDiverged
 from signdigits.model import architecture, training, transfer
 from signdigits.model.calibration import Calibration
@@ -49,6 +50,8 @@ def main(
     with open_study(data, space, study) as search:
         runs.log_params(asdict(refits) | asdict(promotion))
         prepare.log_report(data)
+        if hint := _suggest_start(data, promotion.model_name):
+            log.info("%s", hint)
         choice = optimize_study(search)
         models = _refit_seeds(search, choice.trial, refits.n_seeds or (1 if data.split.folds else 3))
         model = _average_refits(search, choice.trial, models) if refits.ensemble and len(models) > 1 else models[0]
@@ -58,6 +61,23 @@ def main(
     for line in _summarize_job(search, choice, model, decision):
         log.info("%s", line)
     return decision
+
+
+def _suggest_start(data: Data, model_name: str) -> str:
+    """Return the line that names a champion to start from, if there are few photographs; empty otherwise."""
+    counts = data.dataset.counts()
+    if data.start or data.split.name == "random" or min(counts.values()) >= FEW_PHOTOGRAPHS:
+        return ""
+    names = dict.fromkeys((MODEL_NAME, model_name))
+    champion = next((name for name in names if registry.find_alias(name, registry.CHAMPION)), None)
+    if not champion:
+        return ""
+    own = "" if model_name == MODEL_NAME else f" -P model_name={shlex.quote(model_name)}"
+    return (
+        f"{min(counts.values())} photographs of a class are few: a training that starts from a network that can see takes seconds "
+        f"and knows more: mlflow run . -e main --env-manager local -P data={shlex.quote(data.parameters.data)}{own} "
+        f"-P start_from={shlex.quote(f'models:/{champion}@{registry.CHAMPION}')}"
+    )
 
 
 def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int) -> list[LoggedModel]:

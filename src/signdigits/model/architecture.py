@@ -127,7 +127,9 @@ def check_blocks(hyperparameters: Hyperparameters, image_size: int) -> None:
         )
 
 
-def compile_network(network: "keras.Model", hyperparameters: Hyperparameters, steps: int) -> None:
+def compile_network(
+    network: "keras.Model", hyperparameters: Hyperparameters, steps: int, steps_per_execution: int = 1
+) -> None:
     """Compile the network with Adam, a decaying learning rate, cross-entropy from logits, and accuracy.
 
     `steps` is the number of steps of the whole training, over which the learning rate decays if `decay_steps` is 0. With a
@@ -150,6 +152,7 @@ def compile_network(network: "keras.Model", hyperparameters: Hyperparameters, st
         loss=losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[metrics.SparseCategoricalAccuracy(name="accuracy")],
         jit_compile=False,
+        steps_per_execution=steps_per_execution,
     )
 
 

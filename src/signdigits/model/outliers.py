@@ -49,8 +49,7 @@ class Detector:
 
     def find_threshold(self, features: np.ndarray) -> float:
         """Return the distance that MAX_REFUSED of these images exceed; they must not be training images."""
-        distances = self._measure_distance(features)
-        return max(float(np.quantile(distances, 1 - MAX_REFUSED, method="higher")), MIN_DISTANCE)
+        return find_quantile(self._measure_distance(features))
 
     def measure_spacing(self) -> float:
         """Return the mean distance of the known features to the nearest other one.
@@ -76,6 +75,11 @@ class Detector:
     def _measure_distance(self, features: np.ndarray) -> np.ndarray:
         """Return the distances, 0 to 2, of shape (n,), to the nearest of the known features."""
         return _to_distances((_unit_length(features) @ self.known.T).max(axis=1))
+
+
+def find_quantile(distances: np.ndarray) -> float:
+    """Return the distance that MAX_REFUSED of `distances` exceed."""
+    return max(float(np.quantile(distances, 1 - MAX_REFUSED, method="higher")), MIN_DISTANCE)
 
 
 def _to_distances(cosines: np.ndarray) -> np.ndarray:

@@ -78,8 +78,10 @@ def new_network(data: Data, images: Images, hyperparameters: Hyperparameters) ->
         network = architecture.build_network(
             images.shape, data.n_classes, hyperparameters, precision, for_training=True
         )
-    steps = hyperparameters.epochs * input_pipeline.steps_per_epoch(images, hyperparameters.batch_size)
-    architecture.compile_network(network, hyperparameters, steps)
+    steps = input_pipeline.steps_per_epoch(images, hyperparameters.batch_size)
+    # A step of a head takes less than to start it: an epoch is one execution.
+    together = steps if isinstance(images, Features) else 1
+    architecture.compile_network(network, hyperparameters, hyperparameters.epochs * steps, together)
     return network
 
 

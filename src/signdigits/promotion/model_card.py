@@ -60,7 +60,8 @@ def render_card(version: ModelVersion, model: LoggedModel) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         version=version,
         tags=model.tags,
-        licence="; ".join(dict.fromkeys(LICENCES.get(root, "not recorded") for root in model.tags["data"].split(","))),
+        licence=_find_licence(model.tags["data"]),
+        start_licence=_find_licence(model.tags.get("start_data", "")),
         class_names=list_classes(predictions),
         scores=scores,
         rare_classes=[score["name"] for score in scores if score["images"] < FEW_IMAGES],
@@ -69,6 +70,10 @@ def render_card(version: ModelVersion, model: LoggedModel) -> str:
         outliers=_read_table(model, runs.OUTLIERS).to_dict("records"),
         command=_find_command(version, model),
     )
+
+
+def _find_licence(data: str) -> str:
+    return "; ".join(dict.fromkeys(LICENCES.get(root, "not recorded") for root in data.split(",")))
 
 
 def shorten_card(card: str) -> str:

@@ -17,14 +17,16 @@ from scipy.special import logsumexp
 
 from signdigits.config import Hyperparameters
 from signdigits.data.loading import Data, Features
-from signdigits.model import training, transfer
+from signdigits.model import input_pipeline, training, transfer
 from signdigits.model.calibration import Calibration, fit_temperature
-from signdigits.model.outliers import Detector
+from signdigits.model.outliers import find_quantile
 from signdigits.tracking import runs
 from signdigits.tuning.choice import choose_trial, log_scores, read_scores
 from signdigits.tuning.study import Search
 
-LOGIT = "logit {}"  # column of the table of a trial's scores, by class
+# Columns of the table of a trial's scores.
+LOGIT = "logit {}"  # by class
+DISTANCE = "outlier_distance"  # in spacings of the features
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def cross_validate(
     which takes a second, is not pruned. The run's learning curves are those of the first fold.
     """
     metric = search.parameters.metric
-    folds, tables, accuracies, detectors = data.folds(), list[pd.DataFrame](), list[float](), list[Detector]()
+    folds, tables, accuracies = data.folds(), list[pd.DataFrame](), list[float]()
     for number, fold in enumerate(folds, start=1):
         network = training.new_network(fold, fold.training, hyperparameters)
         copies, mirrored = metric.startswith("robust"), search.space.includes_mirror_images()
@@ -55,9 +57,14 @@ def cross_validate(
             network, fold.training, None, hyperparameters, callbacks=[scores], is_logged=number == 1
         )
         logits = pd.DataFrame(scores.logits, columns=list(map(LOGIT.format, data.dataset.class_names)))
-        tables.append(pd.DataFrame(scores.by_image).join(logits).set_index(fold.split.validation))
+        detector = training.fit_detector(fitted, fold.training)
+        _, features = training.compute_outputs(
+            fitted, input_pipeline.validation_batches(fold.validation, training.CHUNK)
+        )
+        distances = detector.with_threshold(detector.measure_spacing()).score(features)
+        table = pd.DataFrame(scores.by_image | {DISTANCE: distances}).join(logits)
+        tables.append(table.set_index(fold.split.validation))
         accuracies.append(fitted.last("accuracy"))
-        detectors.append(training.calibrate_network(fitted, fold.training, fold.validation).detector)
         value = float(pd.concat(tables)[metric.rpartition("_")[2]].mean())
         trial.report(value, step=round(100 * number / len(folds)))
         if number < len(folds) and not isinstance(data.fitting, Features) and trial.should_prune():
@@ -73,8 +80,7 @@ def cross_validate(
         "temperature": fit_temperature(outputs, labels),
     }
     mlflow.log_metrics(results | {"folds": len(folds)})
-    results["outlier_threshold"] = float(np.mean([detector.threshold for detector in detectors]))
-    results["outlier_spacing"] = float(np.mean([detector.measure_spacing() for detector in detectors]))
+    results |= {"outlier_threshold": find_quantile(table[DISTANCE].to_numpy(float)), "outlier_spacing": 1.0}
     for name, result in results.items():
         trial.set_user_attr(name, result)
     runs.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
@@ -98,6 +104,5 @@ def fit_folds(search: Search) -> Iterator[FoldModel]:
         logits = table[list(map(LOGIT.format, names))].to_numpy(float)
         temperature = fit_temperature(logits, np.array([names.index(name) for name in table["class"]]))
         detector = training.fit_detector(fitted, fold.training)
-        ratio = trial.user_attrs["outlier_threshold"] / trial.user_attrs["outlier_spacing"]
-        detector = detector.with_threshold(ratio * detector.measure_spacing())
+        detector = detector.with_threshold(find_quantile(table[DISTANCE].to_numpy(float)) * detector.measure_spacing())
         yield FoldModel(fitted, Calibration(temperature, detector), fold, paths)
