@@ -72,7 +72,7 @@ LIMITS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "cpus_per_trial": ([0], [-1]),
         "gpus_per_trial": ([0.0, 0.5], [-0.1]),
     },
-    hp.RefitParameters: {"n_seeds": ([1, 100], [0, 101])},
+    hp.RefitParameters: {"n_seeds": ([0, 1, 100], [-1, 101])},
     hp.VersionParameters: {
         "model_name": (
             ["a", "a" * 200, "sam's", 'the "best"', "a\\'b"],

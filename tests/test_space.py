@@ -18,6 +18,15 @@ EXTENDED_START = {
 }
 
 
+TRANSFER_START = {
+    "initial_learning_rate": 0.005,
+    "decay_rate": 0.05,
+    "epochs": 20,
+    "dropout": 0.4,
+    "weight_decay": 0.03,
+}
+
+
 def draw(space: Space, number: int = 1) -> list[optuna.Trial]:
     """Draw from the space, seeded, and return the trials."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -33,6 +42,7 @@ def draw(space: Space, number: int = 1) -> list[optuna.Trial]:
         ("notebook", "bars", {"initial_learning_rate": 0.0015, "decay_rate": 0.015, "epochs": 50}),
         ("extended", "bars", EXTENDED_START),
         ("extended", "handwritten-digits", EXTENDED_START | {"epochs": 15}),
+        ("transfer", "bars", TRANSFER_START),
     ],
 )
 def test_first_trial_of_each_space(name: str, data_set: str, first: dict[str, Any]) -> None:
@@ -43,13 +53,13 @@ def test_first_trial_of_each_space(name: str, data_set: str, first: dict[str, An
 def test_rates_are_drawn_logarithmically(name: str) -> None:
     (trial,) = draw(Space.of(name))
     drawn = {searched for searched, distribution in trial.distributions.items() if distribution.log}  # type: ignore[attr-defined]
-    assert drawn == {"initial_learning_rate", "decay_rate"}
+    assert drawn - {"weight_decay"} == {"initial_learning_rate", "decay_rate"}
 
 
 def test_given_range_is_drawn_like_the_spaces() -> None:
     """A range on the command line says no more than its ends."""
     logarithmic = {declared.name for declared in fields(Hyperparameters) if is_logarithmic(declared.name)}
-    assert logarithmic == {"initial_learning_rate", "decay_rate"}
+    assert logarithmic == {"initial_learning_rate", "decay_rate", "weight_decay"}
 
 
 def test_ends_of_a_range_are_drawn() -> None:
@@ -99,7 +109,7 @@ def test_values_of_a_trial_complete_the_space(name: str) -> None:
     space = Space.of(name, filters=8)
     completed = space.complete({"epochs": 45})
     assert (completed.epochs, completed.filters) == (45, 8)
-    assert completed.normalization == {"notebook": "none", "extended": "batch"}[name]
+    assert completed.normalization == {"notebook": "none", "extended": "batch", "transfer": "none"}[name]
 
 
 def test_space_has_every_hyperparameter() -> None:

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 from scipy.special import logsumexp
 
 from signdigits.config import Hyperparameters
-from signdigits.data.loading import Data, Features
+from signdigits.data.loading import Data
 from signdigits.model import input_pipeline, training, transfer
 from signdigits.model.calibration import Calibration, fit_temperature
 from signdigits.model.outliers import find_quantile
@@ -39,13 +39,10 @@ class FoldModel:
     paths: tuple[str, ...]
 
 
-def cross_validate(
-    trial: optuna.Trial, search: Search, data: Data, hyperparameters: Hyperparameters
-) -> tuple[float, bool]:
-    """Train on all folds but one, for each; return the study's metric over all photographs, and whether the trial was pruned.
+def cross_validate(trial: optuna.Trial, search: Search, data: Data, hyperparameters: Hyperparameters) -> float:
+    """Train on all folds but one, for each, and return the study's metric over all photographs, each judged once.
 
-    Each photograph is judged once. The mean over the folds so far is reported to the trial after each, but a head on features,
-    which takes a second, is not pruned. The run's learning curves are those of the first fold.
+    A trial is not pruned: a fold says little about the next. The run's learning curves are those of the first fold.
     """
     metric = search.parameters.metric
     folds, tables, accuracies = data.folds(), list[pd.DataFrame](), list[float]()
@@ -65,10 +62,6 @@ def cross_validate(
         table = pd.DataFrame(scores.by_image | {DISTANCE: distances}).join(logits)
         tables.append(table.set_index(fold.split.validation))
         accuracies.append(fitted.last("accuracy"))
-        value = float(pd.concat(tables)[metric.rpartition("_")[2]].mean())
-        trial.report(value, step=round(100 * number / len(folds)))
-        if number < len(folds) and not isinstance(data.fitting, Features) and trial.should_prune():
-            return value, True
     table = pd.concat(tables).sort_index()
     log_scores(data, table.index.to_numpy(), {str(name): column.to_numpy() for name, column in table.items()})
     labels, outputs = data.fitting.y, table[logits.columns].to_numpy()
@@ -76,7 +69,7 @@ def cross_validate(
         "accuracy": float(np.mean(accuracies)),
         "val_accuracy": float((outputs.argmax(axis=1) == labels).mean()),
         "val_loss": float(np.mean(logsumexp(outputs, axis=1) - outputs[np.arange(len(labels)), labels])),
-        metric: value,
+        metric: float(table[metric.rpartition("_")[2]].mean()),
         "temperature": fit_temperature(outputs, labels),
     }
     mlflow.log_metrics(results | {"folds": len(folds)})
@@ -84,7 +77,8 @@ def cross_validate(
     for name, result in results.items():
         trial.set_user_attr(name, result)
     runs.check_recorded(asdict(hyperparameters), "accuracy", hyperparameters.epochs)
-    return value, False
+    mlflow.set_tag("trial_state", "COMPLETE")
+    return results[metric]
 
 
 def fit_folds(search: Search) -> Iterator[FoldModel]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import mlflow
 import optuna
 
-from signdigits.config import METRICS, Hyperparameters
+from signdigits.config import METRICS
 from signdigits.data import lineage
 from signdigits.data.loading import Data, Images
 from signdigits.model import training, transfer
@@ -24,21 +24,15 @@ def objective(trial: optuna.Trial, search: Search) -> float:
         hyperparameters = search.space.suggest(trial)
         mlflow.log_params(asdict(hyperparameters))
         data = transfer.freeze_features(search.data, hyperparameters)
-        train = cross_validate if data.split.folds else train_once
-        value, pruned = train(trial, search, data, hyperparameters)
-        mlflow.set_tag("trial_state", "PRUNED" if pruned else "COMPLETE")
-    if pruned:
+        if data.split.folds:
+            return cross_validate(trial, search, data, hyperparameters)
+        network = training.new_network(data, data.training, hyperparameters)
+        rungs = Rungs(trial, search, data.validation, hyperparameters.epochs)
+        fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[rungs])
+        _log_result(trial, fitted, rungs, data)
+    if rungs.pruned:
         raise optuna.TrialPruned
-    return value
-
-
-def train_once(trial: optuna.Trial, search: Search, data: Data, hyperparameters: Hyperparameters) -> tuple[float, bool]:
-    """Train on the training images; return the metric over the validation images, and whether the trial was pruned."""
-    network = training.new_network(data, data.training, hyperparameters)
-    rungs = Rungs(trial, search, data.validation, hyperparameters.epochs)
-    fitted = training.fit_network(network, data.training, data.validation, hyperparameters, callbacks=[rungs])
-    _log_result(trial, fitted, rungs, data)
-    return fitted.last(search.parameters.metric), rungs.pruned
+    return fitted.last(search.parameters.metric)
 
 
 @contextmanager
@@ -68,6 +62,7 @@ def _log_result(trial: optuna.Trial, fitted: training.Fit, rungs: "Rungs", data:
         trial.set_user_attr("outlier_spacing", calibration.detector.measure_spacing())
         mlflow.log_metric("temperature", calibration.temperature)
     mlflow.log_metric("val_loss_fluctuation", training.loss_fluctuation(fitted.history["val_loss"]))
+    mlflow.set_tag("trial_state", "PRUNED" if rungs.pruned else "COMPLETE")
     runs.check_recorded(asdict(fitted.hyperparameters), "val_accuracy", len(fitted.history["val_accuracy"]))
 
 
