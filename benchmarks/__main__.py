@@ -18,7 +18,7 @@ from benchmarks import measure
 from benchmarks.measure import Row
 from signdigits.tracking import runs
 
-PARTS = ("training", "serving", "start", "batch", "server", "search", "gain", "yardstick")
+PARTS = ("training", "serving", "start", "batch", "server", "search", "gain", "few", "yardstick")
 
 
 def main() -> int:

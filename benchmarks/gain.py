@@ -1,8 +1,8 @@
 """The gain of a search: the chosen trial against the first, a random one and the best value, on images that it never saw.
 
-Twenty small studies in each space, ten on photographs and ten on the embedded digits, of 32 pixels: each draws its own 400
+Ten small studies in each space, five on photographs and five on the embedded digits, of 32 pixels: each draws its own 400
 training and 100 validation images from those that are not test images, and the rest judges. The trials that are compared are
-fitted once more, on training and validation images. The picture goes into the README. An hour on two cores.
+fitted once more, on training and validation images. The picture goes into the README. Three quarters of an hour on two cores.
 
 What is compared is the accuracy over the images, and in the extended space over a changed copy of each as well.
 """
@@ -28,7 +28,7 @@ from signdigits.tuning.choice import choose_trial
 from signdigits.tuning.space import Space
 from signdigits.tuning.study import Search, rank_trials
 
-STUDIES = 10  # of each data set and space
+STUDIES = 5  # of each data set and space
 TRIALS = 12
 TRAINING, VALIDATION = 400, 100  # images
 SIZE = 32  # pixels

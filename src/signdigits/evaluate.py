@@ -160,7 +160,7 @@ def _log_scores(
     The scores of the part `test` are also the model's.
     """
     class_names = tuple(scorer.class_names)
-    scores = compute_scores(table, class_names, float(model.tags["temperature"]))
+    scores = compute_scores(table, class_names, float(model.tags["temperature"]), folds=scorer.n_folds)
     metrics = {f"{part}{name.removeprefix('test')}": float(value) for name, value in asdict(scores).items()}
     mlflow.log_metrics(metrics, model_id=model.model_id if part == "test" else None)
     per_class = _score_classes(table)
@@ -215,7 +215,7 @@ def _score_robustness(scorer: Scorer, dataset: Dataset, table: pd.DataFrame, tem
     corrupted = thread_map(score, CORRUPTIONS, max_workers=os.cpu_count(), desc="robustness", disable=None)
     rows = []
     for name, predicted in zip(["none", *CORRUPTIONS], [table, *corrupted], strict=True):
-        scores = compute_scores(predicted, dataset.class_names, temperature)
+        scores = compute_scores(predicted, dataset.class_names, temperature, folds=scorer.n_folds)
         wrong = predicted[predicted["label"] != predicted["prediction"]]
         rows.append(
             {
@@ -300,10 +300,10 @@ def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd
     return pd.DataFrame(rows).join(table.filter(regex=r"^p\(")).join(table.filter(items=reply.COMPARED))
 
 
-def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float) -> Scores:
-    """Return the scores of a table of predictions."""
+def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float, *, folds: int = 0) -> Scores:
+    """Return the scores of a table of predictions, by one model or by those of `folds`."""
     right = int((table["label"] == table["prediction"]).sum())
-    low, high = wilson_interval(right, len(table))
+    low, high = wilson_interval(right, len(table), folds=folds)
     probabilities, labels = _to_arrays(table, class_names)
     before = calibration.at_temperature(probabilities, 1 / temperature)
     return Scores(

@@ -39,6 +39,8 @@ class Chunk:
 class Scorer:
     """A model, loaded as its endpoint does but without the prediction log, that scores photographs."""
 
+    n_folds = 0  # models of folds; 0: one model
+
     def __init__(self, model_uri: str) -> None:
         with startup.filtered_stderr(), prediction_log.disable_log():
             self.served = mlflow.pyfunc.load_model(model_uri)
@@ -105,6 +107,7 @@ class FoldScorer(Scorer):
     def __init__(self, model_uri: str, folds: Mapping[str, Scorer]) -> None:
         super().__init__(model_uri)
         self.folds = folds  # by path
+        self.n_folds = len({id(scorer) for scorer in folds.values()})
 
     def score_photographs(self, paths: Sequence[str], read: Callable[[str], bytes | str]) -> pd.DataFrame:
         tables = []
