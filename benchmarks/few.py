@@ -29,7 +29,7 @@ from signdigits.data.loading import Features, Images
 from signdigits.data.split import read_groups
 from signdigits.model import architecture, input_pipeline, training, transfer
 from signdigits.model.augmentation import Augmentation
-from signdigits.promotion.comparison import wilson_interval
+from signdigits.promotion.comparison import fold_interval
 from signdigits.tuning.space import Space
 
 SEEDS = (1337, 1338, 1339)  # of the source's three networks
@@ -227,7 +227,7 @@ def holds_accuracy(features: Features, draw: int) -> bool:
     model = LogisticRegression(C=10.0, max_iter=200)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     right = int((cross_val_predict(model, x[chosen], y[chosen], cv=folds) == y[chosen]).sum())
-    low, high = wilson_interval(right, len(chosen), folds=5)
+    low, high = fold_interval(right, len(chosen), 5)
     return bool(low <= model.fit(x[chosen], y[chosen]).score(x[others], y[others]) <= high)
 
 

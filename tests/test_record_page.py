@@ -1,12 +1,17 @@
 """The page of the recorder in Chromium, with a filmed camera."""
 
+import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
+import pandas as pd
 import pytest
 from PIL import Image
 
+from signdigits import cli
 from signdigits.config import SourceParameters
 from signdigits.data.dataset import scan_dataset
 
@@ -78,6 +83,21 @@ def recorded(endpoint: Endpoint, folder: Path, window: Browser) -> Recorded:
         with browser.launch(window.browser_type, *film_gesture(endpoint, name)) as camera:
             command = record(camera, name, 6)
     return Recorded(folder, command)
+
+
+def test_gestures_become_a_served_model(champion: str, recorded: Recorded, tmp_path: Path) -> None:
+    """From the recorded folder, with the options that the page shows, in the store of the champion."""
+    options = shlex.split(recorded.command.replace("\\\n", " ").partition("-e main")[2])
+    shown = dict(option.split("=", 1) for option in options if "=" in option)
+    assert (shown["start_from"], shown["model_name"]) == ("models:/sign-digits@champion", "gestures")
+    shutil.copytree(recorded.folder, tmp_path / "gestures")
+    shown["data"] = str(tmp_path / "gestures")
+    given = [text for name, value in shown.items() for text in (f"--{name}", value)]
+    assert cli.main(["main", *given, "--n_trials", "1"]) == 0
+    served = mlflow.pyfunc.load_model("models:/gestures@champion")
+    photographs = sorted((tmp_path / "gestures").rglob("*.jpeg"))
+    reply = served.predict(pd.DataFrame({"image": [path.read_bytes() for path in photographs]}))
+    assert (reply["label"] == [path.parent.name for path in photographs]).mean() > 0.8
 
 
 @pytest.fixture

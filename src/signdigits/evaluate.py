@@ -33,7 +33,7 @@ from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError, ModelError
 from signdigits.model import calibration
 from signdigits.packaging import reply
-from signdigits.promotion.comparison import wilson_interval
+from signdigits.promotion.comparison import fold_interval, wilson_interval
 from signdigits.promotion.predictions import find_fitted_checksums
 from signdigits.tracking import registry, runs
 
@@ -303,7 +303,7 @@ def _make_reference(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd
 def compute_scores(table: pd.DataFrame, class_names: tuple[str, ...], temperature: float, *, folds: int = 0) -> Scores:
     """Return the scores of a table of predictions, by one model or by those of `folds`."""
     right = int((table["label"] == table["prediction"]).sum())
-    low, high = wilson_interval(right, len(table), folds=folds)
+    low, high = fold_interval(right, len(table), folds) if folds else wilson_interval(right, len(table))
     probabilities, labels = _to_arrays(table, class_names)
     before = calibration.at_temperature(probabilities, 1 / temperature)
     return Scores(

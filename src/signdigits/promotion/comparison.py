@@ -4,7 +4,6 @@ SciPy's tests are imported where they are used: they take a second, which a roll
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -174,17 +173,24 @@ def apply_non_inferiority_test(table: ContingencyTable, margin: float) -> float:
     return float(norm.sf(z))
 
 
-def wilson_interval(right: int, total: int, *, folds: int = 0) -> tuple[float, float]:
-    """Return Wilson's 95 % confidence interval (1927) of an accuracy; it assumes independent images.
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Return Wilson's 95 % confidence interval (1927) of an accuracy; it assumes independent images."""
+    from scipy.stats import binomtest
 
-    Those of `folds` are not: their models share photographs. The interval is that of fewer images, by which their variance grows
-    after Nadeau and Bengio, "Inference for the generalization error", 2003: 1 + folds / (folds - 1).
+    interval = binomtest(right, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def fold_interval(right: int, total: int, folds: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy that the models of `folds` have reached together.
+
+    They share photographs: the variance grows by 1 + folds / (folds - 1) (Nadeau and Bengio, "Inference for the generalization
+    error", 2003), as if there were fewer images. Of so few, Jeffreys' interval is the better one (Brown, Cai and DasGupta, "Interval
+    estimation for a binomial proportion", 2001).
     """
-    from scipy.special import ndtri
+    from scipy.stats import beta
 
-    z, share = float(ndtri(0.975)), right / total
-    effective = total / (1 + folds / (folds - 1)) if folds else total
-    centre = share + z**2 / (2 * effective)
-    width = z * math.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
-    scale = 1 + z**2 / effective
-    return max((centre - width) / scale, 0.0), min((centre + width) / scale, 1.0)
+    effective = total / (1 + folds / (folds - 1))
+    correct = effective * right / total
+    low, high = beta(correct + 0.5, effective - correct + 0.5).interval(0.95)
+    return float(low) if right else 0.0, float(high) if right < total else 1.0
