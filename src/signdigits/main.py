@@ -213,6 +213,7 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
     """Return the lines of the summary: the results, and the next commands."""
     tags = model.tags
     mean, std = float(tags["test_accuracy_mean"]), float(tags["test_accuracy_std"])
+    n_seeds = int(float(tags["n_seeds"]))
     low, high = float(tags["test_accuracy_low"]), float(tags["test_accuracy_high"])
     rows = {
         "study": search.study.study_name,
@@ -223,12 +224,19 @@ def _summarize_job(search: Search, choice: Choice, model: LoggedModel, decision:
         if "seeds" in tags
         else f"with the seed {tags['seed']}",
         "test accuracy": f"{float(tags['test_accuracy']):.4f} on {tags['test_images']} images ({low:.4f} to {high:.4f})",
-        f"over {float(tags['n_seeds']):.0f} seeds": f"{mean:.4f} +/- {std:.4f}",
+        f"over {n_seeds} seeds": f"{mean:.4f} +/- {std:.4f}",
         "robust accuracy": f"{float(tags['robust_accuracy']):.4f}, worst {float(tags['worst_accuracy']):.4f}: {tags['worst_corruption']}",
         "calibration error": f"{float(tags['test_ece']):.4f}, {float(tags['robust_ece']):.4f} under corruptions",
         "registered": f"{decision.model_name} version {decision.version}, {register.describe_standing(decision)}",
         "because": decision.reason,
     }
+    if search.data.split.folds:
+        rows["test accuracy"] += f", each by one of {len(search.data.split.folds)} models that have not seen it"
+        rows["network"] += ", trained on all photographs"
+    if search.data.start:
+        rows["network"] += f"; starts from {search.data.start.name}"
+    if n_seeds == 1:
+        del rows["over 1 seeds"]
     width = max(map(len, rows))
     link = urls.compare_url(urls.ui_url(), runs.find_run(search.run_id))
     stock = f"mlflow models serve -m models:/{shlex.quote(decision.model_name)}@champion"
