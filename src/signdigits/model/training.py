@@ -85,6 +85,16 @@ def new_network(data: Data, images: Images, hyperparameters: Hyperparameters) ->
     return network
 
 
+def reset_network(network: keras.Model, weights: Sequence[np.ndarray]) -> None:
+    """Give a compiled network these weights, and its optimizer the state of the first step: it can be fitted anew.
+
+    Not with a moving average of the weights, which would begin at 0.
+    """
+    network.set_weights(weights)
+    for variable in network.optimizer.variables:
+        variable.assign(keras.ops.zeros_like(variable))
+
+
 def fit_network(
     network: keras.Model,
     training: Images,

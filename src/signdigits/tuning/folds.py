@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 from scipy.special import logsumexp
 
 from signdigits.config import Hyperparameters
-from signdigits.data.loading import Data
+from signdigits.data.loading import Data, Features
 from signdigits.model import input_pipeline, training, transfer
 from signdigits.model.calibration import Calibration, fit_temperature
 from signdigits.model.outliers import find_quantile
@@ -46,8 +46,14 @@ def cross_validate(trial: optuna.Trial, search: Search, data: Data, hyperparamet
     """
     metric = search.parameters.metric
     folds, tables, accuracies = data.folds(), list[pd.DataFrame](), list[float]()
+    network = training.new_network(folds[0], folds[0].training, hyperparameters)
+    initial = network.get_weights()
     for number, fold in enumerate(folds, start=1):
-        network = training.new_network(fold, fold.training, hyperparameters)
+        # To compile another head takes as long as to train it.
+        if isinstance(data.fitting, Features) and not hyperparameters.ema_momentum:
+            training.reset_network(network, initial)
+        elif number > 1:
+            network = training.new_network(fold, fold.training, hyperparameters)
         copies, mirrored = metric.startswith("robust"), search.space.includes_mirror_images()
         scores = training.ValidationScores(fold.validation, {hyperparameters.epochs}, copies=copies, mirrored=mirrored)
         fitted = training.fit_network(
