@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROJECT = Path(__file__).parents[1]
-FIRST_PORT = 10000 + 100 * (os.getpid() % 200)
-PORTS = itertools.cycle(range(FIRST_PORT, FIRST_PORT + 100))  # a process's own, below those that Linux gives to clients
+FIRST_PORT = 20000 + 100 * (os.getpid() % 120)
+PORTS = itertools.cycle(
+    range(FIRST_PORT, FIRST_PORT + 100)
+)  # a process's own, between those that Ray gives to workers and Linux to clients
 PATIENCE = 600.0  # seconds: a busy machine is slow, and a failure is rare
 SIZE = 16  # pixels: the smallest network that still has its three poolings
 # Of `finished_job`.
