@@ -178,6 +178,18 @@ def test_head_joins_the_frozen_network(started: loading.Data) -> None:
     np.testing.assert_allclose(outputs, expected, atol=1e-4)
 
 
+def test_started_model_can_be_started_from(started: loading.Data) -> None:
+    """Also the mean of two, each of which has the blocks of a mean."""
+    assert started.start is not None
+    source = transfer.load_network(started.start)
+    extractor = transfer.make_extractor(architecture.average_networks([source, keras.models.clone_model(source)]))
+    heads = [transfer.new_head(extractor.output_shape[-1], 3, Hyperparameters()) for _ in range(2)]
+    joined = [transfer.join(extractor, head) for head in heads]
+    images = np.asarray(started.fitting.x[:2], np.float32)
+    np.testing.assert_allclose(transfer.make_extractor(joined[0])(images), extractor(images), atol=1e-5)
+    assert transfer.make_extractor(architecture.average_networks(joined)).output_shape == (None, 2 * 256)
+
+
 @pytest.mark.parametrize("frozen_blocks", [0, 2])
 def test_frozen_blocks_keep_their_weights(started: loading.Data, frozen_blocks: int) -> None:
     hyperparameters = Hyperparameters(epochs=1, batch_size=8, frozen_blocks=frozen_blocks)

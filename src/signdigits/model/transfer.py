@@ -122,8 +122,9 @@ def compute_features(extractor: keras.Model, images: Images, augmentation: Augme
 
 
 def _list_networks(network: keras.Model) -> list[keras.Model]:
-    """Return the networks of which `network` is the mean, or itself."""
-    return [layer for layer in network.layers if isinstance(layer, keras.Model)] or [network]
+    """Return the networks that `network` is made of, such as those of a mean, or itself."""
+    parts = [layer for layer in network.layers if isinstance(layer, keras.Model)]
+    return [each for part in parts for each in _list_networks(part)] or [network]
 
 
 def _list_blocks(network: keras.Model) -> list[keras.layers.Layer]:

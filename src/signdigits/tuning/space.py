@@ -91,6 +91,7 @@ DATA_SET_VALUES: Mapping[tuple[str, str], Mapping[str, Range | Value]] = {
         "horizontal_flip": 0.0,  # the mirror image of a written 2 is no digit
         "epochs": Range(12, 18, start=15),  # written digits are learned sooner than photographed hands
     },
+    ("transfer", "handwritten-digits"): {"horizontal_flip": 0.0},
 }
 
 
