@@ -1,7 +1,6 @@
 """Fixtures: generated photographs, a SQLite store per test, trained models, real servers on free ports."""
 
 import fcntl
-import itertools
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROJECT = Path(__file__).parents[1]
-FIRST_PORT = 20000 + 100 * (os.getpid() % 120)
-PORTS = itertools.cycle(
     range(FIRST_PORT, FIRST_PORT + 100)
 )  # a process's own, between those that Ray gives to workers and Linux to clients
 PATIENCE = 600.0  # seconds: a busy machine is slow, and a failure is rare
@@ -305,12 +302,9 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 def free_port() -> int:
-    """Return a port that no other test's server or connection takes before it is used."""
-    for port in itertools.islice(PORTS, 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("the ports of this process are in use")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def serve_command(port: int | str, *options: str) -> list[str]:

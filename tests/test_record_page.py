@@ -124,7 +124,10 @@ def hold(page: Page, name: str, frames: int) -> None:
     page.mouse.down()
     browser.wait_until(lambda: int(count(page, name) or 0) >= frames)
     page.mouse.up()
-    expect(page.get_by_role("status")).to_have_text(f"{count(page, name)} frames of {name} recorded.")
+    # The frame of the moment may still arrive.
+    browser.wait_until(
+        lambda: page.get_by_role("status").inner_text() == f"{count(page, name)} frames of {name} recorded."
+    )
 
 
 def count(page: Page, name: str) -> str:

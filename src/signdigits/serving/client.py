@@ -120,7 +120,8 @@ def _post_json(url: str, body: Any, token: str = "") -> Any:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        # `urlopen` would keep the proxies of its first call in this process.
+        with urllib.request.build_opener().open(request, timeout=60) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
         raise UsageError(f"{url} rejected the request{_name_proxy(url)}: {_error_message(error.read())}") from error
