@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROJECT = Path(__file__).parents[1]
-    range(FIRST_PORT, FIRST_PORT + 100)
-)  # a process's own, between those that Ray gives to workers and Linux to clients
 PATIENCE = 600.0  # seconds: a busy machine is slow, and a failure is rare
 SIZE = 16  # pixels: the smallest network that still has its three poolings
 # Of `finished_job`.
