@@ -1,5 +1,6 @@
 """The client of `scripts/ask`, where no server replies; tests/test_pyfunc_model.py asks one."""
 
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ def test_message_names_the_proxy(
 ) -> None:
     """Without its password; the loopback network is asked directly."""
     port = free_port()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}")  # from now on it knows the proxies of this moment: none
     monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{port}")
     url = f"http://{host}" if proxied else f"http://{host}:{port}"
     assert client.main(["--url", url, str(Path(__file__))]) == 2
