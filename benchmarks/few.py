@@ -44,7 +44,7 @@ PICTURE = "docs/few.png"
 
 @dataclass(frozen=True)
 class Reading:
-    """What one way of reading gives of new signs: of each photograph and its changed copies, and of its corruptions."""
+    """The features of new signs in one way of reading: of each photograph and its changed copies, and of its corruptions."""
 
     features: Features
     corrupted: list[np.ndarray]
@@ -188,7 +188,7 @@ def read_landmarks(images: Images) -> Reading:
     augmentation = Augmentation.of(space.complete(space.baseline()))
     everything = np.arange(len(images))
     copies = input_pipeline.validation_batches(
-        images, training.CHUNK, augmentation, np.tile(everything, transfer.COPIES)
+        images, input_pipeline.CHUNK, augmentation, np.tile(everything, transfer.COPIES)
     )
     changed = np.concatenate([x.numpy() for x, _ in copies])
     values = np.concatenate([read(images.x[:]), read(changed)]).astype(np.float32)
@@ -203,8 +203,8 @@ def _corrupt(images: Images) -> list[list[Image.Image]]:
 
 
 def predict_values(network: keras.Model, x: np.ndarray) -> np.ndarray:
-    chunks = range(0, len(x), training.CHUNK)
-    return np.concatenate([np.asarray(network(x[i : i + training.CHUNK], training=False)) for i in chunks])
+    chunks = range(0, len(x), input_pipeline.CHUNK)
+    return np.concatenate([np.asarray(network(x[i : i + input_pipeline.CHUNK], training=False)) for i in chunks])
 
 
 def predict(network: keras.Model, x: np.ndarray) -> np.ndarray:

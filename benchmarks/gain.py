@@ -141,7 +141,9 @@ def measure_accuracy(opened: Search, number: int, unseen: Images) -> float:
         changes.append(replace(training.VALIDATION_AUGMENTATION, horizontal_flip=flips))
     correct = []
     for change in changes:
-        logits, _ = training.compute_outputs(fitted, input_pipeline.validation_batches(unseen, training.CHUNK, change))
+        logits, _ = training.compute_outputs(
+            fitted, input_pipeline.validation_batches(unseen, input_pipeline.CHUNK, change)
+        )
         correct.append((logits.argmax(axis=1) == unseen.y).mean())
     return float(np.mean(correct))
 

@@ -5,6 +5,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,17 @@ class Start:
         """Height, width and channels of an image."""
         return self.image_size, self.image_size, 3 if self.color_mode == "rgb" else 1
 
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the network's file, as 32 hexadecimal digits."""
+        return hashlib.sha256(self.network.read_bytes()).hexdigest()[:32]
+
     def facts(self) -> dict[str, str]:
         """Return the origin as tags of a run and a model, which stay when it is deleted."""
         return {
             "start_from": self.name,
             "start_uri": self.uri,
-            "start_digest": hashlib.sha256(self.network.read_bytes()).hexdigest()[:32],
+            "start_digest": self.digest,
             **{f"start_{name}": self.tags[name] for name in ("data", "dataset_digest") if name in self.tags},
         }
 

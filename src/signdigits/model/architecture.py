@@ -11,6 +11,7 @@ from signdigits.errors import UsageError
 if TYPE_CHECKING:
     import keras
 
+FEATURES = "features"  # name of the layer
 BATCH_MOMENTUM = 0.9  # Keras' 0.99 needs 300 steps to forget where it began: more than small data sets give
 
 
@@ -80,7 +81,7 @@ def with_features(network: "keras.Model") -> "keras.Model":
     """
     from keras import Model, layers
 
-    if own := [layer for layer in network.layers if layer.name == "features"]:  # of transfer.py
+    if own := [layer for layer in network.layers if layer.name == FEATURES]:  # of transfer.py
         return Model(network.inputs[0], layers.Concatenate(name="outputs")([network.outputs[0], own[0].output]))
     if averaged := [layer for layer in network.layers if isinstance(layer, Model)]:
         return average_networks([with_features(each) for each in averaged])
@@ -89,7 +90,7 @@ def with_features(network: "keras.Model") -> "keras.Model":
     # A network that was loaded has names that Keras would give again.
     parts = {"hidden": hidden, "block": layers.GlobalAveragePooling2D(name="block_mean")(blocks)}
     features = [layers.UnitNormalization(dtype="float32", name=f"unit_{name}")(part) for name, part in parts.items()]
-    return Model(network.inputs[0], layers.Concatenate(dtype="float32", name="features")([logits, *features]))
+    return Model(network.inputs[0], layers.Concatenate(dtype="float32", name=FEATURES)([logits, *features]))
 
 
 def average_networks(networks: Sequence["keras.Model"]) -> "keras.Model":

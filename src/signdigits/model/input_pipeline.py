@@ -11,6 +11,7 @@ from signdigits.data.loading import Features, Images
 from signdigits.model.augmentation import Augmentation, augment_batch
 
 PREFETCH = 2  # batches
+CHUNK = 128  # images in a forward pass outside of `fit`: bounds the memory
 NONE = Augmentation()
 
 

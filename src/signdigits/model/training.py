@@ -22,15 +22,14 @@ from signdigits.errors import TrainingDiverged
 from signdigits.model import architecture, calibration, input_pipeline, transfer
 from signdigits.model.augmentation import Augmentation
 from signdigits.model.calibration import Calibration
+from signdigits.model.input_pipeline import CHUNK
 from signdigits.model.outliers import MAX_KNOWN, Detector
+from signdigits.model.transfer import COPIES
 
 log = logging.getLogger(__name__)
 
-CHUNK = 128  # images in a forward pass outside of `fit`: bounds the memory
-
 # Of the changed copies of the validation images: one yardstick for all trials, whatever they train with.
 VALIDATION_AUGMENTATION = Augmentation(geometric=1.5, photometric=1.0)
-COPIES = 8  # of each validation image
 MAX_COPIES = 3000  # of all together, or one of each: more would not tell trials apart better
 
 

@@ -15,12 +15,12 @@ from signdigits.data.loading import Data, Features, Images
 from signdigits.data.start import Start
 from signdigits.errors import ModelError, UsageError
 from signdigits.model import input_pipeline
+from signdigits.model.architecture import FEATURES
 from signdigits.model.augmentation import Augmentation
+from signdigits.model.input_pipeline import CHUNK
 
 ALL_BLOCKS = 8
-COPIES = 8  # changed copies of each photograph whose features are computed
-CHUNK = 128  # images in a forward pass
-FEATURES = "features"  # name of the layer
+COPIES = 8  # changed copies of a photograph
 
 
 def load_network(start: Start) -> keras.Model:

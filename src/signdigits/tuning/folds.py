@@ -62,7 +62,7 @@ def cross_validate(trial: optuna.Trial, search: Search, data: Data, hyperparamet
         logits = pd.DataFrame(scores.logits, columns=list(map(LOGIT.format, data.dataset.class_names)))
         detector = training.fit_detector(fitted, fold.training)
         _, features = training.compute_outputs(
-            fitted, input_pipeline.validation_batches(fold.validation, training.CHUNK)
+            fitted, input_pipeline.validation_batches(fold.validation, input_pipeline.CHUNK)
         )
         distances = detector.with_threshold(detector.measure_spacing()).score(features)
         table = pd.DataFrame(scores.by_image | {DISTANCE: distances}).join(logits)

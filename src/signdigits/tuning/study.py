@@ -43,7 +43,7 @@ class Search:
 
 def study_settings(data: Data, space: Space, parameters: StudyParameters) -> dict[str, Any]:
     """Return the settings that identify a study: data, split, search space, objective and pruner."""
-    start = {"start_digest": data.start.facts()["start_digest"]} if data.start else {}
+    start = {"start_digest": data.start.digest} if data.start else {}
     fixed = {name: value for name, value in space.fixed.items() if name != "frozen_blocks" or data.start}
     return {
         **start,
