@@ -13,6 +13,8 @@ JUNK_NAMES = (
     "$recycle.bin", "system volume information", "lost+found", "picasa.ini", "@eadir", "@tmp", "@recycle", "@recently-snapshot",
     "@sharesnap", "#recycle", "#snapshot", "~snapshot", "thumbs.db:encryptable", "zbthumbnail.info",
 )  # fmt: skip
+# A folder of pictures that show no sign, beside a folder of class folders: a model should answer them as outliers.
+NO_SIGN = "not-a-sign"
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 

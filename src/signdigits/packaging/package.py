@@ -43,6 +43,8 @@ REQUIREMENTS = (
     "threadpoolctl",
 )
 
+EXAMPLES = "examples"  # folder of a model's files
+
 TYPES = {
     str: DataType.string,
     float: DataType.double,
@@ -57,18 +59,25 @@ SIGNATURE = ModelSignature(
 )
 
 
-def log_model(network: "keras.Model", calibration: Calibration, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
+def log_model(
+    network: "keras.Model",
+    calibration: Calibration,
+    data: Data,
+    facts: Mapping[str, Any],
+    examples: Mapping[int, bytes] | None = None,
+) -> ModelInfo:
     """Log the network to the active run as a model that takes encoded photographs.
 
     The model is code (pyfunc_model.py) with the network, the decoder (images.py), the outlier detector (outliers.py), the
     prediction log (prediction_log.py) and the settings as artifacts: nothing is pickled. It predicts with the network in
     LiteRT's format; the Keras file beside it is for further training. The logits are divided by the temperature of
-    `calibration`. `facts` become tags of the model and its version.
+    `calibration`. `facts` become tags of the model and its version. `examples` are JPEG files by label, which the page shows.
 
     Raises ModelError, and deletes the model, if it cannot be loaded or does not answer its input example.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(network, calibration, data, Path(folder))
+        write_examples(examples or {}, Path(folder))
         info = log_files(Path(folder), data, {"temperature": calibration.temperature, **facts})
     try:
         _check_answer(info)
@@ -105,6 +114,14 @@ def write_files(network: "keras.Model", calibration: Calibration, data: Data, fo
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
+def write_examples(examples: Mapping[int, bytes], folder: Path) -> None:
+    """Write JPEG files by label beside those of `write_files`, named by the label, because any text may be a class name."""
+    if examples:
+        (folder / EXAMPLES).mkdir()
+    for label, content in examples.items():
+        (folder / EXAMPLES / f"{label}.jpeg").write_bytes(content)
+
+
 def log_files(folder: Path, data: Data, facts: Mapping[str, Any]) -> ModelInfo:
     """Log a model with the files of `write_files` to the active run; `facts` become its tags."""
     active = mlflow.active_run()
@@ -126,6 +143,7 @@ def save_model(network: "keras.Model", calibration: Calibration, data: Data, fol
 
 def _describe_model(folder: Path, data: Data) -> dict[str, Any]:
     """Return what MLflow needs to know of a model with the files of `write_files` in `folder`."""
+    examples = {EXAMPLES: str(folder / EXAMPLES)} if (folder / EXAMPLES).exists() else {}
     return {
         "python_model": str(Path(__file__).with_name("pyfunc_model.py")),
         "artifacts": {
@@ -136,6 +154,7 @@ def _describe_model(folder: Path, data: Data) -> dict[str, Any]:
             "images": images.__file__,
             "outliers": outliers.__file__,
             "prediction_log": prediction_log.__file__,
+            **examples,
         },
         "signature": SIGNATURE,
         "input_example": make_input_example(data),

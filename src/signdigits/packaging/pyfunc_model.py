@@ -71,6 +71,11 @@ class SignDigits(PythonModel):
         self.color_mode: str = settings["color_mode"]
         self.temperature: float = settings["temperature"]
         self.logged_fields: list[str] = settings["logged_fields"]
+        # A JPEG file of a typical photograph by class, for the page. Models of version 0.2 do not have this attribute.
+        self.examples: dict[str, bytes] = {}
+        if folder := context.artifacts.get("examples"):
+            files = ((name, Path(folder, f"{number}.jpeg")) for number, name in enumerate(self.class_names))
+            self.examples = {name: file.read_bytes() for name, file in files if file.exists()}
         self.images = _load_module(context.artifacts["images"])
         self.detector = _load_module(context.artifacts["outliers"]).Detector.load(context.artifacts["detector"])
         # Configured by the environment, which is all that `mlflow models serve` passes on.
