@@ -50,7 +50,7 @@ SIZE = 16  # pixels: the smallest network that still has its three poolings
 # Of `finished_job`.
 SPACE = Space.of("notebook", epochs=Range(1, 2), batch_size=16)
 STUDY = StudyParameters(n_trials=2, pruner="none", space="notebook")
-TWO = RefitParameters(n_seeds=2)
+TWO = RefitParameters(n_seeds=2, examples="true")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlflow
@@ -124,6 +124,25 @@ def test_outliers_are_measured(evaluated: Evaluation) -> None:
     assert metrics["outlier_auroc"] == pytest.approx(table.loc["all", "auroc"])
     tags = mlflow.get_logged_model(evaluated.model_id).tags
     assert float(tags["outliers_detected"]) == table.loc["all", "detected"]
+
+
+def test_pictures_of_no_sign_are_outliers(
+    evaluated: Evaluation, photographs: Path, loaded: loading.Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of a folder beside one of the data set's folders; a third that cannot be read is named."""
+    folder = tmp_path / "not-a-sign"
+    folder.mkdir()
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (20, 20), "green").save(folder / name)
+    (folder / "3.png").write_bytes((folder / "1.png").read_bytes()[:50])
+    dataset = replace(loaded.dataset, folders=(photographs, tmp_path / "accepted"))
+    scorer = Scorer(f"models:/{evaluated.model_id}")
+    table = scorer.score_photographs(list(map(str, photographs.glob("*/*.JPG"))), lambda path: Path(path).read_bytes())
+    outliers = evaluate._score_outliers(scorer, dataset, table).set_index("kind")
+    assert outliers["images"].to_dict() == {
+        "charts": 40, "handwriting": 40, "photographs": 40, "text": 40, "not-a-sign": 2, "all": 162,
+    }  # fmt: skip
+    assert f"{folder / '3.png'}: left out of the pictures of something else" in caplog.text
 
 
 def test_scores_are_logged_with_model(evaluated: Evaluation) -> None:

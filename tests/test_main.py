@@ -25,6 +25,7 @@ from signdigits.config import (
 from signdigits.data import loading
 from signdigits.model import training
 from signdigits.tracking import registry
+from signdigits.tracking.runs import escape_cell
 
 from .conftest import SPACE, STUDY, TWO, copy_stores
 
@@ -104,6 +105,29 @@ def test_served_mean_is_the_mean_of_the_refits(job: str, photographs: Path) -> N
     models = [registry.find_model(run.info.run_id, "") for run in refits().values()]
     product = np.prod([predict(model.model_uri) for model in models], axis=0) ** (1 / len(models))
     np.testing.assert_allclose(predict(SERVED_MODEL), product / product.sum(), rtol=1e-4)
+
+
+def test_champion_reads_its_examples(job: str, photographs: Path) -> None:
+    served = mlflow.pyfunc.load_model(SERVED_MODEL)
+    examples = served.unwrap_python_model().examples
+    reply = served.predict(pd.DataFrame({"image": list(examples.values())}))
+    assert reply["label"].tolist() == list(examples)
+    assert not reply["is_outlier"].any()
+    champion = mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion")
+    assert int(champion.tags["examples"]) == len(examples) > 0
+    shown = f"{len(examples)} of the training photographs of {escape_cell(photographs)}, at most one of each class"
+    assert shown in champion.description
+
+
+def test_examples_of_earlier_start_are_named(job: str, loaded: loading.Data, caplog: pytest.LogCaptureFixture) -> None:
+    """A later start without them neither removes them nor makes the model again."""
+    before = len(runs())
+    caplog.set_level("INFO", "signdigits")
+    main.main(loaded, SPACE, STUDY, dataclasses.replace(TWO, examples="auto"), RegistryParameters())
+    assert len(runs()) == before
+    (ensemble,) = [run for run in runs() if run.data.tags["role"] == "ensemble"]
+    expected = "examples=auto: the model was logged with examples before; delete its run, `mlflow runs delete --run-id "
+    assert f"{expected}{ensemble.info.run_id}`" in caplog.text
 
 
 def test_deleted_model_is_refitted(job: str) -> None:

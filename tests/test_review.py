@@ -13,6 +13,7 @@ from mlflow.entities import Run
 from signdigits import cli, review
 from signdigits.config import ReviewParameters, SourceParameters
 from signdigits.data.dataset import scan_dataset
+from signdigits.data.outlier_images import find_no_sign
 from signdigits.errors import DataError, UsageError
 from signdigits.files import read_csv
 
@@ -162,6 +163,26 @@ def test_damaged_file_costs_one_picture(store: str, corrections: Path, caplog: p
     assert mlflow.artifacts.list_artifacts(run_id=the_run().info.run_id, artifact_path="review")[0].file_size
     assert scan_dataset(SourceParameters(data=str(corrections / "accepted"))).counts() == {"0": 1, "1": 2, "2": 1}
     assert review.review(replace(parameters, accept="", drop="all"))["id"].tolist() == ["eeee"]
+
+
+def test_no_sign_is_no_class(store: str, corrections: Path, photographs: Path) -> None:
+    """An answer "not a sign", and one whose facts a killed review left."""
+    place = corrections / "pending" / "not-a-sign"
+    place.mkdir()
+    shutil.copy(photographs / "0" / "IMG_0001.JPG", place / "eeee.jpeg")
+    for name in ("eeee", "ffff"):
+        (place / f"{name}.json").write_text('{"label": null, "prediction": "2"}')
+    (corrections / "not-a-sign").mkdir()
+    shutil.copy(photographs / "0" / "IMG_0002.JPG", corrections / "not-a-sign" / "ffff.jpeg")
+    table = review.review(ReviewParameters(str(corrections)))
+    assert table.set_index("id")["label"].to_dict() == {"aaaa": "0", "bbbb": "1", "cccc": "2", "eeee": "not-a-sign"}
+    assert cli.main(["review", "--corrections", str(corrections), "--accept", "all"]) == 0
+    accepted = corrections / "accepted"
+    assert scan_dataset(SourceParameters(data=str(accepted))).class_names == ("0", "1", "2")
+    assert [path.name for path in find_no_sign([photographs, accepted])] == ["eeee.jpeg", "ffff.jpeg"]
+    record = read_csv(accepted / "review.csv")
+    assert record.loc[record["label"] == "not-a-sign", "id"].tolist() == ["ffff", "eeee"]
+    assert list(place.iterdir()) == []
 
 
 def test_edited_record_is_kept(store: str, corrections: Path) -> None:

@@ -284,6 +284,12 @@ class RefitParameters(Checked):
     ensemble: bool = parameter(
         True, "register the mean of the refits as one network; false: the first refit, smaller and faster"
     )
+    examples: str = parameter(
+        "auto",
+        "log a typical training photograph of each class with the model, which the page shows to anybody who can open it; auto: "
+        "true for the named data sets, which are public, else false. Photographs that data=A,B adds are never shown",
+        choices=("auto", "true", "false"),
+    )
 
 
 @dataclass(frozen=True)

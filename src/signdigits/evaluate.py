@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,13 +23,14 @@ from sklearn.metrics import classification_report, roc_auc_score
 from tqdm.contrib.concurrent import thread_map
 
 from signdigits import files, plots
-from signdigits.batch.scoring import Scorer
+from signdigits.batch.scoring import Scorer, read_photograph
 from signdigits.config import ModelParameters, SourceParameters
 from signdigits.data import images, lineage, split
 from signdigits.data.corruptions import CORRUPTIONS, corrupt_image
 from signdigits.data.dataset import Dataset, scan_dataset
+from signdigits.data.folders import NO_SIGN
 from signdigits.data.names import Names
-from signdigits.data.outlier_images import OUTLIER_IMAGES, make_outlier_images
+from signdigits.data.outlier_images import OUTLIER_IMAGES, find_no_sign, make_outlier_images
 from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.errors import DataError, ModelError
 from signdigits.model import calibration
@@ -249,12 +251,21 @@ def _log_robustness(robustness: pd.DataFrame, model: LoggedModel) -> dict[str, A
 
 
 def _score_outliers(scorer: Scorer, dataset: Dataset, table: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each kind of pictures of something else: number, fraction detected, and AUROC against the test images."""
+    """Return, for each kind of pictures of something else: number, fraction detected, and AUROC against the test images.
+
+    The kind NO_SIGN is of the folders beside those of the photographs; files that the model refuses are left out.
+    """
     kinds = set(OUTLIER_IMAGES) - ({"handwriting"} if dataset.origin == HANDWRITTEN_DIGITS else set())
     scored = {}
     for kind in sorted(kinds):
         contents = {str(number): _to_bmp(image) for number, image in enumerate(make_outlier_images(kind))}
         scored[kind] = scorer.score_photographs(list(contents), contents.__getitem__)
+    if paths := [str(path) for path in find_no_sign(dataset.folders)]:
+        pictures = scorer.score_photographs(paths, lambda path: read_photograph(Path(path)))
+        for row in pictures[pictures["label"].isna()].itertuples():
+            log.warning("%s: left out of the pictures of something else: %s", row.path, row.reason)
+        if not (readable := pictures.dropna(subset="label")).empty:
+            scored[NO_SIGN] = readable
     scored["all"] = pd.concat(scored.values())
     rows = []
     for kind, pictures in scored.items():

@@ -29,7 +29,7 @@ from signdigits.errors import ModelError, TrainingDiverged
 from signdigits.model import architecture, training, transfer
 from signdigits.model.calibration import Calibration
 from signdigits.model.outliers import Detector
-from signdigits.packaging import package
+from signdigits.packaging import examples, package
 from signdigits.search import open_study, optimize_study
 from signdigits.tracking import registry, runs, urls
 from signdigits.tuning.choice import Choice
@@ -53,8 +53,12 @@ def main(
         if hint := _suggest_start(data, promotion.model_name):
             log.info("%s", hint)
         choice = optimize_study(search)
-        models = _refit_seeds(search, choice.trial, refits.n_seeds or (1 if data.split.folds else 3))
-        model = _average_refits(search, choice.trial, models) if refits.ensemble and len(models) > 1 else models[0]
+        shown = refits.examples == "true" or (refits.examples == "auto" and examples.is_public(data))
+        models = _refit_seeds(search, choice.trial, refits.n_seeds or (1 if data.split.folds else 3), shown)
+        averaged = refits.ensemble and len(models) > 1
+        model = _average_refits(search, choice.trial, models, shown) if averaged else models[0]
+        if shown != (package.EXAMPLES in model.tags):
+            log.info("%s", _explain_examples(refits, model, shown))
         _log_refit_scores(models, model)
         decision = register.previous_decision(promotion.model_name, model) or register.promote_model(model, promotion)
         mlflow.set_tags({"registered_version": decision.version, "registered_alias": decision.alias})
@@ -80,8 +84,16 @@ def _suggest_start(data: Data, model_name: str) -> str:
     )
 
 
-def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int) -> list[LoggedModel]:
-    """Refit the chosen trial with successive seeds; a seed whose training diverges is skipped.
+def _explain_examples(refits: RefitParameters, model: LoggedModel, shown: bool) -> str:
+    """Return the line for a model that an earlier start logged with or without examples, unlike this one."""
+    return (
+        f"examples={refits.examples}: the model was logged {'without' if shown else 'with'} examples before; delete its run, "
+        f"`mlflow runs delete --run-id {model.source_run_id}`, and the same command with --force true makes and registers it anew"
+    )
+
+
+def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int, shown: bool) -> list[LoggedModel]:
+    """Refit the chosen trial with successive seeds, with examples if `shown`; a seed whose training diverges is skipped.
 
     Raises TrainingDiverged if more than `n_seeds` seeds diverge.
     """
@@ -92,7 +104,7 @@ def _refit_seeds(search: Search, best: FrozenTrial, n_seeds: int) -> list[Logged
         try:
             if not model:
                 log.info("refit %d/%d of trial %d, with seed %d", len(models) + 1, n_seeds, best.number, seed)
-                model = _refit_best(search, best, seed)
+                model = _refit_best(search, best, seed, shown)
             models.append(model)
         except TrainingDiverged as error:
             log.warning("refit with seed %d skipped: %s", seed, error)
@@ -113,7 +125,7 @@ def _find_model(search: Search, role: str, tags: Mapping[str, Any]) -> LoggedMod
     return None
 
 
-def _refit_best(search: Search, best: FrozenTrial, seed: int) -> LoggedModel:
+def _refit_best(search: Search, best: FrozenTrial, seed: int, shown: bool) -> LoggedModel:
     """Fit the chosen trial's hyperparameters on training and validation images together, and score the test images.
 
     The validation images chose the hyperparameters and cannot report on them; the test images, unseen so far, do so once
@@ -144,10 +156,10 @@ def _refit_best(search: Search, best: FrozenTrial, seed: int) -> LoggedModel:
         scale = spacing / best.user_attrs.get("outlier_spacing", spacing)  # trials of version 0.2 have none
         detector = detector.with_threshold(scale * best.user_attrs["outlier_threshold"])
         calibration = Calibration(best.user_attrs["temperature"], detector)
-        return _log_scored_model(search, best, fitted.in_float32(data.start), calibration, facts)
+        return _log_scored_model(search, best, fitted.in_float32(data.start), calibration, facts, shown)
 
 
-def _average_refits(search: Search, best: FrozenTrial, models: Sequence[LoggedModel]) -> LoggedModel:
+def _average_refits(search: Search, best: FrozenTrial, models: Sequence[LoggedModel], shown: bool) -> LoggedModel:
     """Return the mean of the refits' networks as one model, made of their files and scored unless it was before.
 
     Its temperature is theirs: the mean of their logits is as well calibrated as each of them.
@@ -163,15 +175,25 @@ def _average_refits(search: Search, best: FrozenTrial, models: Sequence[LoggedMo
         networks, calibrations = zip(*map(package.read_model, models), strict=True)
         detector = Detector.average([calibration.detector for calibration in calibrations])
         calibration = Calibration(calibrations[0].temperature, detector)
-        return _log_scored_model(search, best, architecture.average_networks(networks), calibration, facts)
+        return _log_scored_model(search, best, architecture.average_networks(networks), calibration, facts, shown)
 
 
 def _log_scored_model(
-    search: Search, best: FrozenTrial, network: keras.Model, calibration: Calibration, facts: Mapping[str, Any]
+    search: Search,
+    best: FrozenTrial,
+    network: keras.Model,
+    calibration: Calibration,
+    facts: Mapping[str, Any],
+    shown: bool,
 ) -> LoggedModel:
-    """Log a network that was fitted on training and validation images to the active run, and score its test images."""
+    """Log a network that was fitted on training and validation images to the active run, and score its test images.
+
+    If examples are `shown`, they are logged with it, and their number is its tag.
+    """
     facts = {**facts, "val_accuracy": best.user_attrs["val_accuracy"]}
-    info = package.log_model(network, calibration, search.data, facts)
+    chosen = examples.choose_examples(network, calibration, search.data) if shown else {}
+    facts |= {package.EXAMPLES: len(chosen)} if shown else {}
+    info = package.log_model(network, calibration, search.data, facts, chosen)
     model = mlflow.get_logged_model(info.model_id)
     with tempfile.TemporaryDirectory() as folder:
         scorer = _make_fold_scorer(search, model, Path(folder)) if search.data.split.folds else None

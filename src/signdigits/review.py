@@ -3,7 +3,9 @@
 python -m signdigits review --corrections FOLDER
 python -m signdigits review --corrections FOLDER --accept ID,ID --drop all
 
-FOLDER/accepted is a folder of class folders, for `--data DATA,FOLDER/accepted`; its review.csv has a row per photograph.
+FOLDER/accepted is a folder of class folders, for `--data DATA,FOLDER/accepted`; its review.csv has a row per photograph. Accepted
+photographs of no sign lie beside it, in FOLDER/not-a-sign: no class of the training, but pictures that `evaluate` and `main` expect
+the model to mark as outliers.
 """
 
 import json
@@ -21,7 +23,7 @@ import pandas as pd
 from signdigits import files, plots
 from signdigits.config import ReviewParameters
 from signdigits.data import images
-from signdigits.data.folders import describe_file, find_files, list_folders
+from signdigits.data.folders import NO_SIGN, describe_file, find_files, list_folders
 from signdigits.data.names import locate
 from signdigits.data.tables import read_table
 from signdigits.errors import DataError, UsageError, escape_undecodable
@@ -154,7 +156,8 @@ def _plot_sheet(shown: pd.DataFrame, pictures: Mapping[str, np.ndarray]) -> plot
 def _apply_decisions(folder: Path, pending: Mapping[str, Path], decisions: Mapping[str, str]) -> None:
     for id, path in pending.items():
         if decisions[id] == ACCEPTED:
-            target = folder / ACCEPTED / path.parent.name / path.name
+            label = path.parent.name
+            target = (folder / NO_SIGN if label == NO_SIGN else folder / ACCEPTED / label) / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
         elif decisions[id] == DROPPED:
@@ -165,14 +168,19 @@ def _apply_decisions(folder: Path, pending: Mapping[str, Path], decisions: Mappi
 
 def _record_accepted(folder: Path) -> None:
     """Move the facts of accepted photographs to the record, also those that a killed review left."""
-    accepted, pending = (
-        {(path.parent.name, path.stem) for path in _list_photographs(folder / name).values()}
-        for name in (ACCEPTED, PENDING)
+    accepted, pending, no_sign = (
+        {(path.parent.name, path.stem) for path in paths}
+        for paths in (
+            _list_photographs(folder / ACCEPTED).values(),
+            _list_photographs(folder / PENDING).values(),
+            (folder / NO_SIGN).glob("*"),
+        )
     )
     facts = (path for path in _find_files(folder / PENDING) if path.suffix == ".json")
-    moved = [path for path in facts if (path.parent.name, path.stem) in accepted - pending]
+    moved = [path for path in facts if (path.parent.name, path.stem) in (accepted | no_sign) - pending]
     if not moved:
         return
+    (folder / ACCEPTED).mkdir(exist_ok=True)  # there is none if all show no sign
     table = pd.concat([_read_record(folder), pd.DataFrame(map(_read_facts, moved))])
     with files.atomic_file(folder / ACCEPTED / RECORD) as partial_file:
         partial_file.write_text(files.to_csv(table.drop_duplicates(["id", "label"], keep="last")))

@@ -160,7 +160,7 @@ def read_orientation(image: Image.Image) -> int:
 
 
 def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray:
-    """Decode `image` if it is not, turn it upright, resize it, centre it on a square and convert it to sRGB.
+    """Decode and resize `image` as `resize_image` does, and centre it on a square.
 
     The square is filled by repeating the border of an image that is not square: cropping could cut off the hand, and
     squeezing distorts it (docs/data.md has the accuracies).
@@ -171,26 +171,33 @@ def to_array(image: Image.Image, image_size: int, color_mode: str) -> np.ndarray
     area that a pixel covers), so that a larger photograph shows the whole hand. Raises ImageError if the pixels
     cannot be decoded or converted.
     """
+    if color_mode == "rgb":
+        return _pad_to_square(np.array(resize_image(image, image_size, "RGB")))
+    gray = np.array(resize_image(image, image_size, "L"))
+    return (1 - _pad_to_square(gray).astype(np.float32) / 255)[..., np.newaxis]
+
+
+def resize_image(image: Image.Image, image_size: int, mode: str) -> Image.Image:
+    """Decode `image` if it is not, turn it upright, resize it and convert it to sRGB; `mode` is "RGB", or "L" for gray.
+
+    The longer side becomes `image_size`. Raises ImageError if the pixels cannot be decoded or converted.
+    """
     load_image(image, image_size)
     try:
         transform = _find_transform(image)
-        mode = "RGB" if color_mode == "rgb" or transform else "L"
+        colours = "RGB" if transform else mode
         transposition = TRANSPOSITIONS.get(read_orientation(image))
         flat = _flatten_on_white(image if transposition is None else image.transpose(transposition))
         if flat.mode != "L":  # gray stays gray, with a third of the memory: resized, its channels are the same
-            flat = flat.convert(mode)
+            flat = flat.convert(colours)
         scale = image_size / max(flat.size)
         width, height = (max(1, round(scale * side)) for side in flat.size)
-        resized = flat.resize((width, height), Image.Resampling.BILINEAR).convert(mode)
-        if transform:
-            resized = transform.apply(resized)
+        resized = flat.resize((width, height), Image.Resampling.BILINEAR).convert(colours)
+        return transform.apply(resized).convert(mode) if transform else resized
     except ImageError:
         raise
     except Exception as error:  # Pillow raises many types here too
         raise ImageError(f"cannot be converted ({error})") from error
-    if color_mode == "rgb":
-        return _pad_to_square(np.array(resized))
-    return (1 - _pad_to_square(np.array(resized.convert("L"))).astype(np.float32) / 255)[..., np.newaxis]
 
 
 def _pad_to_square(pixels: np.ndarray) -> np.ndarray:

@@ -1,16 +1,19 @@
-"""Photographs and pictures of something else, for the outlier detector of a model: installed packages ship or draw them.
+"""Photographs and pictures of something else, for the outlier detector of a model.
 
-They report on a detector and choose nothing: its threshold is fitted on validation images.
+Installed packages ship or draw them; those that users add, such as accepted corrections, lie in a folder beside the photographs. They report on a detector and choose nothing: its threshold is fitted on validation images.
 """
 
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from signdigits.data.folders import NO_SIGN, find_files
 
 SIDE = 200  # pixels of a picture
 COUNT = 40  # pictures of each kind
@@ -88,3 +91,9 @@ OUTLIER_IMAGES: Mapping[str, Callable[[np.random.Generator], list[Image.Image]]]
 def make_outlier_images(kind: str) -> tuple[Image.Image, ...]:
     """Return COUNT square RGB images of a kind of OUTLIER_IMAGES, the same ones each time."""
     return tuple(OUTLIER_IMAGES[kind](np.random.default_rng(0)))
+
+
+def find_no_sign(folders: Iterable[Path]) -> list[Path]:
+    """Return the files in the folder NO_SIGN beside each of these folders of photographs; most have none."""
+    beside = dict.fromkeys(folder.resolve().parent / NO_SIGN for folder in folders)
+    return [path for folder in beside if folder.is_dir() for path in find_files(folder)]

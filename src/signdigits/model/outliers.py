@@ -77,6 +77,11 @@ class Detector:
         return _to_distances((_unit_length(features) @ self.known.T).max(axis=1))
 
 
+def choose_known(n: int) -> np.ndarray:
+    """Return the indices of those of `n` training images whose features are kept: all, or MAX_KNOWN that lie evenly among them."""
+    return np.linspace(0, n - 1, min(n, MAX_KNOWN)).round().astype(int)
+
+
 def find_quantile(distances: np.ndarray) -> float:
     """Return the distance that MAX_REFUSED of `distances` exceed."""
     return max(float(np.quantile(distances, 1 - MAX_REFUSED, method="higher")), MIN_DISTANCE)

@@ -23,7 +23,7 @@ from signdigits.model import architecture, calibration, input_pipeline, transfer
 from signdigits.model.augmentation import Augmentation
 from signdigits.model.calibration import Calibration
 from signdigits.model.input_pipeline import CHUNK
-from signdigits.model.outliers import MAX_KNOWN, Detector
+from signdigits.model.outliers import Detector, choose_known
 from signdigits.model.transfer import COPIES
 
 log = logging.getLogger(__name__)
@@ -146,11 +146,11 @@ def calibrate_network(fitted: Fit, training: Images, validation: Images) -> Cali
 
 
 def fit_detector(fitted: Fit, training: Images) -> Detector:
-    """Fit the outlier detector to the features of training images: all, or MAX_KNOWN that lie evenly among them.
+    """Fit the outlier detector to the features of training images: those of `choose_known`.
 
-    And to those of their mirror images, if the network was trained on mirror images.
+    Behind them, to those of their mirror images, if the network was trained on mirror images.
     """
-    chosen = np.linspace(0, len(training) - 1, min(len(training), MAX_KNOWN)).round().astype(int)
+    chosen = choose_known(len(training))
     batches = input_pipeline.validation_batches(training, CHUNK, chosen=chosen)
     if fitted.hyperparameters.horizontal_flip:
         mirrored = Augmentation(horizontal_flip=1.0)

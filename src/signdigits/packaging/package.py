@@ -43,7 +43,7 @@ REQUIREMENTS = (
     "threadpoolctl",
 )
 
-EXAMPLES = "examples"  # folder of a model's files
+EXAMPLES = "examples"  # folder of a model's files; tag with their number
 
 TYPES = {
     str: DataType.string,
