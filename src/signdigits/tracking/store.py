@@ -7,8 +7,6 @@ import tempfile
 from pathlib import Path
 
 import mlflow
-from sqlalchemy import create_engine
-from sqlalchemy.pool import NullPool
 
 from signdigits.errors import UsageError
 
@@ -18,6 +16,9 @@ def connect_store() -> None:
     try:
         _create_database()
         if re.match(r"(postgresql|mysql|mssql)", uri := mlflow.get_tracking_uri()):
+            from sqlalchemy import create_engine  # which the image does not have: it follows an HTTP server
+            from sqlalchemy.pool import NullPool
+
             create_engine(uri, poolclass=NullPool).connect().close()  # MLflow would retry for two minutes
         mlflow.search_experiments(max_results=1)
     except Exception as error:  # whatever MLflow, SQLAlchemy, a driver or the network have to say
