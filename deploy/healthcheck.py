@@ -6,10 +6,11 @@ Port and certificate are options of the container's first process; no token is n
 import http.client
 import ssl
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 words = Path("/proc/1/cmdline").read_text().split("\0")
-options = dict(zip(words, words[1:], strict=False)) | dict(word.split("=", 1) for word in words if "=" in word)
+options = dict(pairwise(words)) | dict(word.split("=", 1) for word in words if "=" in word)
 port = int(options.get("--port", 5001))
 if options.get("--certificate"):
     context = ssl.create_default_context()
