@@ -132,7 +132,12 @@ def visit(window: Browser, url: str, camera: bool = True, **options: Any) -> Ite
 def is_complaint(message: Any) -> bool:
     """Chromium notes every refused request in the console; those of photographs belong to the tests."""
     path = urlsplit(message.location["url"]).path
-    return message.type in ("error", "warning") and path not in ("/invocations", "/photographs", "/folder.json")
+    return message.type in ("error", "warning") and path not in (
+        "/invocations",
+        "/corrections",
+        "/photographs",
+        "/folder.json",
+    )
 
 
 def beside(square: Image.Image) -> Image.Image:
@@ -145,6 +150,12 @@ def beside(square: Image.Image) -> Image.Image:
 def jpeg(picture: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -211,7 +211,9 @@ def test_page_headers_restrict_browser(shared: Endpoint) -> None:
     assert shared.ask("GET", "/", headers={"If-None-Match": headers["ETag"]})[0] == 304
     assert shared.ask("GET", "/page.js", headers={"Accept-Encoding": "gzip"})[1]["Content-Encoding"] == "gzip"
     settings = shared.ask("GET", "/settings.json")[2]
-    assert (settings["reads_digits"], settings["takes_corrections"]) == (True, False)
+    assert (settings["reads_hands"], settings["takes_corrections"], settings["needs_token"]) == (True, False, False)
+    assert (settings["classes"], settings["examples"]) == (10, {})
+    assert shared.ask("GET", "/examples/0")[0] == 404
 
 
 def test_content_type_may_name_charset(shared: Endpoint) -> None:

@@ -1,11 +1,14 @@
 """The page in Chromium, with a model trained for a few epochs."""
 
 import base64
+import gzip
 import io
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ import pytest
 from PIL import Image
 
 from signdigits.data import loading
+from signdigits.serving.pages import PAGE
 
 from .conftest import store_like, wait_until
 from .endpoint import Endpoint, serving_endpoint
@@ -24,10 +28,10 @@ from .endpoint import Endpoint, serving_endpoint
 pytest.importorskip("playwright", reason="needs the extra .[browser]")
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, FilePayload, Page, Request, Route, expect
+from playwright.sync_api import Browser, FilePayload, Locator, Page, Request, Route, expect
 
 from . import browser
-from .browser import beside, film, jpeg, visit, wait_for_the_camera
+from .browser import beside, film, jpeg, png, visit, wait_for_the_camera
 
 pytestmark = [
     pytest.mark.slow,
@@ -107,7 +111,9 @@ def expect_answer(page: Page, label: str) -> None:
     expect(rows.locator("th")).to_have_text(["0", "1", "2"])
     expect(rows.filter(has_text="%")).to_have_count(3)
     expect(page.locator("tr.best th")).to_have_text(label)
-    expect(page.get_by_text("Answered by version 1 of the model.")).to_be_visible()
+    expect(
+        page.get_by_text(re.compile("Answered by version 1 of the model, which reads .* of its test photographs"))
+    ).to_be_visible()
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
@@ -134,7 +140,7 @@ def file(name: str, content: bytes, kind: str = "image/jpeg") -> FilePayload:
 
 
 def drop(page: Page, content: bytes | None) -> None:
-    """Drop a file, or for None a piece of text, on the frame."""
+    """Drop a file, or for None a piece of text, somewhere on the page."""
     data = page.evaluate_handle(
         """content => {
             const data = new DataTransfer();
@@ -145,7 +151,7 @@ def drop(page: Page, content: bytes | None) -> None:
         None if content is None else base64.b64encode(content).decode(),
     )
     for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event("#frame", event, {"dataTransfer": data})
+        page.dispatch_event("h1", event, {"dataTransfer": data})
 
 
 def sent(page: Page, act: Callable[[], None]) -> Image.Image:
@@ -169,7 +175,7 @@ def photograph_in(request: Request) -> Image.Image:
 def test_no_correction_is_offered_by_default(page: Page, made: Made, url: str) -> None:
     choose(page, made.photographs / "2" / "IMG_0000.JPG")
     expect_answer(page, "2")
-    expect(page.locator("#correction")).to_be_hidden()
+    expect(page.get_by_role("heading", name="Correction")).to_be_hidden()
     assert page.request.post(f"{url}/corrections", data={"image": "", "label": "1"}).status in (404, 405)
 
 
@@ -327,7 +333,7 @@ def test_other_classes_have_neutral_words(page: Page, made: Made) -> None:
     """The same answers, of a model that calls its classes otherwise."""
 
     def rename(route: Route) -> None:
-        renamed = {'"0"': '"fist"', '"1"': '"palm"', '"2"': '"peace"', '"reads_digits":true': '"reads_digits":false'}
+        renamed = {'"0"': '"fist"', '"1"': '"palm"', '"2"': '"peace"', '"reads_hands":true': '"reads_hands":false'}
         reply = route.fetch()
         body = reply.text()
         for name, other in renamed.items():
@@ -349,9 +355,101 @@ def test_other_classes_have_neutral_words(page: Page, made: Made) -> None:
     assert not re.search("hand|digit", page.locator("main").inner_text())
 
 
+def sign(page: Page, label: str) -> Locator:
+    """The button of the class's example."""
+    return page.get_by_role("list", name="The signs").get_by_role("button", name=label, exact=True)
+
+
+def test_example_is_read_at_once(page: Page) -> None:
+    for label in ("1", "0", "2"):
+        sign(page, label).click()
+        expect_answer(page, label)
+        expect(page.get_by_alt_text("The photograph that is read")).to_be_visible()
+
+
+SCREENS = ((390, 844), (1280, 800), (844, 390))
+
+
+@pytest.mark.parametrize(("width", "height"), SCREENS)
+def test_first_screen_shows_signs_and_buttons(window: Browser, url: str, width: int, height: int) -> None:
+    with visit(window, url, viewport={"width": width, "height": height}) as page:
+        expect(page.get_by_text("Show a hand that signs a digit")).to_be_in_viewport(ratio=1)
+        for label in "012":
+            expect(sign(page, label)).to_be_in_viewport(ratio=1)
+        for name in ("Use the camera", "Choose a photograph", "Practise"):
+            expect(page.get_by_role("button", name=name)).to_be_in_viewport(ratio=1)
+        expect(page.locator("#frame")).to_be_hidden()
+        open_camera(page)
+        expect(page.locator("#digit")).to_have_text("1")
+        expect(page.get_by_role("button", name="Take the picture")).to_be_in_viewport(ratio=1)
+        expect(page.get_by_label("Live view of the camera")).to_be_in_viewport(ratio=0.9)
+        expect(page.locator("#digit")).to_be_in_viewport(ratio=0.9)
+
+
+def test_exercise_asks_for_ten_signs(page: Page) -> None:
+    """The camera shows a 1; the page asks for another class until it asks for that."""
+    page.get_by_role("button", name="Practise").click()
+    asked = page.locator("#asked")
+    for number in range(1, 11):
+        expect(page.get_by_text(f"{number} of 10")).to_be_visible()
+        while asked.inner_text() != "Sign a 1":
+            page.get_by_role("button", name="Another one").click()
+        page.get_by_role("button", name="Show how").click()
+        expect(page.locator("#hint")).to_be_visible()
+        expect(asked).to_have_text("Right: 1")
+        expect(page.locator("#mark")).to_be_visible()
+    expect(page.get_by_text("All ten are right. Well done.")).to_be_visible()
+    expect(page.get_by_label("Live view of the camera")).to_be_hidden()
+    expect(page.get_by_role("button", name="Practise")).to_be_focused()
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+
+
+def test_exercise_can_be_ended(page: Page) -> None:
+    page.get_by_role("button", name="Practise").click()
+    page.get_by_role("button", name="End the exercise").click()
+    expect(page.get_by_role("status")).to_have_text("No photograph yet.")
+    expect(page.get_by_role("button", name="Practise")).to_be_focused()
+
+
+def test_nothing_moves_while_reading_live(window: Browser, made: Made, url: str) -> None:
+    """The cumulative layout shift while hands and other pictures come and go before the camera."""
+    flags = film(made.folder, in_camera(made, "1"), beside(stripes()), in_camera(made, "2"))
+    with browser.launch(window.browser_type, *flags) as changing:
+        for width, height in SCREENS[:2]:
+            with visit(changing, url, viewport={"width": width, "height": height}) as page:
+                open_camera(page)
+                page.evaluate(
+                    """() => {
+                        window.shift = 0;
+                        const add = list => list.getEntries().forEach(entry => (window.shift += entry.value));
+                        new PerformanceObserver(add).observe({type: "layout-shift"});
+                    }"""
+                )
+                for words in ("The hand signs 1.", "No hand recognised.", "The hand signs 2."):
+                    expect(page.get_by_role("status").first).to_have_text(words)
+                assert page.evaluate("window.shift") <= 0.02
+
+
+def test_shown_programs_ask_the_server(page: Page, made: Made, tmp_path: Path) -> None:
+    page.get_by_text("Ask from a program").click()
+    (tmp_path / "hand.jpg").write_bytes((made.photographs / "2" / "IMG_0000.JPG").read_bytes())
+    for line in (
+        ["bash", "-c", page.locator("#curl").inner_text()],
+        [sys.executable, "-c", page.locator("#python").inner_text()],
+    ):
+        shown = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        assert re.search("['\"]label['\"]: ?['\"]2['\"]", shown.stdout), shown.stderr
+
+
+def test_page_is_light() -> None:
+    """What a visitor's browser fetches, compressed, without the examples."""
+    assert sum(len(gzip.compress(path.read_bytes())) for path in PAGE.iterdir()) < 40_000
+
+
 def test_explanation_lies_over_the_photograph(page: Page, made: Made) -> None:
     overlay = page.get_by_role("img", name="The parts that the reading depends on")
-    button = page.get_by_role("button", name="Show what it looks at")
+    key = page.get_by_text("The redder a part, the more the reading depends on it.")
+    button = page.get_by_role("button", name="what it looks at")
     expect(button).to_be_hidden()
     choose(page, made.photographs / "2" / "IMG_0000.JPG")
     expect_answer(page, "2")
@@ -359,7 +457,8 @@ def test_explanation_lies_over_the_photograph(page: Page, made: Made) -> None:
     with page.expect_response("**/invocations") as response:
         page.keyboard.press("e")
     expect(overlay).to_be_visible()
-    expect(button).to_have_attribute("aria-pressed", "true")
+    expect(key).to_be_visible()
+    expect(button).to_have_text("Hide what it looks at")
     assert overlay.bounding_box() == page.get_by_alt_text("The photograph that is read").bounding_box()
     (answer,) = response.value.json()["predictions"]
     opacity = page.evaluate(
@@ -372,6 +471,8 @@ def test_explanation_lies_over_the_photograph(page: Page, made: Made) -> None:
     np.testing.assert_allclose(opacity, 170 * np.clip(cells / cells.max(), 0, None), atol=1)
     button.click()
     expect(overlay).to_be_hidden()
+    expect(key).to_be_hidden()
+    expect(button).to_have_text("Show what it looks at")
     page.keyboard.press("e")
     expect(overlay).to_be_visible()
     choose(page, made.photographs / "0" / "IMG_0000.JPG")
@@ -431,12 +532,10 @@ def test_limits_are_reported(window: Browser, made: Made) -> None:
         expect_answer(page, "1")
 
 
-def test_token_and_correction_are_kept(window: Browser, made: Made) -> None:
-    """The token for the tab, the correction for the review."""
+def test_token_is_kept_for_the_tab(window: Browser, made: Made) -> None:
     kept = made.folder / "token"
     kept.write_text(TOKEN)
-    options = ("--token_file", str(kept), "--corrections", str(made.folder / "corrections"))
-    with front(made, *options) as opened, visit(window, opened.url) as page:
+    with front(made, "--token_file", str(kept)) as opened, visit(window, opened.url) as page:
         expect(page.get_by_label("Token")).to_be_hidden()
         choose(page, made.photographs / "2" / "IMG_0000.JPG")
         expect_trouble(page, "This server answers only those who know its token.")
@@ -451,14 +550,70 @@ def test_token_and_correction_are_kept(window: Browser, made: Made) -> None:
         page.reload()
         choose(page, made.photographs / "0" / "IMG_0000.JPG")
         expect_answer(page, "0")
-        page.get_by_label("Not right? Say what it is").select_option("1")
-        assert Axe().run(page).violations_count == 0
+
+
+@pytest.fixture(scope="module")
+def correctable(made: Made) -> Iterator[Endpoint]:
+    """A server that keeps corrections, a few."""
+    options = ("--corrections", str(made.folder / "corrections"), "--corrections_mb", "1")
+    with front(made, *options) as opened:
+        yield opened
+
+
+def correct(page: Page, label: str) -> None:
+    page.get_by_label("Is the reading wrong?").select_option(label)
+    page.get_by_role("button", name="Send the correction").click()
+
+
+def test_correction_is_kept(window: Browser, correctable: Endpoint, made: Made) -> None:
+    with visit(window, correctable.url) as page:
+        choose(page, made.photographs / "0" / "IMG_0000.JPG")
+        expect_answer(page, "0")
         page.get_by_role("button", name="Send the correction").click()
+        expect(page.get_by_label("Is the reading wrong?")).to_be_focused()  # nothing is preselected: the browser asks
+        assert Axe().run(page).violations_count == 0
+        correct(page, "1")
         expect(page.get_by_text("Kept. Thank you.")).to_be_visible()
-    (correction,) = made.folder.glob("corrections/pending/1/*.jpeg")
+        expect_answer(page, "0")
+        choose(page, file("stripes.jpg", jpeg(stripes())))
+        expect(page.get_by_role("status").filter(has_text="No hand recognised.")).to_be_visible()
+        correct(page, "no hand, or no sign")
+        expect(page.get_by_text("Kept. Thank you.")).to_be_visible()
+    pending = made.folder / "corrections" / "pending"
+    (correction,) = pending.glob("1/*.jpeg")
     assert correction.read_bytes() == (made.photographs / "0" / "IMG_0000.JPG").read_bytes()
     facts = json.loads(correction.with_suffix(".json").read_text())
     assert (facts["label"], facts["prediction"], facts["version"]) == ("1", "0", "1")
+    (no_sign,) = pending.glob("not-a-sign/*.jpeg")
+    assert no_sign.read_bytes() == jpeg(stripes())
+
+
+def test_correction_without_room_is_reported(window: Browser, correctable: Endpoint, made: Made) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (700, 700, 3), dtype=np.uint8)
+    with visit(window, correctable.url) as page:
+        choose(page, file("noise.png", png(Image.fromarray(noise)), "image/png"))
+        correct(page, "2")
+        expect(page.get_by_role("alert")).to_contain_text("The server has no room for more corrections")
+        expect(page.get_by_role("table").or_(page.get_by_text("No hand recognised."))).to_be_visible()
+
+
+def test_correction_is_sent_again(window: Browser, correctable: Endpoint, made: Made) -> None:
+    """The folder is a file for a moment, which no account can write a photograph into."""
+    folder, aside = made.folder / "corrections", made.folder / "aside"
+    folder.mkdir(exist_ok=True)
+    with visit(window, correctable.url) as page:
+        choose(page, made.photographs / "1" / "IMG_0001.JPG")
+        expect_answer(page, "1")
+        folder.rename(aside)
+        folder.touch()
+        correct(page, "0")
+        expect(page.get_by_role("alert")).to_contain_text("The server could not keep the correction.")
+        expect(page.locator("#digit")).to_have_text("1")
+        folder.unlink()
+        aside.rename(folder)
+        page.get_by_role("button", name="Send the correction").click()
+        expect(page.get_by_text("Kept. Thank you.")).to_be_visible()
+    assert len(list(folder.glob("pending/0/*.jpeg"))) == 1
 
 
 def test_unreachable_server_is_reported(page: Page, made: Made) -> None:
@@ -498,13 +653,18 @@ def test_last_photograph_wins(page: Page, made: Made) -> None:
 
 
 def test_keyboard_is_enough(page: Page, made: Made) -> None:
-    with page.expect_file_chooser() as chooser:  # from the start: Playwright does not wait until it is set up
-        page.keyboard.press("Tab")
-        expect(page.get_by_role("button", name="Choose a photograph")).to_be_focused()
-        page.keyboard.press("Enter")
-    chooser.value.set_files(made.photographs / "0" / "IMG_0007.JPG")
-    expect_answer(page, "0")
     page.keyboard.press("Tab")
+    expect(sign(page, "0")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect_answer(page, "0")
+    for _ in range(4):
+        page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Choose a photograph")).to_be_focused()
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(made.photographs / "2" / "IMG_0007.JPG")
+    expect_answer(page, "2")
+    page.keyboard.press("Shift+Tab")
     expect(page.get_by_role("button", name="Use the camera")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Take the picture")).to_be_focused()
@@ -522,7 +682,7 @@ def test_focus_is_visible(page: Page) -> None:
         expect(focused).to_have_css("outline-width", "3px")
 
 
-STATES = ("empty", "answer", "trouble", "camera")
+STATES = ("first", "answer", "no hand", "trouble", "camera", "exercise")
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 
 
@@ -531,18 +691,29 @@ def bring(page: Page, state: str, made: Made) -> None:
     if state == "answer":
         choose(page, made.photographs / "2" / "IMG_0000.JPG")
         expect_answer(page, "2")
+        page.keyboard.press("e")
+        expect(page.get_by_text("The redder a part")).to_be_visible()
+    elif state == "no hand":
+        choose(page, file("stripes.jpg", jpeg(stripes())))
+        expect(page.get_by_text("No hand recognised.")).to_be_visible()
     elif state == "trouble":
         choose(page, file("notes.txt", b"no photograph", "text/plain"))
         expect_trouble(page, "not an image")
     elif state == "camera":
         page.get_by_role("button", name="Use the camera").click()
         expect(page.get_by_role("button", name="Take the picture")).to_be_visible()
+        page.get_by_text("Ask from a program").click()
+    elif state == "exercise":
+        page.get_by_role("button", name="Close the camera").click()
+        page.get_by_role("button", name="Practise").click()
+        expect(page.get_by_text("1 of 10")).to_be_visible()
+        page.get_by_role("button", name="Show how").click()
 
 
 def test_page_fits_window(page: Page, made: Made) -> None:
     for state in STATES:
         bring(page, state, made)
-        for width in (360, 768, 1400):
+        for width in (360, 390, 768, 844, 1280):
             page.set_viewport_size({"width": width, "height": 740})
             assert page.evaluate("document.documentElement.scrollWidth") <= width, (state, width)
 

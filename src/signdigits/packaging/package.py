@@ -21,6 +21,7 @@ from PIL import Image
 from signdigits import startup
 from signdigits.data import images, lineage
 from signdigits.data.loading import Data
+from signdigits.data.sources import HANDWRITTEN_DIGITS
 from signdigits.data.start import find_artifact
 from signdigits.errors import ModelError
 from signdigits.model import architecture, outliers
@@ -110,6 +111,7 @@ def write_files(network: "keras.Model", calibration: Calibration, data: Data, fo
         "color_mode": data.parameters.color_mode,
         "temperature": calibration.temperature,
         "logged_fields": reply.LOGGED,
+        "reads_hands": data.dataset.origin != HANDWRITTEN_DIGITS,  # the words of the page
     }
     (folder / "settings.json").write_text(json.dumps(settings))
 

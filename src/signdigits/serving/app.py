@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, MutableMapping
@@ -57,6 +56,7 @@ def create_app(parameters: ServeParameters, home: Path) -> Starlette:
         Route("/model", admission.guarded(endpoint.model)),
         Route("/metrics", admission.guarded(endpoint.metrics)),
         Route("/settings.json", endpoint.settings),
+        Route("/examples/{number:int}", endpoint.example),
     ]
     if parameters.corrections:
         corrections = Corrections(versions, Path(parameters.corrections), parameters.corrections_mb * 1_000_000)
@@ -131,13 +131,23 @@ class Endpoint:
         return Response(metrics.render_metrics(), media_type="text/plain; version=0.0.4")
 
     async def settings(self, request: Request) -> Response:
-        """Return what the page must know, and nothing else of the model: the page is shown without the token."""
-        names = self.versions.live.class_names
+        """Return what the page must know, and nothing else of the model: the page is shown without the token.
+
+        `examples` are the addresses of photographs by class: those that the model was packaged with, to be shown to anybody.
+        """
+        live = self.versions.live
         return JSONResponse({
             "max_bytes": images.MAX_BYTES, "media_types": sorted(set(images.FORMATS.values())),
-            "takes_corrections": bool(self.parameters.corrections),
-            "reads_digits": bool(names) and all(re.fullmatch("[0-9]", name) for name in names),
+            "classes": len(live.class_names), "reads_hands": live.reads_hands,
+            "examples": {name: f"examples/{number}" for number, name in enumerate(live.examples)},
+            "needs_token": bool(self.parameters.token_file), "takes_corrections": bool(self.parameters.corrections),
         })  # fmt: skip
+
+    async def example(self, request: Request) -> Response:
+        """Return a JPEG file: the example of this number in the order of `settings`."""
+        contents = list(self.versions.live.examples.values())
+        number = request.path_params["number"]
+        return Response(contents[number], media_type="image/jpeg") if number < len(contents) else REPLIES[404]
 
 
 class Envelope:

@@ -1,6 +1,7 @@
 """Corrections: photographs that visitors send with the label that the model should have given, kept for `review`.
 
-FOLDER/pending/LABEL/ID.jpeg      the photograph, as sent; the id is a digest of label and content
+FOLDER/pending/LABEL/ID.jpeg      the photograph, as sent; the id is a digest of label and content. LABEL is not-a-sign for
+                                  one that shows none of the classes
 FOLDER/pending/LABEL/ID.json      the model's answer, its version and the time
 """
 
@@ -18,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from signdigits.data.folders import NO_SIGN
 from signdigits.files import atomic_file
 from signdigits.serving.admission import make_error
 from signdigits.serving.version import Version
@@ -29,11 +31,11 @@ PENDING = "pending"
 
 FULL = make_error(507, "TEMPORARILY_UNAVAILABLE", "no room for more corrections; they wait for a review")
 NOT_KEPT = make_error(500, "INTERNAL_ERROR", "the correction could not be kept; the server's log says why")
-MALFORMED = make_error(400, "BAD_REQUEST", 'send {"image": BASE64, "label": LABEL}')
+MALFORMED = make_error(400, "BAD_REQUEST", 'send {"image": BASE64, "label": LABEL}; LABEL is a class, or null for none')
 
 
 class Corrections:
-    """The route /corrections: a POST with `image`, base64 text, and `label`, one of the model's classes."""
+    """The route /corrections: a POST with `image`, base64 text, and `label`, one of the model's classes, or null for none."""
 
     def __init__(self, versions: Versions, folder: Path, limit: int) -> None:
         self.versions, self.folder, self.limit = versions, folder, limit
@@ -42,13 +44,14 @@ class Corrections:
         live = self.versions.live
         try:
             correction = json.loads(body)
-            image, label = str(correction["image"]), str(correction["label"])
+            image, label = str(correction["image"]), correction["label"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return MALFORMED
-        if label not in live.class_names:
-            return make_error(400, "BAD_REQUEST", f"no such label; send one of {', '.join(live.class_names)}")
+        if label is not None and label not in live.class_names:
+            known = ", ".join(live.class_names)
+            return make_error(400, "BAD_REQUEST", f"no such label; send one of {known}, or null for none of them")
         try:
-            return await asyncio.to_thread(self.keep, live, image, label)
+            return await asyncio.to_thread(self.keep, live, image, NO_SIGN if label is None else label)
         except MlflowException as error:
             return make_error(400, "BAD_REQUEST", error.message[:500])
         except OSError as error:

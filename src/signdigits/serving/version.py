@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -100,6 +101,17 @@ class Version:
     @property
     def class_names(self) -> list[str]:
         return list(getattr(self.python_model, "class_names", []))
+
+    @property
+    def examples(self) -> dict[str, bytes]:
+        """Return JPEG files by class, typical training photographs. Models of version 0.2 have none."""
+        return dict(getattr(self.python_model, "examples", {}))
+
+    @property
+    def reads_hands(self) -> bool:
+        """Tell whether the photographs show hands that sign digits; of models of version 0.2, the names of their classes tell."""
+        are_digits = bool(self.class_names) and all(re.fullmatch("[0-9]", name) for name in self.class_names)
+        return are_digits and bool(getattr(self.python_model, "reads_hands", True))
 
     def predict(self, data: Any, params: Any = None, invocation: Invocation | None = None) -> Any:
         """Return the model's predictions; without an invocation, the model logs none."""

@@ -1,6 +1,8 @@
-// Takes photographs from files, drops or the camera, asks /invocations about them, and shows the answers or the trouble.
+// Takes photographs from examples, files, drops or the camera, asks the model about them, and shows the answers or the trouble.
 
 import { Trouble, canSee, capture, draw, getCamera, pause, showStream, stop } from "./camera.js";
+import { Exercise } from "./exercise.js";
+import { askAccuracy, correct, describeRequest, keepToken, read, settings } from "./server.js";
 
 const LONGEST_SIDE = 1024; // pixels; the network sees a tenth of it, and a telephone's photograph has 4000
 const LIVE_SIDE = 256; // pixels of what is sent while the camera is open
@@ -8,20 +10,7 @@ const LIVE_INTERVAL = 250; // milliseconds from one question about the camera's 
 const LOGGED = 10_000; // milliseconds between two live frames that the server logs
 const STEADY = 1000; // milliseconds of answers that a live reading is the mean of
 const LIVE_PAUSE = 2000; // milliseconds after a refusal
-const PATIENCE = 30_000; // milliseconds that an answer may take
-const TOKEN = "token"; // its name in the tab's storage
-const EMPTY = "Drop a photograph here";
-
-const NO_MODEL = "No model answers at the moment; it may just be starting. Wait a moment, then send it again.";
-const WORDS = {
-  401: "This server answers only those who know its token.",
-  413: "The photograph is too large for this server. Choose a smaller one.",
-  429: "Too many photographs in a short time. Wait a moment, then send it again.",
-  502: NO_MODEL,
-  503: NO_MODEL,
-  507: "This server has no room for more corrections.",
-  504: "The model did not answer in time. Wait a moment, then send it again.",
-};
+const MARKED = 1000; // milliseconds for which the mark of the exercise is shown
 
 const CAMERA_WORDS = {
   InsecureContext: "Browsers open the camera only for an address that begins with https. Choose a photograph.",
@@ -30,28 +19,48 @@ const CAMERA_WORDS = {
   NotReadableError: "The camera is used by another program. Close that one, or choose a photograph.",
 };
 
-const settings = fetch("settings.json").then((reply) => reply.json()); // max_bytes, media_types, takes_corrections, reads_digits
-
-const page = (id) => document.getElementById(id);
-
-// The page's own words suit any classes; these take their place for a model that reads digits.
-const DIGITS = {
+// The page's own words suit any classes; these take their place for a model that reads the digits of hands.
+const HANDS = {
   title: "Sign digits",
   purpose: "Show a hand that signs a digit from 0 to 9, and the model reads it.",
+  "signs-title": "The signs",
+  "signs-note": "Choose one, and the model reads it. Then sign one yourself.",
   subject: "one hand before a plain background, filling most of a square;",
   pose: "the palm of either hand towards the camera, the fingers upwards;",
   caption: "Probability of each digit",
   class: "Digit",
 };
-settings.then(({ reads_digits }) => {
-  if (!reads_digits) return;
-  for (const [id, words] of Object.entries(DIGITS)) page(id).textContent = words;
-  document.title = DIGITS.title;
-});
 
-let photograph = null; // the Blob that was sent last, for another attempt or an explanation
+const page = (id) => document.getElementById(id);
+
+const { max_bytes, media_types, classes, examples, needs_token, reads_hands, takes_corrections } = await settings;
+
+let photograph = null; // the Blob that was sent last, for another attempt, an explanation or a correction
 let work = new AbortController(); // what is under way: whatever the visitor does next ends it
+let repeat = () => {}; // what "Send it again" and the token's form do
 let stream = null; // the camera's
+let exercise = null; // under way
+let accuracy = {}; // of the version that answered last: { version, share }
+
+/* What the visitor sees first */
+
+if (reads_hands) {
+  for (const [id, words] of Object.entries(HANDS)) page(id).textContent = words;
+  document.title = HANDS.title;
+}
+for (const [name, address] of Object.entries(examples)) {
+  const [item, button, image] = ["li", "button", "img"].map((tag) => document.createElement(tag));
+  button.type = "button";
+  image.src = address;
+  image.alt = "";
+  button.append(image, name);
+  button.addEventListener("click", () => takeExample(address));
+  item.append(button);
+  page("examples").append(item);
+}
+page("signs").hidden = Object.keys(examples).length === 0;
+for (const [id, text] of Object.entries(describeRequest(needs_token))) page(id).textContent = text;
+page("main").hidden = false; // now, so that nothing moves
 
 /* What the visitor does */
 
@@ -62,12 +71,12 @@ page("file").addEventListener("change", (event) => {
   if (file) take(file);
 });
 
-// Anywhere on the page: a browser would leave it for a file that misses the frame.
+// Anywhere on the page: a browser would leave it for a file that misses a frame.
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(name, (event) => {
     event.preventDefault();
     const gone = name === "drop" || (name === "dragleave" && event.relatedTarget === null);
-    page("frame").classList.toggle("over", !gone);
+    page("showing").classList.toggle("over", !gone);
   });
 }
 
@@ -77,16 +86,20 @@ document.addEventListener("drop", (event) => {
   else showTrouble(new Trouble("That was no file. Save the photograph first, then drop the file."));
 });
 
-page("open-camera").addEventListener("click", openCamera);
+page("open-camera").addEventListener("click", () => openCamera());
+page("practise").addEventListener("click", () => openCamera({ practising: true }));
 page("take").addEventListener("click", takePicture);
-page("close-camera").addEventListener("click", () => {
-  closeCamera();
-  begin("No photograph yet."); // the live reading ends
-  page("advice").hidden = false;
-  page("open-camera").focus();
+page("close-camera").addEventListener("click", () => leaveCamera("No photograph yet.", "open-camera"));
+page("end-exercise").addEventListener("click", () => leaveCamera("No photograph yet.", "practise"));
+page("skip").addEventListener("click", () => {
+  exercise?.choose();
+  showTask();
+});
+page("show-hint").addEventListener("click", () => {
+  page("hint").hidden = false;
 });
 
-page("again").addEventListener("click", () => ask(photograph, begin("Reading …")));
+page("again").addEventListener("click", () => repeat());
 
 page("explain").addEventListener("click", toggleExplanation);
 document.addEventListener("keydown", (event) => {
@@ -96,23 +109,15 @@ document.addEventListener("keydown", (event) => {
 
 page("access").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(TOKEN, page("token").value.trim());
+  keepToken(page("token").value.trim());
   page("token").value = "";
-  ask(photograph, begin("Reading …"));
-  page("choose").focus(); // the form has gone
+  repeat();
+  page("open-camera").focus(); // the form has gone
 });
 
-page("correction").addEventListener("submit", async (event) => {
+page("correction").addEventListener("submit", (event) => {
   event.preventDefault();
-  const { signal } = work;
-  try {
-    await sendCorrection(photograph, page("label").value, signal);
-    if (signal.aborted) return;
-    page("correction").hidden = true;
-    page("thanks").hidden = false;
-  } catch (trouble) {
-    if (!signal.aborted) showTrouble(trouble);
-  }
+  sendCorrection();
 });
 
 /** End what is under way and begin something else; what awaits must stop when this signal is aborted. */
@@ -123,7 +128,15 @@ function begin(words) {
   return work.signal;
 }
 
-/* Files */
+/* Files and examples */
+
+async function takeExample(address) {
+  const signal = begin("Reading …");
+  const reply = await fetch(address, { signal }).catch(() => null);
+  if (signal.aborted) return;
+  if (reply?.ok) await take(await reply.blob());
+  else showTrouble(new Trouble("The server does not answer. Perhaps it is not running, or the network is down."));
+}
 
 /** Show a file's photograph, and ask about it. */
 async function take(file) {
@@ -133,9 +146,8 @@ async function take(file) {
     const prepared = await prepare(file);
     if (signal.aborted) return;
     photograph = prepared.blob;
-    if (prepared.shown) showPhotograph(photograph);
-    else showEmpty("This file cannot be shown");
-    await ask(photograph, signal);
+    showPhotograph(prepared.shown ? photograph : null);
+    await ask(signal);
   } catch (trouble) {
     if (!signal.aborted) showTrouble(trouble);
   }
@@ -146,7 +158,6 @@ async function take(file) {
  * browser cannot read either goes as it is: the server says what is wrong with it.
  */
 async function prepare(file) {
-  const { max_bytes, media_types } = await settings;
   let picture;
   try {
     picture = await createImageBitmap(file); // upright: the browser follows the EXIF orientation
@@ -166,37 +177,42 @@ async function prepare(file) {
 
 /* The camera */
 
-async function openCamera() {
+async function openCamera({ practising = false } = {}) {
   const signal = begin("Opening the camera …");
   try {
     const opened = await getCamera(CAMERA_WORDS);
     if (signal.aborted) return stop(opened);
-    showCamera(opened, signal);
+    showCamera(opened, signal, practising);
   } catch (trouble) {
     if (!signal.aborted) showTrouble(trouble);
   }
 }
 
-function showCamera(opened, signal) {
+function showCamera(opened, signal, practising) {
   stream = opened;
   const [track] = stream.getVideoTracks();
   track.addEventListener("ended", () => {
-    closeCamera();
-    begin("Not read.");
+    leaveCamera("Not read.", "open-camera");
     showTrouble(new Trouble("The camera has gone. Connect it again, or choose a photograph."));
   });
   showStream(page("video"), stream);
   showInFrame("video");
-  page("sources").hidden = true;
-  page("shutter").hidden = false;
+  page("sources").hidden = page("dropping").hidden = true;
+  page("shutter").hidden = practising;
+  page("exercise").hidden = !practising;
   page("summary").textContent = "The camera is open.";
   page("advice").hidden = false;
-  page("take").focus();
-  readLive(signal);
+  // From here on nothing moves: the table has its lines, and what is not shown keeps its place.
+  if (!page("probabilities").rows.length) showProbabilities(Array(classes).fill(["", 0]));
+  page("reading").classList.add("steady");
+  page(practising ? "skip" : "take").focus();
+  const lowest = Math.max(...["frame", "headline"].map((id) => page(id).getBoundingClientRect().bottom));
+  if (lowest > innerHeight) page("showing").scrollIntoView();
+  readLive(signal, practising);
 }
 
 /** Read what the camera sees, one question at a time, until something else begins. */
-async function readLive(signal) {
+async function readLive(signal, practising) {
   let answers = [];
   let logged = -Infinity; // one frame in ten seconds is a prediction to be monitored: a visitor is not a hundred
   while (!signal.aborted) {
@@ -208,11 +224,13 @@ async function readLive(signal) {
     photograph = await capture(page("video"), LIVE_SIDE);
     try {
       const isLive = performance.now() - logged < LOGGED;
-      const answer = await post(photograph, signal, { isLive });
+      const answer = await read(photograph, signal, { isLive });
       const now = performance.now();
       if (!isLive) logged = now;
       answers = [...answers.filter(({ time }) => now - time < STEADY), { ...answer, time: now }];
-      if (!signal.aborted) showAnswer(meanAnswer(answers), { live: true });
+      const reading = meanAnswer(answers);
+      if (!signal.aborted) await showAnswer(reading, signal, { live: true });
+      if (!signal.aborted && practising) await practise(reading, now, signal);
     } catch (trouble) {
       if (signal.aborted) return;
       if (!trouble.again) {
@@ -246,103 +264,107 @@ async function takePicture() {
   closeCamera();
   showPhotograph(photograph);
   page("open-camera").focus(); // for the next one; the button that was pressed has gone
-  await ask(photograph, signal);
+  await ask(signal);
 }
 
 function closeCamera() {
   if (!stream) return;
   stop(stream);
-  stream = null;
+  stream = exercise = null;
   page("video").srcObject = null;
-  page("sources").hidden = false;
-  page("shutter").hidden = true;
-  showEmpty(EMPTY);
+  page("sources").hidden = page("dropping").hidden = false;
+  page("shutter").hidden = page("exercise").hidden = true;
+  page("reading").classList.remove("steady");
+  showInFrame(null);
+}
+
+/** Close the camera, which ends the live reading, and the exercise with it. */
+function leaveCamera(words, focused) {
+  closeCamera();
+  begin(words);
+  page("advice").hidden = false;
+  page(focused).focus();
+}
+
+/* The exercise */
+
+/** Take note of a live reading: when it has been right for long enough, mark it and go on. */
+async function practise({ label, probabilities, is_outlier }, now, signal) {
+  if (!exercise) {
+    exercise = new Exercise(Object.keys(probabilities));
+    showTask();
+  }
+  if (!exercise.see(is_outlier ? null : label, now)) return;
+  page("task").classList.add("right");
+  page("asked").textContent = `Right: ${label}`;
+  await pause(MARKED);
+  if (signal.aborted) return;
+  if (exercise.next()) showTask();
+  else leaveCamera("All ten are right. Well done.", "practise");
+}
+
+function showTask() {
+  if (!exercise) return;
+  const { asked, progress } = exercise;
+  const article = asked === "8" ? "an" : "a";
+  page("task").classList.remove("right");
+  page("asked").textContent = reads_hands ? `Sign ${article} ${asked}` : `Show: ${asked}`;
+  page("round").textContent = progress;
+  page("hint").hidden = true;
+  page("show-hint").hidden = !(asked in examples);
+  if (asked in examples) page("hint").src = examples[asked];
 }
 
 /* The question */
 
-/** Ask the server about a photograph and show what it says, unless something else has begun by then. */
-async function ask(blob, signal) {
+/** Ask the server about the photograph and show what it says, unless something else has begun by then. */
+async function ask(signal) {
+  repeat = () => ask(begin("Reading …"));
   try {
-    const answer = await post(blob, signal);
-    if (!signal.aborted) showAnswer(answer);
+    const answer = await read(photograph, signal);
+    if (!signal.aborted) await showAnswer(answer, signal);
   } catch (trouble) {
     if (!signal.aborted) showTrouble(trouble);
   }
 }
 
-/** The server's answer: { label, probability, probabilities, is_outlier, explanation, version }. Throws Trouble. */
-async function post(blob, signal, { params, isLive = false } = {}) {
-  const value = { dataframe_records: [{ image: await base64(blob) }], params };
-  const { reply, text } = await send("invocations", value, signal, isLive ? { "Live-Frame": "1" } : {});
+/** Send the label that the visitor has chosen. */
+async function sendCorrection() {
+  const { signal } = work;
+  const label = page("label").selectedOptions[0].dataset.label ?? null;
+  page("correction-trouble").hidden = true;
   try {
-    return { ...JSON.parse(text).predictions[0], version: reply.headers.get("Model-Version") };
-  } catch {
-    throw new Trouble("The server's answer cannot be understood.", { again: true });
-  }
-}
-
-/** Send a photograph with the label that it should have been given. Throws Trouble. */
-async function sendCorrection(blob, label, signal) {
-  await send("corrections", { image: await base64(blob), label }, signal);
-}
-
-/** Post a value as JSON; the reply, and its text. Throws Trouble. */
-async function send(target, value, signal, more = {}) {
-  const token = sessionStorage.getItem(TOKEN);
-  const headers = { "Content-Type": "application/json", ...more };
-  if (token) headers.Authorization = `Bearer ${token}`;
-  const { reply, text } = await exchange(target, { method: "POST", headers, body: JSON.stringify(value) }, signal);
-  if (!reply.ok) throw refusal(reply.status, text, token);
-  return { reply, text };
-}
-
-async function exchange(target, options, signal) {
-  const limit = new AbortController();
-  setTimeout(() => limit.abort(), PATIENCE);
-  try {
-    const reply = await fetch(target, { ...options, signal: AbortSignal.any([signal, limit.signal]) });
-    return { reply, text: await reply.text() };
-  } catch {
-    const words = limit.signal.aborted
-      ? `No answer within ${PATIENCE / 1000} seconds. Wait a moment, then send it again.`
-      : "The server does not answer. Perhaps it is not running, or the network is down.";
-    throw new Trouble(words, { again: true });
-  }
-}
-
-/** What a reply other than 200 means. */
-function refusal(status, text, token) {
-  if (status === 401) {
-    sessionStorage.removeItem(TOKEN);
-    return new Trouble(token ? "The server does not know this token." : WORDS[401], { asksForToken: true });
-  }
-  if (status === 400) return new Trouble(`The photograph cannot be read: ${reason(text)}.`);
-  const words = WORDS[status] ?? `The server refused the photograph (${status}): ${reason(text)}.`;
-  return new Trouble(words, { again: status === 429 || status >= 500 });
-}
-
-/** What the server says, without the row, which is the only one, and without what MLflow puts before it. */
-function reason(text) {
-  try {
-    return JSON.parse(text).message.split("Error: ").pop().replace(/^row 0: /, "").replace(/\.$/, "");
-  } catch {
-    return "the server gives no reason";
+    await correct(photograph, label, signal);
+    if (signal.aborted) return;
+    page("correction").hidden = true;
+    page("thanks").hidden = false;
+  } catch (trouble) {
+    if (signal.aborted) return;
+    if (trouble.asksForToken) {
+      showTrouble(trouble);
+      page("correcting").hidden = false; // with the label that was chosen
+      repeat = () => {
+        clearTrouble();
+        sendCorrection();
+      };
+    } else {
+      page("correction-trouble").textContent = trouble.message;
+      page("correction-trouble").hidden = false;
+    }
   }
 }
 
 /** Show the parts of the photograph that the reading depends on, or hide them again. */
 async function toggleExplanation() {
-  const shown = page("overlay").hidden;
-  hideExplanation();
-  if (!shown) return;
-  page("explain").setAttribute("aria-pressed", "true");
+  if (!page("overlay").hidden) return hideExplanation();
   const { signal } = work;
   try {
-    const { explanation } = await post(photograph, signal, { params: { explain: true } });
-    if (signal.aborted || page("explain").getAttribute("aria-pressed") === "false") return;
+    const { explanation } = await read(photograph, signal, { params: { explain: true } });
+    if (signal.aborted) return;
     if (!explanation) throw new Trouble("This version of the model cannot show what it looks at.");
     drawOverlay(explanation);
+    page("explain").textContent = "Hide what it looks at";
+    page("key").hidden = false;
   } catch (trouble) {
     if (!signal.aborted) showTrouble(trouble);
   }
@@ -360,44 +382,35 @@ function drawOverlay(rows) {
 }
 
 function hideExplanation() {
-  page("overlay").hidden = true;
-  page("explain").setAttribute("aria-pressed", "false");
-}
-
-function base64(blob) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => reject(new Trouble("The file cannot be read. Choose it again."));
-    reader.readAsDataURL(blob);
-  });
+  page("overlay").hidden = page("key").hidden = true;
+  page("explain").textContent = "Show what it looks at";
 }
 
 /* What the page shows */
 
-/** Show one of the frame's contents: `empty`, `photograph` or `video`. */
+/** Show one of the frame's contents, `not-shown`, `photograph` or `video`; without any, there is no frame. */
 function showInFrame(id) {
-  for (const name of ["empty", "photograph", "video"]) page(name).hidden = name !== id;
-  page("frame").classList.toggle("filled", id !== "empty");
+  for (const name of ["not-shown", "photograph", "video"]) page(name).hidden = name !== id;
+  page("frame").hidden = id === null;
 }
 
-function showEmpty(words) {
-  page("invitation").textContent = words;
-  page("kinds").hidden = words !== EMPTY;
-  showInFrame("empty");
-}
-
+/** Show a photograph; null: one that this browser cannot show. */
 function showPhotograph(blob) {
   const image = page("photograph");
   URL.revokeObjectURL(image.src);
-  image.src = URL.createObjectURL(blob);
-  showInFrame("photograph");
+  if (blob) image.src = URL.createObjectURL(blob);
+  showInFrame(blob ? "photograph" : "not-shown");
 }
 
 function clearReading(words) {
-  for (const id of ["digit", "advice", "result", "trouble", "again", "access", "explaining", "correction", "thanks"]) page(id).hidden = true;
+  for (const id of ["digit", "advice", "result", "explaining", "correcting", "thanks"]) page(id).hidden = true;
+  clearTrouble();
   hideExplanation();
   if (page("summary").textContent !== words) page("summary").textContent = words; // screen readers speak what changes
+}
+
+function clearTrouble() {
+  for (const id of ["trouble", "again", "access", "correction-trouble"]) page(id).hidden = true;
 }
 
 function showTrouble(trouble) {
@@ -410,43 +423,60 @@ function showTrouble(trouble) {
   comeIntoView();
 }
 
-/** Show an answer; a live one without what changes all the time or moves the page. */
-function showAnswer({ label, probability, probabilities, is_outlier, version }, { live = false } = {}) {
-  const readsDigits = Object.keys(probabilities).every((name) => /^[0-9]$/.test(name));
+/** Show an answer; a live one without what changes all the time. */
+async function showAnswer({ label, probability, probabilities, is_outlier, version }, signal, { live = false } = {}) {
+  const share = await findAccuracy(version, signal);
+  if (signal.aborted) return;
   if (is_outlier) {
-    clearReading(readsDigits ? "No hand recognised." : "Not recognised.");
+    clearReading(reads_hands ? "No hand recognised." : "Not recognised.");
     page("advice").hidden = false;
   } else {
     const isUnsure = probability < 0.5;
-    const words = readsDigits ? `The hand ${isUnsure ? "may sign" : "signs"}` : `This ${isUnsure ? "may be" : "is"}:`;
-    const share = percent(probability).replace("> ", "more than ");
-    clearReading(`${words} ${label}${live ? "" : `, with a probability of ${share}`}.`);
+    const words = reads_hands ? `The hand ${isUnsure ? "may sign" : "signs"}` : `This ${isUnsure ? "may be" : "is"}:`;
+    clearReading(`${words} ${label}${live ? "" : `, with a probability of ${inWords(probability)}`}.`);
     page("digit").textContent = label;
+    page("digit").classList.toggle("word", label.length > 2);
     page("digit").hidden = false;
-    page("probabilities").replaceChildren(
-      ...Object.entries(probabilities).map(([name, share]) => line(name, share, name === label)),
-    );
-    page("version").textContent = version ? `Answered by version ${version} of the model.` : "";
+    showProbabilities(Object.entries(probabilities), label);
+    const record = share === null ? "" : `, which reads ${inWords(share)} of its test photographs right`;
+    page("version").textContent = `Answered by version ${version} of the model${record}.`;
     page("result").hidden = false;
   }
-  page("explaining").hidden = live || page("photograph").hidden;
   if (live) return;
-  offerCorrection(Object.keys(probabilities), label);
+  page("explaining").hidden = page("photograph").hidden;
+  if (takes_corrections) offerCorrection(Object.keys(probabilities));
   comeIntoView();
 }
 
-/** Let the visitor say which label is right, if this server takes corrections. */
-async function offerCorrection(names, label) {
-  const { signal } = work;
-  const { takes_corrections } = await settings;
-  if (signal.aborted || !takes_corrections) return;
-  page("label").replaceChildren(...names.map((name) => new Option(name, name, false, name === label)));
-  page("correction").hidden = false;
+/** The share of its test photographs that a version reads; asked once for each version. */
+async function findAccuracy(version, signal) {
+  if (accuracy.version !== version) {
+    const share = await askAccuracy(version, signal).catch(() => null);
+    if (!signal.aborted) accuracy = { version, share };
+  }
+  return accuracy.share;
+}
+
+/** Let the visitor say which label is right, or that none is. */
+function offerCorrection(names) {
+  const first = new Option("Choose …", "");
+  const none = new Option(reads_hands ? "no hand, or no sign" : "none of these", "none");
+  const options = names.map((name, index) => {
+    const option = new Option(name, index);
+    option.dataset.label = name;
+    return option;
+  });
+  page("label").replaceChildren(first, ...options, none);
+  page("correction").hidden = page("correcting").hidden = false;
 }
 
 /** On a telephone the reading stands below the photograph. */
 function comeIntoView() {
   page("reading").scrollIntoView({ block: "nearest" });
+}
+
+function showProbabilities(entries, best) {
+  page("probabilities").replaceChildren(...entries.map(([name, share]) => line(name, share, name === best)));
 }
 
 /** A line of the table: the class, its bar, its probability. */
@@ -470,4 +500,8 @@ function percent(share) {
   if (share < 0.001) return "< 0.1 %";
   if (share > 0.999) return "> 99.9 %";
   return `${(100 * share).toFixed(1)} %`;
+}
+
+function inWords(share) {
+  return percent(share).replace("> ", "more than ").replace("< ", "less than ");
 }
