@@ -40,7 +40,7 @@ let work = new AbortController(); // what is under way: whatever the visitor doe
 let repeat = () => {}; // what "Send it again" and the token's form do
 let stream = null; // the camera's
 let exercise = null; // under way
-let accuracy = {}; // of the version that answered last: { version, share }
+const accuracies = new Map(); // of the versions that have answered, as promises
 
 /* What the visitor sees first */
 
@@ -131,6 +131,7 @@ function begin(words) {
 /* Files and examples */
 
 async function takeExample(address) {
+  closeCamera();
   const signal = begin("Reading …");
   const reply = await fetch(address, { signal }).catch(() => null);
   if (signal.aborted) return;
@@ -200,6 +201,9 @@ function showCamera(opened, signal, practising) {
   page("sources").hidden = page("dropping").hidden = true;
   page("shutter").hidden = practising;
   page("exercise").hidden = !practising;
+  page("task").classList.remove("right");
+  page("asked").textContent = "One moment …";
+  page("round").textContent = "";
   page("summary").textContent = "The camera is open.";
   page("advice").hidden = false;
   // From here on nothing moves: the table has its lines, and what is not shown keeps its place.
@@ -229,7 +233,7 @@ async function readLive(signal, practising) {
       if (!isLive) logged = now;
       answers = [...answers.filter(({ time }) => now - time < STEADY), { ...answer, time: now }];
       const reading = meanAnswer(answers);
-      if (!signal.aborted) await showAnswer(reading, signal, { live: true });
+      if (!signal.aborted) showAnswer(reading, { live: true });
       if (!signal.aborted && practising) await practise(reading, now, signal);
     } catch (trouble) {
       if (signal.aborted) return;
@@ -322,7 +326,7 @@ async function ask(signal) {
   repeat = () => ask(begin("Reading …"));
   try {
     const answer = await read(photograph, signal);
-    if (!signal.aborted) await showAnswer(answer, signal);
+    if (!signal.aborted) showAnswer(answer);
   } catch (trouble) {
     if (!signal.aborted) showTrouble(trouble);
   }
@@ -424,9 +428,7 @@ function showTrouble(trouble) {
 }
 
 /** Show an answer; a live one without what changes all the time. */
-async function showAnswer({ label, probability, probabilities, is_outlier, version }, signal, { live = false } = {}) {
-  const share = await findAccuracy(version, signal);
-  if (signal.aborted) return;
+function showAnswer({ label, probability, probabilities, is_outlier, version }, { live = false } = {}) {
   if (is_outlier) {
     clearReading(reads_hands ? "No hand recognised." : "Not recognised.");
     page("advice").hidden = false;
@@ -438,8 +440,7 @@ async function showAnswer({ label, probability, probabilities, is_outlier, versi
     page("digit").classList.toggle("word", label.length > 2);
     page("digit").hidden = false;
     showProbabilities(Object.entries(probabilities), label);
-    const record = share === null ? "" : `, which reads ${inWords(share)} of its test photographs right`;
-    page("version").textContent = `Answered by version ${version} of the model${record}.`;
+    showVersion(version);
     page("result").hidden = false;
   }
   if (live) return;
@@ -448,13 +449,12 @@ async function showAnswer({ label, probability, probabilities, is_outlier, versi
   comeIntoView();
 }
 
-/** The share of its test photographs that a version reads; asked once for each version. */
-async function findAccuracy(version, signal) {
-  if (accuracy.version !== version) {
-    const share = await askAccuracy(version, signal).catch(() => null);
-    if (!signal.aborted) accuracy = { version, share };
-  }
-  return accuracy.share;
+/** Tell which version answered, and how well it reads its test photographs, which is asked once for each. */
+async function showVersion(version) {
+  if (!accuracies.has(version)) accuracies.set(version, askAccuracy(version).catch(() => null));
+  const share = await accuracies.get(version);
+  const record = share === null ? "" : `, which reads ${inWords(share)} of its test photographs`;
+  page("version").textContent = `Answered by version ${version} of the model${record}.`;
 }
 
 /** Let the visitor say which label is right, or that none is. */

@@ -44,8 +44,8 @@ export async function correct(blob, label, signal) {
 }
 
 /** The accuracy of the version that answers on its test photographs; null if it is not known. Throws Trouble. */
-export async function askAccuracy(version, signal) {
-  const { reply, text } = await exchange("model", { headers: authorization() }, signal);
+export async function askAccuracy(version) {
+  const { reply, text } = await exchange("model", { headers: authorization() });
   const known = reply.ok ? JSON.parse(text) : {};
   return known.version === version ? known.test_accuracy : null;
 }
@@ -63,11 +63,11 @@ function authorization() {
   return token ? { Authorization: `Bearer ${token}` } : {};
 }
 
-async function exchange(target, options, signal) {
+async function exchange(target, options, ...signals) {
   const limit = new AbortController();
   setTimeout(() => limit.abort(), PATIENCE);
   try {
-    const reply = await fetch(target, { ...options, signal: AbortSignal.any([signal, limit.signal]) });
+    const reply = await fetch(target, { ...options, signal: AbortSignal.any([...signals, limit.signal]) });
     return { reply, text: await reply.text() };
   } catch {
     const words = limit.signal.aborted
