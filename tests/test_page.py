@@ -139,8 +139,8 @@ def file(name: str, content: bytes, kind: str = "image/jpeg") -> FilePayload:
     return FilePayload(name=name, mimeType=kind, buffer=content)
 
 
-def drop(page: Page, content: bytes | None) -> None:
-    """Drop a file, or for None a piece of text, somewhere on the page."""
+def bring_in(page: Page, content: bytes | None, *events: str) -> None:
+    """Drop or paste a file, or for None a piece of text, somewhere on the page."""
     data = page.evaluate_handle(
         """content => {
             const data = new DataTransfer();
@@ -150,8 +150,12 @@ def drop(page: Page, content: bytes | None) -> None:
         }""",
         None if content is None else base64.b64encode(content).decode(),
     )
-    for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event("h1", event, {"dataTransfer": data})
+    for event in events:
+        given = "clipboardData" if event == "paste" else "dataTransfer"
+        page.dispatch_event("h1", event, {given: data})
+
+
+DROP = ("dragenter", "dragover", "drop")
 
 
 def sent(page: Page, act: Callable[[], None]) -> Image.Image:
@@ -236,13 +240,15 @@ def test_other_format_is_sent_as_jpeg(page: Page, made: Made) -> None:
     expect_answer(page, "2")
 
 
-def test_dropped_photograph_is_read(page: Page, made: Made) -> None:
-    drop(page, (made.photographs / "1" / "IMG_0005.JPG").read_bytes())
+def test_dropped_or_pasted_photograph_is_read(page: Page, made: Made) -> None:
+    bring_in(page, (made.photographs / "1" / "IMG_0005.JPG").read_bytes(), *DROP)
     expect_answer(page, "1")
+    bring_in(page, (made.photographs / "0" / "IMG_0005.JPG").read_bytes(), "paste")
+    expect_answer(page, "0")
 
 
 def test_dropped_text_is_reported(page: Page) -> None:
-    drop(page, None)
+    bring_in(page, None, *DROP)
     expect_trouble(page, "That was no file.")
 
 

@@ -86,6 +86,11 @@ document.addEventListener("drop", (event) => {
   else showTrouble(new Trouble("That was no file. Save the photograph first, then drop the file."));
 });
 
+document.addEventListener("paste", (event) => {
+  const [file] = event.clipboardData.files;
+  if (file) take(file);
+});
+
 page("open-camera").addEventListener("click", () => openCamera());
 page("practise").addEventListener("click", () => openCamera({ practising: true }));
 page("take").addEventListener("click", takePicture);
