@@ -212,7 +212,7 @@ def test_page_headers_restrict_browser(shared: Endpoint) -> None:
     assert shared.ask("GET", "/page.js", headers={"Accept-Encoding": "gzip"})[1]["Content-Encoding"] == "gzip"
     settings = shared.ask("GET", "/settings.json")[2]
     assert (settings["reads_hands"], settings["takes_corrections"], settings["needs_token"]) == (True, False, False)
-    assert (settings["classes"], settings["examples"]) == (10, {})
+    assert (settings["classes"], settings["examples"]) == (1, {})
     assert shared.ask("GET", "/examples/0")[0] == 404
 
 
