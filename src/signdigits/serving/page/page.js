@@ -397,10 +397,11 @@ function hideExplanation() {
 
 /* What the page shows */
 
-/** Show one of the frame's contents, `not-shown`, `photograph` or `video`; without any, there is no frame. */
+/** Show `photograph` or `video` in the frame; for null, there is no frame. */
 function showInFrame(id) {
-  for (const name of ["not-shown", "photograph", "video"]) page(name).hidden = name !== id;
+  for (const name of ["photograph", "video"]) page(name).hidden = name !== id;
   page("frame").hidden = id === null;
+  page("not-shown").hidden = true;
 }
 
 /** Show a photograph; null: one that this browser cannot show. */
@@ -408,7 +409,8 @@ function showPhotograph(blob) {
   const image = page("photograph");
   URL.revokeObjectURL(image.src);
   if (blob) image.src = URL.createObjectURL(blob);
-  showInFrame(blob ? "photograph" : "not-shown");
+  showInFrame(blob && "photograph");
+  page("not-shown").hidden = blob !== null;
 }
 
 function clearReading(words) {
@@ -429,7 +431,7 @@ function showTrouble(trouble) {
   page("again").hidden = !trouble.again || stream !== null; // a live reading goes on by itself
   page("access").hidden = !trouble.asksForToken;
   if (trouble.asksForToken) page("token").focus();
-  comeIntoView();
+  page("trouble").scrollIntoView({ block: "nearest" });
 }
 
 /** Show an answer; a live one without what changes all the time. */
@@ -451,7 +453,7 @@ function showAnswer({ label, probability, probabilities, is_outlier, version }, 
   if (live) return;
   page("explaining").hidden = page("photograph").hidden;
   if (takes_corrections) offerCorrection(Object.keys(probabilities));
-  comeIntoView();
+  page("headline").scrollIntoView({ block: "nearest" }); // on a telephone it stands below the photograph
 }
 
 /** Tell which version answered, and how well it reads its test photographs, which is asked once for each. */
@@ -473,11 +475,6 @@ function offerCorrection(names) {
   });
   page("label").replaceChildren(first, ...options, none);
   page("correction").hidden = page("correcting").hidden = false;
-}
-
-/** On a telephone the reading stands below the photograph. */
-function comeIntoView() {
-  page("reading").scrollIntoView({ block: "nearest" });
 }
 
 function showProbabilities(entries, best) {
