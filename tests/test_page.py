@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from signdigits.config import MODEL_NAME
+from signdigits.config import MODEL_NAME, SERVED_MODEL
 from signdigits.data import loading
 from signdigits.serving.pages import PAGE
 from signdigits.tracking import registry
@@ -60,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, loaded: loading.Data, champio
 
     folder = tmp_path_factory.mktemp("page")
     with store_like(champion_store, folder) as store:
-        network, calibration = package.read_model(registry.find_model("", f"models:/{MODEL_NAME}@champion"))
+        network, calibration = package.read_model(registry.find_model("", SERVED_MODEL))
         with mlflow.start_run():
             chosen = examples.choose_examples(network, calibration, loaded)
             info = package.log_model(network, calibration, loaded, {}, chosen)
