@@ -37,7 +37,7 @@ const { max_bytes, media_types, classes, examples, needs_token, reads_hands, tak
 
 let photograph = null; // the Blob that was sent last, for another attempt, an explanation or a correction
 let work = new AbortController(); // what is under way: whatever the visitor does next ends it
-let repeat = () => {}; // what "Send it again" and the token's form do
+let repeat; // what "Send it again" and the token's form do
 let stream = null; // the camera's
 let exercise = null; // under way
 const accuracies = new Map(); // of the versions that have answered, as promises
@@ -129,6 +129,7 @@ page("correction").addEventListener("submit", (event) => {
 function begin(words) {
   work.abort();
   work = new AbortController();
+  repeat = () => ask(begin("Reading …"));
   clearReading(words);
   return work.signal;
 }
@@ -328,7 +329,6 @@ function showTask() {
 
 /** Ask the server about the photograph and show what it says, unless something else has begun by then. */
 async function ask(signal) {
-  repeat = () => ask(begin("Reading …"));
   try {
     const answer = await read(photograph, signal);
     if (!signal.aborted) showAnswer(answer);
