@@ -61,7 +61,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, champion_store: Path, gestures
     folder = tmp_path_factory.mktemp("job")
     with store_like(champion_store, folder):
         data = loading.load_data(DataParameters(data=str(gestures), start_from=CHAMPION))
-        main.main(data, SPACE, STUDY, RefitParameters(), RegistryParameters(model_name="gestures"))
+        main.main(data, SPACE, STUDY, RefitParameters(examples="true"), RegistryParameters(model_name="gestures"))
     return folder
 
 
@@ -119,6 +119,9 @@ def test_source_may_be_deleted(copied: str, gestures: Path) -> None:
     reply = served.predict(pd.DataFrame({"image": [path.read_bytes() for path in photographs]}))
     assert (reply["label"] == [path.parent.name for path in photographs]).mean() > 0.5
     assert not reply["is_outlier"].mean() > 0.2
+    examples = served.unwrap_python_model().examples
+    assert examples
+    assert served.predict(pd.DataFrame({"image": list(examples.values())}))["label"].tolist() == list(examples)
     with pytest.raises(ModelError, match="no such model"):
         find_start(CHAMPION)
 
