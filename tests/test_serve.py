@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,7 +27,8 @@ from signdigits import cli, serve
 from signdigits.config import MODEL_NAME
 from signdigits.data import loading
 from signdigits.packaging.reply import FIELDS
-from signdigits.serving.follower import REASON, STATE
+from signdigits.serving.follower import REASON, STATE, find_served
+from signdigits.serving.options import ServeParameters
 
 from .conftest import (
     PROJECT,
@@ -250,6 +252,20 @@ def test_broken_version_is_refused(first: Endpoint, registry: Registry, version:
     starts = 1 if version == 3 else 2  # one that does not start is tried once more
     assert first.said().count(f"starting version {version}\n") == starts
     assert first.workers() == workers
+
+
+def test_server_waits_for_first_version(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
+    parameters = ServeParameters(alias="staging", wait_for_version=True, poll_interval=0.05)
+    found: list[str] = []
+    waiting = threading.Thread(target=lambda: found.append(str(find_served(parameters).version)), daemon=True)
+    with caplog.at_level(logging.INFO, "signdigits"):
+        waiting.start()
+        wait_until(lambda: "waiting for a version: sign-digits has no staging" in caplog.text)
+        mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "staging", "2")
+        waiting.join(60)
+    assert found == ["2"]
+    assert len(caplog.records) == 1
+    mlflow.MlflowClient().delete_registered_model_alias(MODEL_NAME, "staging")
 
 
 def test_used_port_is_reported(capsys: pytest.CaptureFixture[str]) -> None:

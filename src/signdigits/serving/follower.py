@@ -45,7 +45,7 @@ FORKSERVER.set_forkserver_preload(["signdigits.serving.version"])
 class Follower:
     """Publishes the version of the alias to the processes that answer requests, and records its state in the registry.
 
-    Raises ModelError if there is none.
+    Raises ModelError if there is none, unless it waits for it.
     """
 
     def __init__(self, parameters: ServeParameters, home: Path, on_ready: Callable[[], None]) -> None:
@@ -229,10 +229,16 @@ class Follower:
 
 
 def find_served(parameters: ServeParameters) -> ModelVersion:
-    """Return the version of the alias. Raises ModelError if there is none."""
+    """Return the version of the alias. Raises ModelError if there is none, unless the server waits for it."""
     version = registry.find_alias(parameters.model_name, parameters.alias)
     if version is None:
-        raise ModelError(registry.missing_alias(parameters.model_name, parameters.alias))
+        missing = registry.missing_alias(parameters.model_name, parameters.alias)
+        if not parameters.wait_for_version:
+            raise ModelError(missing)
+        log.info("waiting for a version: %s", missing)
+    while version is None:
+        time.sleep(parameters.poll_interval)
+        version = registry.find_alias(parameters.model_name, parameters.alias)
     return version
 
 

@@ -31,6 +31,9 @@ class ServeParameters(NameParameters):
     model_uri: str = parameter(
         "", "with supervise=false, URI or folder of the model to serve; empty: the alias's version at the start"
     )
+    wait_for_version: bool = parameter(
+        False, "wait for the alias while no version has it, for a platform that starts the server first; false: exit"
+    )
     shadow: str = parameter(
         "",
         "alias of the version that gets a copy of some requests, such as challenger; its replies are discarded; empty: none",
