@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import urllib.error
@@ -138,6 +139,21 @@ def test_only_corrections_are_kept(url: str, home: Home, photographs: Path, tmp_
     assert find_content(sent, before) == []
     for path in kept:
         path.unlink()
+
+
+def test_loop_trains_only_if_needed(home: Home, empty_store: Path, tmp_path: Path) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+
+    def run(folder: Path) -> subprocess.CompletedProcess[str]:
+        store = {"SIGN_DIGITS_HOME": str(folder), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        line = [str(PROJECT / "scripts" / "loop"), "no-photographs", "--n_trials", "1"]
+        return subprocess.run(line, env=os.environ | store, capture_output=True, text=True)
+
+    idle = run(home.folder)
+    assert (idle.returncode, idle.stdout) == (0, "nothing to do: no drift, 0 of 20 accepted corrections\n")
+    without_champion = run(tmp_path)
+    assert without_champion.returncode == 2, "there is no such folder"
+    assert "main: data=no-photographs" in without_champion.stdout
 
 
 def test_loop_closes(url: str, home: Home, photographs: Path, tmp_path: Path) -> None:
