@@ -433,6 +433,13 @@ def test_rules_of_kubernetes_are_those_of_compose() -> None:
     assert rules == load(DEPLOY / "prometheus" / "alerts.yml"), "indent alerts.yml by two below `spec:`"
 
 
+def test_rules_name_jobs() -> None:
+    """Compose's Prometheus has a name for the job, the operator's has that of the Service."""
+    named = set(re.findall(r'job="([^"]*)"', (DEPLOY / "prometheus" / "alerts.yml").read_text()))
+    assert named == {job["job_name"] for job in load(DEPLOY / "prometheus" / "prometheus.yml")["scrape_configs"]}
+    assert named == {load(KUBERNETES / "base" / "service.yaml")["metadata"]["name"]}
+
+
 def test_placeholder_token_is_refused(tmp_path: Path) -> None:
     placeholder = load(KUBERNETES / "base" / "secret.yaml")["stringData"]["token"]
     (tmp_path / "token").write_text(placeholder)

@@ -34,7 +34,7 @@ def test_promtool_accepts_alerts() -> None:
         pytest.skip("needs promtool (Debian: apt install prometheus)")
     checked = subprocess.run(["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
-    assert "4 rules found" in checked.stdout
+    assert "5 rules found" in checked.stdout
 
 
 def test_promtool_accepts_metrics() -> None:
