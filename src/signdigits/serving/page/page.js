@@ -60,7 +60,7 @@ for (const [name, address] of Object.entries(examples)) {
 }
 page("signs").hidden = Object.keys(examples).length === 0;
 for (const [id, text] of Object.entries(describeRequest(needs_token))) page(id).textContent = text;
-page("main").hidden = false; // now, so that nothing moves
+page("main").hidden = page("footer").hidden = false; // now, so that nothing moves
 
 /* What the visitor does */
 
@@ -186,23 +186,28 @@ async function prepare(file) {
 
 async function openCamera({ practising = false } = {}) {
   const signal = begin("Opening the camera …");
+  showCamera(practising);
   try {
     const opened = await getCamera(CAMERA_WORDS);
     if (signal.aborted) return stop(opened);
-    showCamera(opened, signal, practising);
+    stream = opened;
+    const [track] = stream.getVideoTracks();
+    track.addEventListener("ended", () => {
+      leaveCamera("Not read.", "open-camera");
+      showTrouble(new Trouble("The camera has gone. Connect it again, or choose a photograph."));
+    });
+    showStream(page("video"), stream);
+    page("summary").textContent = "The camera is open.";
+    readLive(signal, practising);
   } catch (trouble) {
-    if (!signal.aborted) showTrouble(trouble);
+    if (signal.aborted) return;
+    closeCamera();
+    showTrouble(trouble);
   }
 }
 
-function showCamera(opened, signal, practising) {
-  stream = opened;
-  const [track] = stream.getVideoTracks();
-  track.addEventListener("ended", () => {
-    leaveCamera("Not read.", "open-camera");
-    showTrouble(new Trouble("The camera has gone. Connect it again, or choose a photograph."));
-  });
-  showStream(page("video"), stream);
+/** Make room for the camera's picture and its reading: from here on nothing moves, and what is not shown keeps its place. */
+function showCamera(practising) {
   showInFrame("video");
   page("sources").hidden = page("dropping").hidden = true;
   page("shutter").hidden = practising;
@@ -210,15 +215,12 @@ function showCamera(opened, signal, practising) {
   page("task").classList.remove("right");
   page("asked").textContent = "One moment …";
   page("round").textContent = "";
-  page("summary").textContent = "The camera is open.";
   page("advice").hidden = false;
-  // From here on nothing moves: the table has its lines, and what is not shown keeps its place.
   if (!page("probabilities").rows.length) showProbabilities(Array(classes).fill(["", 0]));
   page("reading").classList.add("steady");
   page(practising ? "skip" : "take").focus();
   const lowest = Math.max(...["frame", "headline"].map((id) => page(id).getBoundingClientRect().bottom));
   if (lowest > innerHeight) page("showing").scrollIntoView();
-  readLive(signal, practising);
 }
 
 /** Read what the camera sees, one question at a time, until something else begins. */
@@ -278,8 +280,8 @@ async function takePicture() {
 }
 
 function closeCamera() {
-  if (!stream) return;
-  stop(stream);
+  if (page("video").hidden) return;
+  if (stream) stop(stream);
   stream = exercise = null;
   page("video").srcObject = null;
   page("sources").hidden = page("dropping").hidden = false;
