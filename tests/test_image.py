@@ -41,9 +41,10 @@ pytestmark = [
 BASE = "localhost/sign-digits-test-slim"  # kept for the next run: 45 s
 NAME, IMAGE = "Sign Digits (test)", "sign-digits-test"  # the registered model, and what its image is called
 BILL = PROJECT / "exported" / f"{IMAGE}-1.cdx.json"
-INCLUDED = "--include=python3,python3-venv,ca-certificates"
-WITHOUT = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale")]  # as in a slim image
-WITHOUT.append('--aptopt=APT::Install-Recommends "false"')
+INCLUDED = "--include=python3,python3-venv,ca-certificates,usr-is-merged"
+# As in Debian's slim images: no documentation, and no perl, which mmdebstrap needs to merge /usr.
+WITHOUT = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale")]
+WITHOUT += ['--customize-hook=chroot "$1" apt-get purge --quiet=2 --yes usrmerge perl "^perl-modules" "^libperl5"']
 # The way to this machine's package registry.
 HOST_FILES = [path for path in ("/etc/pip.conf", "/etc/ssl/certs") if Path(path).exists()]
 ENVIRONMENT = {"STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot", "BUILDER": "buildah"}
