@@ -53,7 +53,7 @@ def show_trials(chromium: Browser, address: str, picture: Path) -> None:
 
 def show_page(chromium: Browser, address: str, photograph: Path, picture: Path) -> None:
     """A reading, and the parts of the photograph that it depends on."""
-    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    page = chromium.new_page(viewport={"width": 1280, "height": 1120})
     page.goto(address)
     browser.read(page, photograph)
     page.keyboard.press("e")

@@ -398,7 +398,7 @@ def test_first_screen_shows_signs_and_buttons(window: Browser, url: str, width: 
         expect(page.get_by_text("Show a hand that signs a digit")).to_be_in_viewport(ratio=1)
         for label in "012":
             expect(sign(page, label)).to_be_in_viewport(ratio=1)
-        for name in ("Use the camera", "Choose a photograph", "Practise"):
+        for name in ("Use the camera", "Choose a file", "Practise"):
             expect(page.get_by_role("button", name=name)).to_be_in_viewport(ratio=1)
         expect(page.locator("#frame")).to_be_hidden()
         open_camera(page)
@@ -684,7 +684,7 @@ def test_keyboard_is_enough(page: Page, made: Made) -> None:
         expect_answer(page, "0")
         for _ in range(4):
             page.keyboard.press("Tab")
-        expect(page.get_by_role("button", name="Choose a photograph")).to_be_focused()
+        expect(page.get_by_role("button", name="Choose a file")).to_be_focused()
         page.keyboard.press("Enter")
     chooser.value.set_files(made.photographs / "2" / "IMG_0007.JPG")
     expect_answer(page, "2")
