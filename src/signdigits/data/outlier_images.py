@@ -1,6 +1,7 @@
 """Photographs and pictures of something else, for the outlier detector of a model.
 
-Installed packages ship or draw them; those that users add, such as accepted corrections, lie in a folder beside the photographs. They report on a detector and choose nothing: its threshold is fitted on validation images.
+Installed packages ship or draw them; those that users add, such as accepted corrections, lie in a folder beside the
+photographs. They report on a detector and choose nothing: its threshold is fitted on validation images.
 """
 
 import functools

@@ -323,8 +323,9 @@ function showTask() {
   page("asked").textContent = reads_hands ? `Sign ${article} ${asked}` : `Show: ${asked}`;
   page("round").textContent = progress;
   page("hint").hidden = true;
-  page("show-hint").hidden = !(asked in examples);
-  if (asked in examples) page("hint").src = examples[asked];
+  const isShown = Object.hasOwn(examples, asked);
+  page("show-hint").hidden = !isShown;
+  if (isShown) page("hint").src = examples[asked];
 }
 
 /* The question */
