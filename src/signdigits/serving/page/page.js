@@ -489,7 +489,7 @@ function line(name, share, best) {
   const [row, head, track, bar] = ["tr", "th", "div", "div"].map((tag) => document.createElement(tag));
   row.classList.toggle("best", best);
   head.scope = "row";
-  head.textContent = name;
+  head.textContent = head.title = name; // a long one is cut off
   track.className = "track";
   bar.className = "bar";
   bar.style.width = `${100 * share}%`; // set from here: the content policy allows no style attribute
