@@ -333,6 +333,9 @@ def test_tracking_server_is_the_stores(build: str) -> None:
     )
     composed = shlex.split(load(DEPLOY / "compose.yaml")["services"]["mlflow"]["command"])
     assert server["command"] == composed[:2]
+    settings = {variable["name"]: variable.get("value") for variable in server["env"]}
+    given = load(DEPLOY / "compose.yaml")["services"]["mlflow"]["environment"]
+    assert settings.items() >= {name: value for name, value in given.items() if name.startswith("MLFLOW_")}.items()
     shared = ("port", "workers", "backend-store-uri", "artifacts-destination")
     assert [option(server["args"], name) for name in shared] == [
         composed[composed.index(f"--{name}") + 1] for name in shared
