@@ -340,8 +340,14 @@ def pinpoint(tmp_path_factory: pytest.TempPathFactory) -> SignDigits:
     with startup.filtered_stderr():
         network.export(folder / "network.tflite", format="litert", verbose=False)
     outliers.Detector(np.array([[0, 1]], np.float32), threshold=2**0.5).save(folder / "detector.npz")
-    settings = {"class_names": list("abc"), "image_size": 20, "color_mode": "grayscale", "temperature": 0.5}
-    (folder / "settings.json").write_text(json.dumps(settings | {"logged_fields": ["label"]}))
+    settings: dict[str, Any] = {
+        "class_names": list("abc"),
+        "image_size": 20,
+        "color_mode": "grayscale",
+        "temperature": 0.5,
+    }
+    settings |= {"logged_fields": ["label"], "reads_hands": False}
+    (folder / "settings.json").write_text(json.dumps(settings))
     artifacts = {
         "network": str(folder / "network.tflite"),
         "settings": str(folder / "settings.json"),
