@@ -88,6 +88,7 @@ def pick(page: Page, option: str) -> None:
 
 def read(page: Page, photograph: Path) -> None:
     """Choose a photograph on the page, and wait for its digit."""
+    page.locator("main").wait_for()  # shown when the page is ready
     page.locator("#file").set_input_files(photograph)
     expect(page.get_by_role("status")).to_contain_text("The hand")
     expect(page.locator("#digit")).to_be_visible()

@@ -135,6 +135,7 @@ def expect_trouble(page: Page, words: str) -> None:
 
 
 def choose(page: Page, file: Path | FilePayload) -> None:
+    page.locator("main").wait_for()  # shown when the page is ready
     page.locator("#file").set_input_files(file)
 
 
@@ -161,6 +162,7 @@ def bring_in(page: Page, content: bytes | None, *events: str) -> None:
         }""",
         None if content is None else base64.b64encode(content).decode(),
     )
+    page.locator("main").wait_for()
     for event in events:
         page.evaluate(
             """([event, data]) => {
