@@ -412,17 +412,26 @@ def test_first_screen_shows_signs_and_buttons(window: Browser, url: str, width: 
 
 def test_exercise_asks_for_ten_signs(page: Page) -> None:
     """The camera shows a 1; the page asks for another class until it asks for that."""
-    page.get_by_role("button", name="Practise").click()
     asked = page.locator("#asked")
-    for number in range(1, 11):
-        expect(page.get_by_text(f"{number} of 10")).to_be_visible()
-        while asked.inner_text() != "Sign a 1":
+    page.get_by_role("button", name="Practise").click()
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            const asked = document.querySelector("#asked");
+            new MutationObserver(() => window.seen.push(asked.textContent)).observe(asked, {childList: true});
+        }"""
+    )
+    expect(page.get_by_text("1 of 10")).to_be_visible()
+
+    def is_done() -> bool:
+        if asked.inner_text() in ("Sign a 0", "Sign a 2"):
+            page.get_by_role("button", name="Show how").click()
+            expect(page.locator("#hint")).to_be_visible()
             page.get_by_role("button", name="Another one").click()
-        page.get_by_role("button", name="Show how").click()
-        expect(page.locator("#hint")).to_be_visible()
-        expect(asked).to_have_text("Right: 1")
-        expect(page.locator("#mark")).to_be_visible()
-    expect(page.get_by_text("All ten are right. Well done.")).to_be_visible()
+        return page.get_by_text("All ten are right. Well done.").is_visible()
+
+    wait_until(is_done)
+    assert page.evaluate("window.seen").count("Right: 1") == 10
     expect(page.get_by_label("Live view of the camera")).to_be_hidden()
     expect(page.get_by_role("button", name="Practise")).to_be_focused()
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
