@@ -346,7 +346,7 @@ def pinpoint(tmp_path_factory: pytest.TempPathFactory) -> SignDigits:
         "color_mode": "grayscale",
         "temperature": 0.5,
     }
-    settings |= {"logged_fields": ["label"], "reads_hands": False}
+    settings |= {"logged_fields": ["label"], "handwriting": False}
     (folder / "settings.json").write_text(json.dumps(settings))
     artifacts = {
         "network": str(folder / "network.tflite"),

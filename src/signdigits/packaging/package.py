@@ -111,7 +111,7 @@ def write_files(network: "keras.Model", calibration: Calibration, data: Data, fo
         "color_mode": data.parameters.color_mode,
         "temperature": calibration.temperature,
         "logged_fields": reply.LOGGED,
-        "reads_hands": data.dataset.origin != HANDWRITTEN_DIGITS,  # the words of the page
+        "handwriting": data.dataset.origin == HANDWRITTEN_DIGITS,  # no hands: for the words of the page
     }
     (folder / "settings.json").write_text(json.dumps(settings))
 

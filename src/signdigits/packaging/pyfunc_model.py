@@ -71,7 +71,7 @@ class SignDigits(PythonModel):
         self.color_mode: str = settings["color_mode"]
         self.temperature: float = settings["temperature"]
         self.logged_fields: list[str] = settings["logged_fields"]
-        self.reads_hands: bool = settings["reads_hands"]
+        self.handwriting: bool = settings["handwriting"]
         # A JPEG file of a typical photograph by class, for the page. Models of version 0.2 do not have this attribute.
         self.examples: dict[str, bytes] = {}
         if folder := context.artifacts.get("examples"):

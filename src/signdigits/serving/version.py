@@ -109,9 +109,9 @@ class Version:
 
     @property
     def reads_hands(self) -> bool:
-        """Tell whether the photographs show hands that sign digits; of models of version 0.2, the names of their classes tell."""
+        """Tell whether the photographs show hands that sign digits: the classes are digits, and not those of handwriting."""
         are_digits = bool(self.class_names) and all(re.fullmatch("[0-9]", name) for name in self.class_names)
-        return are_digits and bool(getattr(self.python_model, "reads_hands", True))
+        return are_digits and not getattr(self.python_model, "handwriting", False)  # models of version 0.2 do not know
 
     def predict(self, data: Any, params: Any = None, invocation: Invocation | None = None) -> Any:
         """Return the model's predictions; without an invocation, the model logs none."""

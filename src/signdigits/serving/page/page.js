@@ -2,7 +2,7 @@
 
 import { Trouble, canSee, capture, draw, getCamera, pause, showStream, stop } from "./camera.js";
 import { Exercise } from "./exercise.js";
-import { askAccuracy, correct, describeRequest, keepToken, read, settings } from "./server.js";
+import { SILENT, askAccuracy, correct, describeRequest, keepToken, read, settings } from "./server.js";
 
 const LONGEST_SIDE = 1024; // pixels; the network sees a tenth of it, and a telephone's photograph has 4000
 const LIVE_SIDE = 256; // pixels of what is sent while the camera is open
@@ -142,7 +142,7 @@ async function takeExample(address) {
   const reply = await fetch(address, { signal }).catch(() => null);
   if (signal.aborted) return;
   if (reply?.ok) await take(await reply.blob());
-  else showTrouble(new Trouble("The server does not answer. Perhaps it is not running, or the network is down."));
+  else showTrouble(new Trouble(SILENT));
 }
 
 /** Show a file's photograph, and ask about it. */

@@ -5,6 +5,7 @@ import { Trouble } from "./camera.js";
 const PATIENCE = 30_000; // milliseconds that an answer may take
 const TOKEN = "token"; // its name in the tab's storage
 
+export const SILENT = "The server does not answer. Perhaps it is not running, or the network is down.";
 const NO_MODEL = "No model answers at the moment; it may just be starting. Wait a moment, then send it again.";
 const WORDS = {
   401: "This server answers only those who know its token.",
@@ -72,7 +73,7 @@ async function exchange(target, options, ...signals) {
   } catch {
     const words = limit.signal.aborted
       ? `No answer within ${PATIENCE / 1000} seconds. Wait a moment, then send it again.`
-      : "The server does not answer. Perhaps it is not running, or the network is down.";
+      : SILENT;
     throw new Trouble(words, { again: true });
   }
 }
@@ -112,19 +113,16 @@ export function describeRequest(needsToken) {
   const url = new URL("invocations", document.baseURI).href;
   const curl = [
     `printf '{"dataframe_records": [{"image": "%s"}]}' "$(base64 < hand.jpg | tr -d '\\n')" |`,
-    `  curl ${url} -H 'Content-Type: application/json' --data-binary @-`,
+    `  curl ${url} -H 'Content-Type: application/json' --data-binary @-${needsToken ? ' -H "Authorization: Bearer $TOKEN"' : ""}`,
   ];
+  const headers = needsToken ? ', headers={"Authorization": f"Bearer {token}"}' : "";
   const python = [
     "import base64, requests",
+    ...(needsToken ? ['token = open("token").read().strip()'] : []),
     "",
     'image = base64.b64encode(open("hand.jpg", "rb").read()).decode()',
-    `reply = requests.post("${url}", json={"dataframe_records": [{"image": image}]})`,
+    `reply = requests.post("${url}", json={"dataframe_records": [{"image": image}]}${headers})`,
     'print(reply.json()["predictions"][0])',
   ];
-  if (needsToken) {
-    curl[1] += ' -H "Authorization: Bearer $TOKEN"';
-    python[3] = python[3].replace(/\)$/, ', headers={"Authorization": f"Bearer {token}"})');
-    python.splice(1, 0, 'token = open("token").read().strip()');
-  }
   return { curl: curl.join("\n"), python: python.join("\n") };
 }
