@@ -132,7 +132,7 @@ def test_only_corrections_are_kept(url: str, home: Home, photographs: Path, tmp_
     before = home.files()
     sent = send_photographs(url, photographs, tmp_path)
     assert home.files() == before
-    assert post(url, "corrections", {"image": encode(sent[0]), "label": "1"})[0] == 204
+    assert post(url, "corrections", {"image": encode(sent[0]), "label": 1})[0] == 204
     kept = home.files() - before
     assert {path.suffix for path in kept} == {".jpeg", ".json"}
     assert {path.parent for path in kept} == {home.folder / "corrections" / "pending" / "1"}

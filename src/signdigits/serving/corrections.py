@@ -45,6 +45,7 @@ class Corrections:
         try:
             correction = json.loads(body)
             image, label = str(correction["image"]), correction["label"]
+            label = None if label is None else str(label)  # 6 is the class "6"
         except (ValueError, KeyError, TypeError, RecursionError):
             return MALFORMED
         if label is not None and label not in live.class_names:
